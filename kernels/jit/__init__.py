@@ -1,0 +1,1 @@
+"""The Numba twins: same names and signatures as the compiled kernels."""

@@ -1,0 +1,34 @@
+"""The block arithmetic of numerics.hpp, as Cython sees it."""
+
+cdef extern from "numerics.hpp" namespace "neglog" nogil:
+    cdef cppclass LogSumExp[T]:
+        T maximum
+        T sum
+
+    cdef cppclass Lse[T]:
+        T high
+        T low
+
+    void absorb[T](LogSumExp[T]& state, const T* z, Py_ssize_t n)
+    Lse[T] finish[T](const LogSumExp[T]& state)
+    T log_probability[T](T z, Lse[T] lse)
+
+    T exp_nonpositive[T](T x)
+    T block_log_probability_sum[T](const T* z, Py_ssize_t n, Lse[T] lse)
+    T block_log_probability_dot[T](const T* z, const T* coefficient, Py_ssize_t n, Lse[T] lse)
+    T block_sum[T](const T* x, Py_ssize_t n)
+    T block_negative_entropy[T](const T* z, Py_ssize_t n, Lse[T] lse)
+    bint block_contains[T](const T* z, Py_ssize_t n, T value)
+
+    void block_softmax[T](const T* z, Py_ssize_t n, Lse[T] lse, T scale, T* out)
+    void block_scale[T](T* x, Py_ssize_t n, T scale)
+    void block_affine[T](T* x, Py_ssize_t n, T scale, T offset)
+    void block_multiply[T](T* x, const T* y, Py_ssize_t n)
+    void block_subtract[T](T* out, const T* x, Py_ssize_t n, T scale)
+    void block_softcap[T](T* z, Py_ssize_t n, T softcap)
+    void block_softcap_backward[T](T* grad, const T* z, Py_ssize_t n, T softcap)
+
+    void widen(const unsigned short* source, int dtype, Py_ssize_t n, float* to)
+    void narrow(const float* source, int dtype, Py_ssize_t n, unsigned short* to)
+    void store_bytes(const void* source, size_t count, void* target, bint stream)
+    void finish_streaming()

@@ -1,0 +1,123 @@
+"""The oracle: every loss in float64, plainly, one function per op. Read this first.
+
+Nothing here is fast and nothing is shared with the kernels; the tests hold every backend to it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+class NLL(NamedTuple):
+    """What `nll` returns: loss (() or (N,)), the rest by row, and grad as the logits (N, V)."""
+
+    loss: Array
+    lse: Array
+    correct: NDArray[np.bool_]
+    entropy: Array
+    total_weight: float
+    grad: Array
+
+
+def scores(logits: Array, logit_scale: float, softcap: float | None) -> tuple[Array, Array]:
+    """z = softcap * tanh(logit_scale * x / softcap), and dz/dx."""
+    z = logit_scale * logits
+    if not softcap:
+        return z, np.full_like(z, logit_scale)
+    ratio = np.tanh(z / softcap)
+    return softcap * ratio, logit_scale * (1 - ratio**2)
+
+
+def log_softmax(z: Array) -> tuple[Array, Array]:
+    """Log-probabilities (N, V) and log-sum-exp (N,)."""
+    maximum = z.max(axis=1, keepdims=True, initial=-np.inf)
+    log_sum = np.log(np.exp(z - maximum).sum(axis=1, keepdims=True))
+    # A row of -inf has lse -inf, as torch.logsumexp says, though its probabilities are NaN.
+    all_masked = np.isneginf(maximum[:, 0])
+    lse = np.where(all_masked, -np.inf, (maximum + log_sum)[:, 0])
+    return (z - maximum) - log_sum, lse
+
+
+def target_mass(
+    target: NDArray, weight: Array, ignore_index: int, label_smoothing: float
+) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """What multiplies each -log p, (N, V); each row's weight; and which rows count."""
+    vocab = len(weight)
+    if target.ndim == 2:
+        smoothed = target.astype(np.float64) * (1 - label_smoothing) + label_smoothing / vocab
+        return weight * smoothed, np.ones(len(target)), np.ones(len(target), bool)
+    counted = target != ignore_index
+    for row in np.flatnonzero(counted):
+        if not 0 <= target[row] < vocab:
+            raise IndexError(
+                f"target {target[row]} at row {row} is out of range: "
+                f"expected 0 <= target < {vocab}"
+            )
+    index = np.where(counted, target, 0).astype(np.int64)
+    row_weight = np.where(counted, weight[index], 0.0)
+    mass = np.tile(label_smoothing / vocab * weight, (len(target), 1))
+    mass[np.arange(len(target)), index] += (1 - label_smoothing) * weight[index]
+    return mass, row_weight, counted
+
+
+def nll(
+    logits: ArrayLike,
+    target: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    num_items: float | None = None,
+    grad_loss: ArrayLike = 1.0,
+    grad_lse: ArrayLike = 0.0,
+) -> NLL:
+    """Negative log-likelihood of `target` under softmax(z), and its gradient.
+
+    logits: (N, V). target: (N,) integers, or (N, V) probabilities.
+    loss_i = -sum_c w_c q_c log p_c + w_i z_loss lse_i^2, where q is the smoothed target and w_i the
+    weight of the target's class (1 for probabilities). "mean" divides by the sum of w_i.
+    """
+    x = np.asarray(logits, np.float64)
+    t = np.asarray(target)
+    rows, vocab = x.shape
+    w = np.ones(vocab) if weight is None else np.asarray(weight, np.float64)
+    with np.errstate(all="ignore"):
+        z, dz_dx = scores(x, logit_scale, softcap)
+        log_p, lse = log_softmax(z)
+        p = np.exp(log_p)
+        mass, row_weight, counted = target_mass(t, w, ignore_index, label_smoothing)
+        # An index target multiplies only what it names: 0 * -inf elsewhere must not make a NaN.
+        plain = t.ndim == 1 and label_smoothing == 0
+        terms = np.where(mass == 0, 0.0, mass * log_p) if plain else mass * log_p
+        loss = -terms.sum(axis=1)
+        if z_loss:
+            loss = loss + row_weight * z_loss * lse**2
+        loss = np.where(counted, loss, 0.0)
+        total_weight = float(row_weight.sum()) if num_items is None else float(num_items)
+
+        soft = mass.sum(axis=1) + (2 * z_loss * row_weight * lse if z_loss else 0.0)
+        dz = soft[:, None] * p - mass
+        upstream = np.broadcast_to(np.asarray(grad_loss, np.float64), (rows,))
+        if reduction == "mean":
+            upstream = upstream / np.float64(total_weight)
+        grad = np.where(counted[:, None], upstream[:, None] * dz * dz_dx, 0.0)
+        through_lse = np.broadcast_to(np.asarray(grad_lse, np.float64), (rows,))[:, None]
+        grad = grad + np.where(through_lse == 0, 0.0, through_lse * p * dz_dx)
+
+        reduced = loss if reduction == "none" else np.asarray(loss.sum())
+        if reduction == "mean":
+            reduced = np.asarray(loss.sum() / np.float64(total_weight))
+        entropy = -np.where(p == 0, 0.0, p * log_p).sum(axis=1)
+    correct = np.zeros(rows, bool)
+    if t.ndim == 1 and vocab:
+        correct = counted & (z.argmax(axis=1) == t) & ~np.isnan(z).any(axis=1)
+    return NLL(reduced, lse, correct, entropy, total_weight, grad)
