@@ -10,6 +10,8 @@ import importlib
 import os
 import warnings
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,11 +98,9 @@ def available(backend: str) -> Build:
             return Build(backend, True, f"compiled for {level}")
         return Build(backend, False, "; ".join(f"{b.name}: {b.why}" for b in builds()))
     if backend == "numba":
-        try:
-            version = importlib.import_module("numba").__version__
-        except ImportError:
+        if find_spec("numba") is None:  # not imported: that alone takes half a second
             return Build(backend, False, "numba is not installed: pip install numba")
-        return Build(backend, True, f"numba {version}")
+        return Build(backend, True, f"numba {version('numba')}")
     raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 

@@ -1,0 +1,52 @@
+"""Pretraining losses with native kernels, for PyTorch and NumPy.
+
+`neglog.kernels` needs NumPy alone: torch is imported when a torch function is first touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives; None where the name is a module.
+_HOMES = {
+    "LossStats": "functional",
+    "cross_entropy": "functional",
+    "dispatch": None,
+    "kernels": None,
+    "nn": None,
+    "patch_torch": "patch",
+    "reference": None,
+}
+_NEED_TORCH = ("functional", "nn", "patch")
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from neglog import dispatch, kernels, nn, reference
+    from neglog.functional import LossStats, cross_entropy
+    from neglog.patch import patch_torch
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'neglog' has no attribute {name!r}")
+    home = _HOMES[name] or name
+    try:
+        module = importlib.import_module(f"neglog.{home}")
+    except ModuleNotFoundError as error:
+        if error.name == "torch" and home in _NEED_TORCH:
+            raise ImportError(
+                f"neglog.{name} needs PyTorch: pip install 'neglog[torch]' "
+                "(neglog.kernels works on NumPy arrays without it)"
+            ) from error
+        raise
+    value = module if _HOMES[name] is None else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

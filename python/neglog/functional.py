@@ -1,0 +1,197 @@
+"""The losses as functions: validation and composition, no arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction as torch_reduction
+from torch.nn.functional import cross_entropy as torch_cross_entropy
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from neglog import dispatch
+from neglog.ops import nll_composite
+from neglog.ops.nll import InplaceNLL, nll, real_dtype
+from neglog.validation import (
+    check_cross_entropy,
+    check_extensions,
+    check_range,
+    is_probabilities,
+    row_shape,
+    to_rows,
+)
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+class LossStats(NamedTuple):
+    """A loss and what its rows said. All but `loss` have the shape of an index target.
+
+    logsumexp: of the transformed logits; differentiable, unless the backward is in place.
+    correct: whether the target is the argmax; False where ignored or given as probabilities.
+    entropy: of softmax(logits), in nats; detached.
+    """
+
+    loss: Tensor
+    logsumexp: Tensor
+    correct: Tensor
+    entropy: Tensor
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    num_items: int | Tensor | None = None,
+    inplace_backward: bool = False,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Cross-entropy between logits and targets: torch.nn.functional.cross_entropy, fused.
+
+    The first eight arguments mean what they mean in torch, and the result has torch's shape and
+    dtype.
+
+    Args:
+        input: logits, (C), (N, C) or (N, C, d1, ..., dK); float32, float64, bfloat16 or float16.
+        target: class indices (int64 or uint8), shaped as input without C; or probabilities shaped
+            as input.
+        weight: (C), the input's dtype; a weight for each class.
+        size_average, reduce: torch's deprecated names for `reduction`.
+        ignore_index: positions with this target count nothing. Their gradient is exactly zero, even
+            where their logits are NaN.
+        reduction: "none", "mean" (over the weights of the counted targets) or "sum".
+        label_smoothing: in [0, 1], the share of the target spread evenly over the classes.
+        logit_scale: multiplies the logits first.
+        softcap: if given, z = softcap * tanh(logit_scale * input / softcap) replaces the logits
+            (Gemma 2, arXiv:2408.00118).
+        z_loss: adds z_loss * logsumexp(z)**2 to each row, times its target's class weight
+            (PaLM, arXiv:2204.02311).
+        num_items: if given, the loss is the sum over this number, for gradient accumulation over
+            batches of unequal length. Not with reduction="none".
+        inplace_backward: the gradient of the logits overwrites `input` during the forward, which
+            needs no memory beyond O(N). `input` must not be a leaf that requires grad, and must not
+            be read afterwards: autograd raises if another backward needs it. Without a gradient to
+            compute, under torch.compile and torch.func, nothing is overwritten.
+        return_stats: return LossStats(loss, logsumexp, correct, entropy) instead of the loss.
+        backend: "cython", "numba" or "torch"; None lets neglog.dispatch choose.
+
+    Raises:
+        IndexError: a target is out of range; names its value and row.
+        ValueError: batch sizes differ, the reduction or backend is unknown, num_items without a
+            sum, softcap not above 0.
+        RuntimeError: other shapes, dtypes, label_smoothing, the length of weight.
+        TypeError: input or target is not a tensor.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            cross_entropy, (input, target, weight), input, target, weight, size_average,
+            ignore_index, reduce, reduction, label_smoothing, logit_scale=logit_scale,
+            softcap=softcap, z_loss=z_loss, num_items=num_items, inplace_backward=inplace_backward,
+            return_stats=return_stats, backend=backend,
+        )  # fmt: skip
+    extended = (
+        logit_scale != 1.0 or softcap is not None or z_loss != 0.0 or num_items is not None
+        or return_stats or inplace_backward
+    )  # fmt: skip
+    chosen = dispatch.forced(backend)
+    if not extended and (chosen == "torch" or (chosen is None and dispatch.prefers_torch(input))):
+        return _torch_loss(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if size_average is not None or reduce is not None:
+        reduction = torch_reduction.legacy_get_string(size_average, reduce)
+    check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    check_extensions(reduction, softcap, num_items)
+    problem = _rows_problem(input, target, weight, num_items)
+    options = (
+        REDUCTIONS[reduction], ignore_index, float(label_smoothing), float(logit_scale),
+        float(softcap or 0.0), float(z_loss), return_stats,
+    )  # fmt: skip
+    loss, lse, correct, entropy = _nll(problem, options, inplace_backward, chosen)
+    shape = row_shape(input)
+    loss = loss.to(_loss_dtype(input, problem[0]))
+    if reduction == "none":
+        loss = loss.view(shape)
+    if not return_stats:
+        return loss
+    return LossStats(loss, lse.view(shape), correct.view(shape), entropy.view(shape))
+
+
+def _torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    try:
+        loss = torch_cross_entropy(input, target, weight, *options)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        # Our check names argument, expected and got. Where it finds nothing, torch's word stands.
+        _, ignore_index, _, reduction, label_smoothing = options
+        check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        check_range(input, target, ignore_index)
+        raise
+    dispatch.ran("nll", "torch")
+    return loss
+
+
+def _rows_problem(
+    input: Tensor, target: Tensor, weight: Tensor | None, num_items: int | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Logits (N, V), target (N,) or (N, V), weight and num_items as the op wants them."""
+    if is_probabilities(input, target):
+        # torch multiplies the two, so that the wider dtype of them is the result's.
+        common = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(common), to_rows(target.to(common))
+    else:
+        target = target.reshape(-1).long()
+    real = real_dtype(input.dtype)
+    if weight is not None:
+        weight = weight.to(real)
+    if num_items is not None:
+        num_items = torch.as_tensor(num_items, dtype=real, device=input.device).reshape(())
+    return to_rows(input), target, weight, num_items
+
+
+def _nll(
+    problem: tuple, options: tuple, inplace_backward: bool, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, correct and entropy of rows, by the kernels or by torch's differentiable ops."""
+    logits, _, weight, _ = problem
+    refusal = dispatch.kernels_refuse(logits, weight)
+    if backend not in (None, "torch") and refusal:
+        raise RuntimeError(f"backend={backend!r} cannot take this call: {refusal}")
+    if backend == "torch" or refusal or (backend is None and not dispatch.kernel_backend()):
+        dispatch.ran("nll", "torch")
+        loss, lse, _, correct, entropy = nll_composite.nll(*problem, *options)
+    elif inplace_backward and _may_overwrite(logits):
+        loss, lse, _, correct, entropy = InplaceNLL.apply(*problem, *options, backend or "")
+    else:
+        loss, lse, _, _, correct, entropy = nll(*problem, *options, backend or "")
+    return loss, lse, correct, entropy
+
+
+def _may_overwrite(logits: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return False
+    if logits.is_leaf:
+        raise RuntimeError(
+            "inplace_backward: input is a leaf that requires grad, and overwriting it would lose "
+            "the values being trained: expected the output of an operation"
+        )
+    return True
+
+
+def _loss_dtype(input: Tensor, logits: Tensor) -> torch.dtype:
+    """torch's: that of the logits, or under autocast float32 for the 16-bit ones."""
+    if torch.is_autocast_enabled(input.device.type):
+        return real_dtype(logits.dtype)
+    return logits.dtype

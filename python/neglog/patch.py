@@ -1,0 +1,46 @@
+"""Putting neglog's functions where torch's are, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional
+
+from neglog.functional import cross_entropy, torch_cross_entropy
+
+
+class patch_torch:  # noqa: N801 - called like a function
+    """Make torch.nn.functional.cross_entropy neglog's, and with it nn.CrossEntropyLoss.
+
+    As a plain call it lasts until `undo()`; as a context manager, until the end of the block:
+
+        neglog.patch_torch()
+
+        with neglog.patch_torch():
+            loss = model(batch)
+
+    Code that took the function by `from torch.nn.functional import cross_entropy` before keeps
+    torch's. Raises RuntimeError if something else has replaced torch's function already.
+    """
+
+    def __init__(self) -> None:
+        current = torch.nn.functional.cross_entropy
+        if current not in (torch_cross_entropy, cross_entropy):
+            raise RuntimeError(
+                "patch_torch: expected torch.nn.functional.cross_entropy to be torch's own, "
+                f"got {current.__module__}.{current.__qualname__}"
+            )
+        self._before: Any = current
+        torch.nn.functional.cross_entropy = cross_entropy  # type: ignore[assignment]
+
+    def undo(self) -> None:
+        """Put back what was there before this patch. A second call does nothing."""
+        if self._before is not None:
+            torch.nn.functional.cross_entropy = self._before
+            self._before = None
+
+    def __enter__(self) -> patch_torch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
