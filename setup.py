@@ -60,9 +60,9 @@ class BuildKernels(build_ext):
         if self.distribution.ext_modules:
             from Cython.Build import cythonize
 
-            # One at a time: cythonize refuses two extensions of one source in a single call.
+            # Each in a directory of its own: Cython writes the full module name into the C++.
             self.distribution.ext_modules = [
-                cythonize([extension], include_path=["kernels"], build_dir="build/cython")[0]
+                cythonize([extension], include_path=["kernels"], build_dir=f"build/cython/{extension.name}")[0]
                 for extension in self.distribution.ext_modules
             ]
         super().finalize_options()

@@ -16,7 +16,7 @@ be torch or NumPy. The Numba twin, jit/nll.py, has the same names and signatures
 """
 
 from cython.parallel cimport parallel, prange
-from libc.math cimport expm1
+from libc.math cimport INFINITY, expm1, isnan
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uintptr_t
 from libc.string cimport memset
 
@@ -204,12 +204,13 @@ cdef double row_entropy(const Problem* p, Py_ssize_t row, Lse[real] lse,
     return -total
 
 
-cdef bint row_correct(const Problem* p, Py_ssize_t row, real maximum,
+cdef bint row_correct(const Problem* p, Py_ssize_t row, real maximum, Lse[real] lse,
                       real* buffer) noexcept nogil:
-    """Whether the target is where torch's argmax would look: the first of the maxima."""
+    """Whether the target is where argmax would look: the first of the maxima."""
     cdef Py_ssize_t block, target
     cdef Span at
-    if p.target == NULL or ignored(p, row):
+    cdef bint nan_among_finite = isnan(lse.high) and maximum < INFINITY
+    if p.target == NULL or ignored(p, row) or nan_among_finite:
         return False
     target = p.target[row]
     if not score_at(p, row, target, maximum) == maximum:
@@ -243,7 +244,7 @@ cdef Lse[real] row_forward(const Problem* p, const Output* o, Py_ssize_t row,
     if o.lse_low != NULL:
         (<real*>o.lse_low)[row] = lse.low
     if o.correct != NULL:
-        o.correct[row] = row_correct(p, row, maximum, &buffer[0])
+        o.correct[row] = row_correct(p, row, maximum, lse, &buffer[0])
     if o.entropy != NULL:
         (<real*>o.entropy)[row] = <real>row_entropy(p, row, lse, &buffer[0])
     return lse

@@ -1,0 +1,236 @@
+"""Every build of the nll kernels, on NumPy arrays, against the float64 oracle."""
+
+import numpy as np
+import pytest
+
+from neglog import reference
+from neglog.kernels import nll_backward, nll_forward, nll_fused
+from tests.conftest import drawn_weight, relative_error
+
+VOCABS = [1, 2, 7, 31, 257, 2048, 2049, 50257]
+# Rounding of one output and of the sums behind it; only gradients are float16. A gradient carries
+# the rounding of its score too: half an ulp of z = 17 is a relative error of 1e-6 in p.
+BUDGET = {"float32": 6e-7, "float64": 2e-15, "float16": 6e-7}
+GRADIENT_BUDGET = {"float32": 2e-6, "float64": 5e-15, "float16": 5e-4}
+
+
+def draw(rng, rows, vocab, dtype, probabilities=False, spread=3.0):
+    """Logits with a row stride beyond the vocabulary, and targets with an ignored row."""
+    wide = (rng.standard_normal((rows, vocab + 3)) * spread).astype(dtype)
+    logits = wide[:, :vocab]
+    assert vocab == 1 or np.ptp(logits) > 0
+    if probabilities:
+        return logits, rng.dirichlet(np.ones(vocab), rows).astype(dtype)
+    target = rng.integers(0, vocab, rows)
+    target[rows // 2] = -100
+    return logits, target
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+def test_forward_and_backward(build, rng, options, vocab, dtype, probabilities):
+    logits, target = draw(rng, 5, vocab, dtype, probabilities)
+    options = drawn_weight(options, vocab, rng)
+    grad, grad_lse = rng.standard_normal((2, 5))
+    truth = reference.nll(
+        logits, target, reduction="none", grad_loss=grad, grad_lse=grad_lse, **options
+    )
+    result = nll_forward(logits, target, stats=True, backend=build, **options)
+    gradient = nll_backward(
+        grad, result, logits, target, grad_lse=grad_lse, backend=build, **options
+    )
+    assert gradient.dtype == logits.dtype
+    assert result.loss.dtype == ("float64" if dtype == "float64" else "float32")
+    assert result.total_weight == pytest.approx(truth.total_weight)
+    np.testing.assert_array_equal(result.correct, truth.correct)
+    assert relative_error(result.loss, truth.loss) < BUDGET[dtype]
+    assert relative_error(result.lse, truth.lse) < BUDGET[dtype]
+    assert relative_error(result.entropy, truth.entropy) < 4 * BUDGET[dtype]
+    assert relative_error(gradient, truth.grad) < GRADIENT_BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_fused_writes_over_its_logits(build, rng, options, vocab, dtype):
+    logits, target = draw(rng, 5, vocab, dtype)
+    logits = np.ascontiguousarray(logits)
+    options = drawn_weight(options, vocab, rng)
+    truth = reference.nll(logits, target, reduction="none", grad_loss=0.25, **options)
+    apart, out = nll_fused(logits, target, grad_scale=0.25, backend=build, **options)
+    over, same = nll_fused(
+        logits, target, grad_scale=0.25, out=logits, stats=True, backend=build, **options
+    )
+    assert same is logits
+    np.testing.assert_array_equal(out, logits)
+    np.testing.assert_array_equal(apart.loss, over.loss)
+    np.testing.assert_array_equal(over.correct, truth.correct)
+    assert relative_error(over.loss, truth.loss) < BUDGET[dtype]
+    assert relative_error(logits, truth.grad) < GRADIENT_BUDGET[dtype]
+
+
+def extreme_rows(dtype):
+    big = 1e4 if dtype != "float64" else 1e9
+    inf, nan = np.inf, np.nan
+    return np.array(
+        [
+            [big, -big, 0, 1, 2],
+            [-big, -big, -big, -big, -big],
+            [big, big - 8, big, big, big],
+            [-inf, 0, -inf, 1, -inf],
+            [-inf, -inf, -inf, -inf, -inf],
+            [inf, 0, 0, 0, 0],
+            [inf, inf, 0, 0, 0],
+            [0, nan, 0, 0, 0],
+            [nan, nan, nan, nan, nan],
+            [-inf, nan, -inf, -inf, -inf],
+            [0, 0, 0, 0, 0],
+        ],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("pad", [0, 2100], ids=["one block", "two blocks"])
+@pytest.mark.parametrize("column", [0, 1, 4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_extremes(build, dtype, pad, column, smoothing):
+    logits = extreme_rows(dtype)
+    # Masked columns in front push the row's own numbers into the second block.
+    logits = np.concatenate([np.full((len(logits), pad), -np.inf, dtype), logits], axis=1)
+    target = np.full(len(logits), pad + column)
+    truth = reference.nll(logits, target, reduction="none", label_smoothing=smoothing)
+    result = nll_forward(
+        logits, target, label_smoothing=smoothing, stats=True, backend=build, threads=1
+    )
+    gradient = nll_backward(
+        1.0, result, logits, target, label_smoothing=smoothing, backend=build, threads=1
+    )
+    assert relative_error(result.loss, truth.loss) < BUDGET[dtype]
+    assert relative_error(result.lse, truth.lse) < BUDGET[dtype]
+    np.testing.assert_array_equal(result.correct, truth.correct)
+    assert relative_error(gradient, truth.grad) < GRADIENT_BUDGET[dtype]
+    if smoothing == 0:
+        # What is masked has a probability of exactly 0, not merely a small one.
+        healthy = np.isfinite(truth.lse)
+        masked = np.isneginf(logits) & healthy[:, None]
+        masked[np.arange(len(target)), target] = False
+        assert masked.any()
+        assert (gradient[masked] == 0).all()
+
+
+def test_ignored_rows_are_zero_even_of_nan(build):
+    logits = np.full((3, 40), np.nan, np.float32)
+    logits[1] = 0
+    target = np.array([-100, 3, -100])
+    result = nll_forward(logits, target, backend=build)
+    gradient = nll_backward(1.0, result, logits, target, backend=build)
+    assert result.loss[[0, 2]].tolist() == [0, 0]
+    assert (gradient[[0, 2]] == 0).all()
+    assert result.loss[1] == pytest.approx(np.log(40))
+    over, _ = nll_fused(logits, target, out=logits, backend=build)
+    assert (logits[[0, 2]] == 0).all()
+    assert over.total_weight == 1
+
+
+def test_all_ignored(build):
+    result = nll_forward(np.zeros((4, 5), np.float32), np.full(4, -100), backend=build)
+    assert result.total_weight == 0
+    assert result.loss.tolist() == [0, 0, 0, 0]
+
+
+def test_confident_target_keeps_its_digits(build):
+    # p = 0.9998: formed in 16 bits, 1 - p has no digit left. The gradient is float16 here too,
+    # and must be right to float16's own rounding.
+    logits = np.array([[9.0, 0.0, 0.0]], np.float16)
+    truth = reference.nll(logits, [0], reduction="none")
+    result = nll_forward(logits, np.array([0]), backend=build)
+    gradient = nll_backward(1.0, result, logits, np.array([0]), backend=build)
+    np.testing.assert_allclose(gradient.astype(np.float64), truth.grad, rtol=1e-3)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("vocab", [3, 5000])
+def test_bits_do_not_depend_on_threads(build, rng, probabilities, vocab):
+    logits, target = draw(rng, 97, vocab, "float32", probabilities)
+    outcomes = []
+    for threads in (1, 2, 3):
+        result = nll_forward(
+            logits, target, stats=True, label_smoothing=0.1, threads=threads, backend=build
+        )
+        gradient = nll_backward(
+            0.3, result, logits, target, label_smoothing=0.1, threads=threads, backend=build
+        )
+        outcomes.append(
+            b"".join(a.tobytes() for a in (result.loss, result.lse, result.entropy, gradient))
+        )
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_streamed_gradient_is_the_same(build, rng):
+    """Above 32 MB the gradient goes past the caches, through another store, at any alignment."""
+    rows, vocab = 300, 32_001
+    logits, target = draw(rng, rows, vocab, "float32")
+    assert rows * vocab * 4 > 32 << 20
+    result = nll_forward(logits, target, backend=build)
+    gradient = nll_backward(1.0, result, logits, target, backend=build)
+    for row in (0, 1, 7, rows // 2, rows - 1):
+        one = slice(row, row + 1)
+        part = nll_forward(logits[one], target[one], backend=build)
+        small = nll_backward(1.0, part, logits[one], target[one], backend=build)
+        np.testing.assert_array_equal(gradient[one], small)
+
+
+def test_float16_conversions_are_exact(build):
+    """All 65536 halves go in and come out: widened, they are the lse of a one-class row."""
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16)[:, None]
+    target = np.zeros(65536, np.int64)
+    result = nll_forward(halves, target, stats=True, backend=build)
+    expected = np.where(np.isposinf(halves[:, 0]), np.nan, halves[:, 0].astype(np.float32))
+    np.testing.assert_array_equal(result.lse, expected)
+
+
+def test_float16_gradients_round_to_nearest_even(build, rng):
+    """grad_lse times p = 1 writes any float32 as a half: each must round as NumPy rounds."""
+    values = np.concatenate(
+        [
+            rng.standard_normal(4000) * 10.0 ** rng.integers(-9, 6, 4000),
+            [65504, 65519.99, 65520, 1e6, -65520, 2.0**-24, 2.0**-25, 1.5 * 2.0**-24, 2049, 2051],
+        ]
+    ).astype(np.float32)
+    logits = np.zeros((len(values), 1), np.float16)
+    target = np.full(len(values), -100)
+    result = nll_forward(logits, target, stats=True, backend=build)
+    gradient = nll_backward(0.0, result, logits, target, grad_lse=values, backend=build)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(gradient[:, 0], values.astype(np.float16))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 0), (3, 0)])
+def test_empty(build, shape):
+    logits, target = np.zeros(shape, np.float32), np.full(shape[0], -100)
+    result = nll_forward(logits, target, stats=True, backend=build)
+    assert result.loss.tolist() == [0] * shape[0]
+    assert nll_backward(1.0, result, logits, target, backend=build).shape == shape
+
+
+BAD = {
+    "target above": (IndexError, r"target 9 at row 1 .*0 <= target < 4", {"target": [0, 9]}),
+    "target below": (IndexError, r"target -1 at row 0", {"target": [-1, 0]}),
+    "target length": (ValueError, r"target: expected shape \(2,\)", {"target": [0]}),
+    "target dtype": (TypeError, r"target: expected integers", {"target": [0.0, 1.0]}),
+    "logits shape": (ValueError, r"logits: expected shape \(N, V\)", {"logits": np.zeros(4)}),
+    "logits dtype": (TypeError, r"logits: expected one of", {"logits": np.zeros((2, 4), int)}),
+    "weight": (ValueError, r"weight: expected shape \(4,\), got \(3,\)", {"weight": np.ones(3)}),
+    "smoothing": (ValueError, r"label_smoothing: expected", {"label_smoothing": 1.5}),
+    "softcap": (ValueError, r"softcap: expected", {"softcap": -1.0}),
+    "threads": (ValueError, r"threads: expected", {"threads": 0}),
+    "backend": (ValueError, r"backend: expected one of cython, numba", {"backend": "gpu"}),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "change"), BAD.values(), ids=BAD.keys())
+def test_bad_input(error, message, change):
+    arguments = {"logits": np.zeros((2, 4), np.float32), "target": [0, 1], **change}
+    with pytest.raises(error, match=message):
+        nll_forward(**arguments)
