@@ -114,8 +114,10 @@ def cross_entropy(
     check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     check_extensions(reduction, softcap, num_items)
     problem = _rows_problem(input, target, weight, num_items)
+    # The sum over num_items is a mean whose divisor is given.
+    reduced = "mean" if num_items is not None else reduction
     options = (
-        REDUCTIONS[reduction], ignore_index, float(label_smoothing), float(logit_scale),
+        REDUCTIONS[reduced], ignore_index, float(label_smoothing), float(logit_scale),
         float(softcap or 0.0), float(z_loss), return_stats,
     )  # fmt: skip
     loss, lse, correct, entropy = _nll(problem, options, inplace_backward, chosen)

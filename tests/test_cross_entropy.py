@@ -1,0 +1,424 @@
+"""neglog.cross_entropy against torch's own: values, gradients, errors, on torch's own samples."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing._internal.common_methods_invocations import op_db
+
+import neglog
+from neglog import dispatch, reference
+from tests.conftest import OPTIONS
+
+BACKENDS = [state.name for state in dispatch.describe() if state.usable]
+KERNELS = [name for name in BACKENDS if name != "torch"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OPINFO = next(op for op in op_db if op.name == "nn.functional.cross_entropy")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with dispatch.use(request.param):
+        yield request.param
+
+
+def draw(shape, dtype, probabilities=False, ignored=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(shape, generator=generator, dtype=torch.float64) * 3).to(dtype)
+    if probabilities:
+        target = torch.randn(shape, generator=generator).softmax(1).to(dtype)
+        return logits.requires_grad_(), target
+    rows = (shape[0], *shape[2:])
+    target = torch.randint(0, shape[1], rows, generator=generator)
+    if ignored and target.numel() > 1:
+        target.view(-1)[target.numel() // 2] = -100
+    return logits.requires_grad_(), target
+
+
+def loss_and_gradient(function, logits, *arguments, **options):
+    loss = function(logits, *arguments, **options)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    return loss.detach(), gradient
+
+
+def truth(logits, target, **options):
+    """The oracle's answer as torch tensors, for (N, C) logits."""
+    weight = options.pop("weight", None)
+    result = reference.nll(
+        logits.detach().double().numpy(),
+        target.double().numpy() if target.dim() == 2 else target.numpy(),
+        weight=None if weight is None else weight.double().numpy(),
+        **options,
+    )
+    return torch.from_numpy(result.loss), torch.from_numpy(result.grad)
+
+
+def ours_is_no_worse(ours, theirs, expected, dtype):
+    """Our largest error is within torch's, give or take two roundings of the largest number (an
+    error of torch's below that is luck); sixteen in float64, where the oracle rounds as torch."""
+    error, budget = ((x.double() - expected).abs().max() for x in (ours, theirs))
+    roundings = 16 if dtype == torch.float64 else 2
+    rounding = roundings * torch.finfo(dtype).eps * expected.abs().max()
+    assert error <= budget + rounding, (float(error), float(budget), float(rounding))
+
+
+# torch's own samples
+
+
+def in_float64(value):
+    floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    return value.detach().double() if floating else value
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_opinfo_samples(backend, dtype):
+    count = 0
+    for sample in OPINFO.sample_inputs("cpu", dtype, requires_grad=True):
+        with dispatch.record() as ran:
+            ours = neglog.cross_entropy(sample.input, *sample.args, **sample.kwargs)
+        assert ran == [f"nll:{backend}"]
+        theirs = F.cross_entropy(sample.input, *sample.args, **sample.kwargs)
+        exact_input = in_float64(sample.input).requires_grad_()
+        exact = F.cross_entropy(
+            exact_input,
+            *map(in_float64, sample.args),
+            **{name: in_float64(value) for name, value in sample.kwargs.items()},
+        )
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        upstream = torch.randn_like(theirs)
+        losses = (ours, theirs, exact)
+        gradients = [
+            torch.autograd.grad(loss, x, upstream.to(loss.dtype))[0]
+            for loss, x in zip(losses, (sample.input, sample.input, exact_input), strict=True)
+        ]
+        for mine, its, right in (losses, gradients):
+            torch.testing.assert_close(mine.isnan(), right.isnan())
+            mine, its, right = (x.detach().nan_to_num(0) for x in (mine, its, right))
+            if right.numel():
+                ours_is_no_worse(mine, its, right, dtype)
+        count += 1
+    assert count > 20
+
+
+def test_opinfo_derivatives(backend):
+    count = 0
+    for sample in OPINFO.sample_inputs("cpu", torch.float64, requires_grad=True):
+        def function(x, sample=sample):
+            return neglog.cross_entropy(x, *sample.args, **sample.kwargs)
+
+        if not torch.isfinite(function(sample.input)).all():
+            continue  # a mean over nothing: differences of NaN say nothing
+        assert torch.autograd.gradcheck(function, sample.input)
+        assert torch.autograd.gradgradcheck(function, sample.input)
+        count += 1
+    assert count > 20
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [2, 7, 31, 257, 50257])
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_error_is_within_torchs(backend, dtype, vocab, probabilities, smoothing):
+    logits, target = draw((13, vocab), dtype, probabilities)
+    expected = truth(logits, target, label_smoothing=smoothing)
+    with dispatch.record() as ran:
+        ours = loss_and_gradient(neglog.cross_entropy, logits, target, label_smoothing=smoothing)
+    assert ran[0] == f"nll:{backend}"
+    theirs = loss_and_gradient(F.cross_entropy, logits, target, label_smoothing=smoothing)
+    for mine, its, right in zip(ours, theirs, expected, strict=True):
+        assert mine.dtype == its.dtype
+        ours_is_no_worse(mine, its, right, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_large_logits_lose_no_more_than_torch(backend, dtype, shift):
+    logits, target = draw((9, 3001), torch.float64)
+    logits = (logits.detach() + shift).to(dtype).requires_grad_()
+    expected = truth(logits, target)
+    ours = loss_and_gradient(neglog.cross_entropy, logits, target)
+    theirs = loss_and_gradient(F.cross_entropy, logits, target)
+    for mine, its, right in zip(ours, theirs, expected, strict=True):
+        ours_is_no_worse(mine, its, right, dtype)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_confident_bfloat16_gradient(backend):
+    """At p = 0.999 a gradient formed as p - 1 in bfloat16 is wrong by up to all of it."""
+    logits = torch.zeros(4, 1000, dtype=torch.bfloat16)
+    logits[:, 5] = torch.tensor([10.0, 12.0, 13.0, 13.8125])
+    logits.requires_grad_()
+    target = torch.full((4,), 5)
+    _, expected = truth(logits, target, reduction="sum")
+    _, gradient = loss_and_gradient(
+        neglog.cross_entropy, logits, target, reduction="sum", backend=backend
+    )
+    relative = (gradient.double() - expected).abs() / expected.abs()
+    assert relative.max() < 2**-8
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+def test_options_against_the_oracle(backend, options, dtype, reduction, probabilities):
+    logits, target = draw((11, 301), dtype, probabilities)
+    options = {**options, "reduction": reduction}
+    if options.get("weight"):
+        options["weight"] = torch.linspace(0.1, 2, 301).to(dtype)
+    expected, slope = truth(logits, target, **options)
+    with dispatch.record() as ran:
+        loss, gradient = loss_and_gradient(
+            neglog.cross_entropy, logits, target, backend=backend, **options
+        )
+    assert ran == [f"nll:{backend}", f"nll_backward:{backend}"]
+    tolerance = {torch.float64: 1e-13, torch.float32: 3e-6}.get(dtype, 2e-2)
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient.double(), slope, rtol=tolerance, atol=tolerance / 10)
+
+
+def test_composite_agrees_with_the_kernels():
+    for options in OPTIONS.values():
+        options = {**options, "return_stats": True, "num_items": 5}
+        if options.get("weight"):
+            options["weight"] = torch.linspace(0.1, 2, 301)
+        logits, target = draw((11, 301), torch.float32)
+        results = []
+        for backend in ("torch", *KERNELS):
+            stats = neglog.cross_entropy(logits, target, backend=backend, **options)
+            (gradient,) = torch.autograd.grad(stats.loss + stats.logsumexp.sum(), logits)
+            results.append((*stats, gradient))
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
+
+
+@given(
+    rows=st.integers(1, 9),
+    vocab=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    reduction=st.sampled_from(["none", "mean", "sum"]),
+    smoothing=st.sampled_from([0.0, 0.25, 1.0]),
+    weighted=st.booleans(),
+    probabilities=st.booleans(),
+    ignore_index=st.integers(-3, 2),
+    strides=st.sampled_from(["contiguous", "transposed", "expanded", "every other"]),
+    special=st.lists(st.sampled_from([0.0, 1e4, -1e4, float("-inf")]), max_size=4),
+    backend=st.sampled_from(KERNELS),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_fuzz_against_torch(
+    rows, vocab, dtype, reduction, smoothing, weighted, probabilities, ignore_index, strides,
+    special, backend, seed,
+):  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, vocab, generator=generator, dtype=dtype)
+    for value in special:
+        place = torch.randint(0, logits.numel(), (), generator=generator)
+        logits.view(-1)[place] = value
+    layout = {
+        "contiguous": lambda x: x,
+        "transposed": lambda x: x.t().contiguous().t(),
+        "expanded": lambda x: x[:1].expand(rows, vocab),
+        "every other": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    }
+    logits = layout[strides](logits).requires_grad_()
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    if weighted:
+        options["weight"] = torch.rand(vocab, generator=generator, dtype=dtype)
+    if probabilities:
+        target = torch.rand(rows, vocab, generator=generator, dtype=dtype)
+    else:
+        target = torch.randint(0, vocab, (rows,), generator=generator)
+        options["ignore_index"] = ignore_index
+    ours = loss_and_gradient(neglog.cross_entropy, logits, target, backend=backend, **options)
+    theirs = loss_and_gradient(F.cross_entropy, logits, target, **options)
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=tolerance, equal_nan=True)
+    finite = torch.isfinite(theirs[1])
+    torch.testing.assert_close(
+        ours[1][finite], theirs[1][finite], rtol=tolerance, atol=tolerance
+    )
+
+
+# Shapes and memory
+
+
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (4, 5, 3), (2, 5, 3, 4), (0, 5), (0, 5, 3)])
+def test_shapes(backend, shape, probabilities, reduction):
+    logits = torch.randn(shape, requires_grad=True)
+    if probabilities:
+        target = torch.rand(shape)
+    else:
+        target = torch.randint(0, 5, shape[:0] if len(shape) == 1 else (shape[0], *shape[2:]))
+    ours = loss_and_gradient(neglog.cross_entropy, logits, target, reduction=reduction)
+    theirs = loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    stats = neglog.cross_entropy(
+        logits, target, reduction=reduction, return_stats=True
+    )
+    expected = F.cross_entropy(logits, target, reduction="none").shape
+    assert stats.logsumexp.shape == stats.correct.shape == stats.entropy.shape == expected
+
+
+def test_rows_are_read_where_they_lie():
+    """A transposed (B, V, T), as language models pass it, becomes rows without a copy."""
+    from neglog.validation import to_rows
+
+    base = torch.randn(3, 50, 40)
+    rows = to_rows(base.transpose(1, 2))
+    assert rows.shape == (150, 40)
+    assert rows.data_ptr() == base.data_ptr()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_row_stride(backend):
+    wide = torch.randn(40, 700, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 300, (40,))
+    pair = [
+        torch.autograd.grad(f(wide[:, 100:400], target, **extra), wide)[0]
+        for f, extra in ((neglog.cross_entropy, {"backend": backend}), (F.cross_entropy, {}))
+    ]
+    torch.testing.assert_close(*pair)
+
+
+def test_uint8_targets(backend):
+    logits = torch.randn(40, 256, requires_grad=True)
+    target = torch.arange(40, dtype=torch.uint8) * 6
+    torch.testing.assert_close(
+        loss_and_gradient(neglog.cross_entropy, logits, target),
+        loss_and_gradient(F.cross_entropy, logits, target),
+    )
+
+
+def test_gradient_of_probability_targets(backend):
+    logits, target = draw((6, 40), torch.float64, probabilities=True)
+    target.requires_grad_()
+    pairs = [
+        torch.autograd.grad(f(logits, target, label_smoothing=0.2), (logits, target))
+        for f in (neglog.cross_entropy, F.cross_entropy)
+    ]
+    torch.testing.assert_close(*pairs)
+
+
+@pytest.mark.parametrize(
+    ("input_dtype", "target_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float32, torch.half)],
+)
+def test_probabilities_of_another_dtype_promote(backend, input_dtype, target_dtype):
+    logits = torch.randn(30, 500).to(input_dtype).requires_grad_()
+    target = torch.rand(30, 500).to(target_dtype)
+    ours = loss_and_gradient(neglog.cross_entropy, logits, target)
+    theirs = loss_and_gradient(F.cross_entropy, logits, target)
+    assert [x.dtype for x in ours] == [x.dtype for x in theirs]
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_all_ignored(backend):
+    logits = torch.randn(4, 9, requires_grad=True)
+    target = torch.full((4,), -100)
+    mean, gradient = loss_and_gradient(neglog.cross_entropy, logits, target, backend=backend)
+    assert mean.isnan()
+    assert (gradient == 0).all()
+    for reduction in ("sum", "none"):
+        loss, gradient = loss_and_gradient(
+            neglog.cross_entropy, logits, target, reduction=reduction, backend=backend
+        )
+        assert (loss == 0).all()
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_unequal_upstream_of_each_row(backend):
+    logits, target = draw((40, 300), torch.float64)
+    upstream = torch.randn(40, dtype=torch.float64)
+    pair = [
+        torch.autograd.grad(f(logits, target, reduction="none", **extra), logits, upstream)[0]
+        for f, extra in ((neglog.cross_entropy, {"backend": backend}), (F.cross_entropy, {}))
+    ]
+    torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize("num_items", [7, torch.tensor(7), torch.tensor([7.0])])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_num_items(backend, num_items, reduction):
+    logits, target = draw((40, 300), torch.float64)
+    ours = loss_and_gradient(
+        neglog.cross_entropy, logits, target, num_items=num_items, reduction=reduction
+    )
+    theirs = loss_and_gradient(
+        lambda x, t: F.cross_entropy(x, t, reduction="sum") / 7, logits, target
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_stats(backend):
+    logits, target = draw((40, 300), torch.float64)
+    stats = neglog.cross_entropy(logits, target, return_stats=True)
+    p = logits.detach().softmax(1)
+    counted = target != -100
+    torch.testing.assert_close(stats.loss, F.cross_entropy(logits, target))
+    torch.testing.assert_close(stats.logsumexp, logits.logsumexp(1))
+    torch.testing.assert_close(stats.entropy, -(p * p.log()).sum(1))
+    assert torch.equal(stats.correct, counted & (logits.argmax(1) == target))
+    assert stats.loss.requires_grad
+    assert stats.logsumexp.requires_grad
+    assert not stats.entropy.requires_grad
+    pair = [
+        torch.autograd.grad(x.square().sum(), logits, retain_graph=True)[0]
+        for x in (stats.logsumexp, logits.logsumexp(1))
+    ]
+    torch.testing.assert_close(*pair)
+
+
+# Module and patch
+
+
+def test_module_is_torchs():
+    weight = torch.rand(300)
+    ours = neglog.nn.CrossEntropyLoss(weight, label_smoothing=0.1, ignore_index=3)
+    theirs = torch.nn.CrossEntropyLoss(weight, label_smoothing=0.1, ignore_index=3)
+    logits, target = draw((40, 300), torch.float32, ignored=False)
+    assert isinstance(ours, torch.nn.CrossEntropyLoss)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(ours(logits, target), theirs(logits, target))
+    scaled = neglog.nn.CrossEntropyLoss(reduction="sum", z_loss=0.1, softcap=5.0)
+    torch.testing.assert_close(
+        scaled(logits, target, num_items=40),
+        neglog.cross_entropy(logits, target, num_items=40, z_loss=0.1, softcap=5.0),
+    )
+    assert "z_loss=0.1" in repr(scaled)
+
+
+def test_patch_torch_and_back():
+    own = F.cross_entropy
+    logits, target = draw((40, 300), torch.float32)
+    expected = own(logits, target)
+    with dispatch.record() as ran:
+        with neglog.patch_torch():
+            torch.testing.assert_close(torch.nn.CrossEntropyLoss()(logits, target), expected)
+        assert F.cross_entropy is own
+        assert ran == [f"nll:{KERNELS[0]}"]
+        patch = neglog.patch_torch()
+        assert F.cross_entropy is neglog.cross_entropy
+        F.cross_entropy(logits, target)
+        patch.undo()
+        patch.undo()
+    assert F.cross_entropy is own
+    assert len(ran) == 2
+
+
+def test_patch_torch_refuses_a_stranger(monkeypatch):
+    monkeypatch.setattr(F, "cross_entropy", F.nll_loss)
+    with pytest.raises(RuntimeError, match=r"patch_torch: .* got torch.nn.functional.nll_loss"):
+        neglog.patch_torch()
+    assert F.cross_entropy is F.nll_loss
