@@ -12,7 +12,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from neglog import dispatch
 from neglog.ops import nll_composite
-from neglog.ops.nll import InplaceNLL, nll, real_dtype
+from neglog.ops.nll import real_dtype
+from neglog.ops.nll_autograd import InplaceNLL, nll
 from neglog.validation import (
     check_cross_entropy,
     check_extensions,
@@ -173,9 +174,9 @@ def _nll(
         dispatch.ran("nll", "torch")
         loss, lse, _, correct, entropy = nll_composite.nll(*problem, *options)
     elif inplace_backward and _may_overwrite(logits):
-        loss, lse, _, correct, entropy = InplaceNLL.apply(*problem, *options, backend or "")
+        loss, lse, correct, entropy = InplaceNLL.apply(*problem, *options, backend or "")
     else:
-        loss, lse, _, _, correct, entropy = nll(*problem, *options, backend or "")
+        loss, lse, correct, entropy = nll(*problem, *options, backend or "")
     return loss, lse, correct, entropy
 
 
