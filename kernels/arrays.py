@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from neglog.kernels import load
-from neglog.kernels.memory import use_huge_pages
+from neglog.kernels.memory import large_buffer
 
 DTYPE_CODES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 
@@ -109,6 +109,13 @@ def _threads(threads: int | None) -> int:
     return threads
 
 
+def _new_gradient(logits: NDArray) -> NDArray:
+    buffer = large_buffer(logits.size * logits.itemsize)
+    if buffer is None:
+        return np.empty(logits.shape, logits.dtype)
+    return np.ndarray(logits.shape, logits.dtype, buffer=buffer)
+
+
 def _stats(problem: _Problem, wanted: bool) -> tuple[NDArray | None, NDArray | None]:
     rows = problem.arguments[1]
     if not wanted:
@@ -183,8 +190,7 @@ def nll_backward(
     through_lse = None if grad_lse is None else np.ascontiguousarray(grad_lse, problem.real)
     if through_lse is not None and through_lse.shape != (rows,):
         raise ValueError(f"grad_lse: expected shape {(rows,)}, got {through_lse.shape}")
-    out = np.empty((rows, vocab), problem.logits.dtype)
-    use_huge_pages(out.ctypes.data, out.nbytes)
+    out = _new_gradient(problem.logits)
     kernel.backward(
         *problem.arguments, _address(result.lse), _address(result.lse_low), _address(upstream), 1,
         1.0, _address(through_lse), _address(out), vocab, _threads(threads),
@@ -219,8 +225,7 @@ def nll_fused(
     )
     x = problem.logits
     if out is None:
-        out = np.empty(x.shape, x.dtype)
-        use_huge_pages(out.ctypes.data, out.nbytes)
+        out = _new_gradient(x)
     elif out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(f"out: expected {x.shape} {x.dtype}, got {out.shape} {out.dtype}")
     elif not (out.flags.c_contiguous and out.flags.writeable):

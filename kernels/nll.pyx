@@ -15,7 +15,7 @@ be torch or NumPy. The Numba twin, jit/nll.py, has the same names and signatures
     on the number of threads. The one sum over rows is serial.
 """
 
-from cython.parallel cimport parallel, prange
+from cython.parallel cimport prange
 from libc.math cimport INFINITY, expm1, isnan
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uintptr_t
 from libc.string cimport memset
@@ -24,14 +24,12 @@ from numerics cimport (
     LogSumExp, Lse, absorb, block_affine, block_contains, block_log_probability_dot,
     block_log_probability_sum, block_multiply, block_negative_entropy, block_scale, block_softcap,
     block_softcap_backward, block_softmax, block_subtract, block_sum, exp_nonpositive, finish,
-    finish_streaming, log_probability, narrow, store_bytes, widen,
+    log_probability, narrow, widen,
 )
 
 cdef enum:
     FLOAT64 = 1
     BLOCK = 2048
-    # The gradient's size, in bytes, from which it is streamed past the caches.
-    STREAM_FROM = 32 << 20
 
 ctypedef fused real:
     float
@@ -74,7 +72,6 @@ cdef struct Factors:
 cdef struct Gradient:
     char* out
     Py_ssize_t stride
-    bint stream
 
 
 # Reading a block
@@ -311,25 +308,13 @@ cdef void block_backward(const Problem* p, Py_ssize_t row, Span at, Lse[real] ls
         block_scale(grad, at.n, <real>p.logit_scale)
 
 
-cdef void write_block(const Problem* p, Py_ssize_t n, const real* grad, char* out,
-                      bint stream) noexcept nogil:
-    cdef uint16_t[BLOCK] narrowed
-    if <const void*>out == <const void*>grad:
-        return
-    if p.itemsize == sizeof(real):
-        store_bytes(grad, n * sizeof(real), out, stream)
-    elif real is float:
-        narrow(grad, p.dtype, n, &narrowed[0])
-        store_bytes(&narrowed[0], n * sizeof(uint16_t), out, stream)
-
-
 cdef void row_backward(const Problem* p, const Gradient* g, Py_ssize_t row, Lse[real] lse,
                        double grad, double grad_lse) noexcept nogil:
     """One row of the gradient, for upstream `grad` of the loss and `grad_lse` of the lse."""
     cdef real[BLOCK] buffer
     cdef real[BLOCK] second
     cdef real[BLOCK] result
-    cdef bint direct = p.itemsize == sizeof(real) and not g.stream
+    cdef bint direct = p.itemsize == sizeof(real)
     cdef Py_ssize_t block
     cdef Span at
     cdef char* out
@@ -343,20 +328,25 @@ cdef void row_backward(const Problem* p, const Gradient* g, Py_ssize_t row, Lse[
         out = g.out + (row * g.stride + at.start) * p.itemsize
         written = <real*>out if direct else &result[0]
         block_backward(p, row, at, lse, &f, scores(p, row, at, &buffer[0]), written, &second[0])
-        write_block(p, at.n, written, out, g.stream)
+        if real is float:
+            if not direct:
+                narrow(&result[0], p.dtype, at.n, <uint16_t*>out)
 
 
 # All rows
 
-cdef Py_ssize_t rows_at_once(const Problem* p) noexcept nogil:
-    """How many rows a thread takes at a time: about 256 KB, so that a prompt of ignored rows does
-    not leave one thread with all the work, and short rows do not fight over the counter."""
-    return max(<Py_ssize_t>1, (<Py_ssize_t>256 << 10) // (p.vocab * p.itemsize + 1))
+cdef Py_ssize_t rows_at_once(const Problem* p, int threads) noexcept nogil:
+    """How many rows a thread takes at a time: up to 4 MB, so that two threads seldom fault on one
+    new huge page (both clear it, and one clears in vain: with 256 KB a backward into new memory
+    took 29 ms for 20), and at most an eighth of its share, so that a prompt of ignored rows does
+    not leave one thread with all the work."""
+    cdef Py_ssize_t rows = (<Py_ssize_t>4 << 20) // (p.vocab * p.itemsize + 1)
+    return max(<Py_ssize_t>1, min(rows, p.rows // (8 * threads)))
 
 
 cdef double forward_rows(const Problem* p, const Output* o, int threads, real tag) noexcept nogil:
     cdef Py_ssize_t row
-    for row in prange(p.rows, num_threads=threads, schedule="dynamic", chunksize=rows_at_once(p)):
+    for row in prange(p.rows, num_threads=threads, schedule="dynamic", chunksize=rows_at_once(p, threads)):
         row_forward(p, o, row, tag)
     return sum_rows(p, o, tag)
 
@@ -373,12 +363,9 @@ cdef void backward_rows(const Problem* p, const Gradient* g, const real* lse, co
                         const real* grad, Py_ssize_t grad_stride, double grad_scale,
                         const real* grad_lse, int threads) noexcept nogil:
     cdef Py_ssize_t row
-    cdef Lse[real] saved
-    cdef Py_ssize_t chunk = rows_at_once(p)
-    with parallel(num_threads=threads):
-        for row in prange(p.rows, schedule="dynamic", chunksize=chunk):
-            backward_one(p, g, row, lse, lse_low, grad[row * grad_stride] * grad_scale, grad_lse)
-        finish_streaming()
+    cdef Py_ssize_t chunk = rows_at_once(p, threads)
+    for row in prange(p.rows, num_threads=threads, schedule="dynamic", chunksize=chunk):
+        backward_one(p, g, row, lse, lse_low, grad[row * grad_stride] * grad_scale, grad_lse)
 
 
 cdef void backward_one(const Problem* p, const Gradient* g, Py_ssize_t row, const real* lse,
@@ -397,11 +384,9 @@ cdef void fused_one(const Problem* p, const Output* o, const Gradient* g, Py_ssi
 cdef double fused_rows(const Problem* p, const Output* o, const Gradient* g, double grad_scale,
                        int threads, real tag) noexcept nogil:
     cdef Py_ssize_t row
-    cdef Py_ssize_t chunk = rows_at_once(p)
-    with parallel(num_threads=threads):
-        for row in prange(p.rows, schedule="dynamic", chunksize=chunk):
-            fused_one(p, o, g, row, grad_scale, tag)
-        finish_streaming()
+    cdef Py_ssize_t chunk = rows_at_once(p, threads)
+    for row in prange(p.rows, num_threads=threads, schedule="dynamic", chunksize=chunk):
+        fused_one(p, o, g, row, grad_scale, tag)
     return sum_rows(p, o, tag)
 
 
@@ -436,14 +421,6 @@ cdef Problem problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t log
         else:
             p.weight_sum = block_sum(<const float*>weight, vocab)
     return p
-
-
-cdef Gradient gradient(const Problem* p, uintptr_t out, Py_ssize_t out_stride) noexcept:
-    cdef Gradient g
-    g.out = <char*>out
-    g.stride = out_stride
-    g.stream = out != <uintptr_t>p.logits and p.rows * p.vocab * p.itemsize >= STREAM_FROM
-    return g
 
 
 def total_weight(Py_ssize_t rows, Py_ssize_t vocab, uintptr_t target, uintptr_t probs,
@@ -504,7 +481,7 @@ def backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
     cdef Problem p = problem(dtype, rows, vocab, logits, logits_stride, target, probs,
                              probs_stride, weight, ignore_index, label_smoothing, logit_scale,
                              softcap, z_loss)
-    cdef Gradient g = gradient(&p, out, out_stride)
+    cdef Gradient g = Gradient(<char*>out, out_stride)
     with nogil:
         if dtype == FLOAT64:
             backward_rows(&p, &g, <const double*>lse, <const double*>lse_low, <const double*>grad,
@@ -527,7 +504,7 @@ def fused(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
                              probs_stride, weight, ignore_index, label_smoothing, logit_scale,
                              softcap, z_loss)
     cdef Output o = Output(<void*>loss, <void*>lse, NULL, <uint8_t*>correct, <void*>entropy)
-    cdef Gradient g = gradient(&p, out, out_stride)
+    cdef Gradient g = Gradient(<char*>out, out_stride)
     cdef double total
     with nogil:
         if dtype == FLOAT64:

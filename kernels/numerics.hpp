@@ -4,7 +4,7 @@
 //     cannot write the pragma that frees exactly those loops. -ffast-math over the file would
 //     free them too, and break NaN and inf.
 // (b) Every loop is a plain `for` that the compiler vectorises for the ISA level of the build; the
-//     only intrinsics are the two that no loop expresses, half conversion and streaming stores.
+//     only intrinsics are for what no loop expresses, the conversion of halves.
 // (c) NaN passes: clamps are `x < lo ? lo : x`, which is false for NaN. The maximum drops NaN, and
 //     exp(NaN - max) brings it back in the sum.
 // (d) Masked logits cost nothing: exp is exactly 0 below the clamp because the scale 2^n is formed
@@ -18,7 +18,7 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__AVX__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -331,48 +331,6 @@ inline void narrow(const float* from, int dtype, ptrdiff_t n, uint16_t* to) {
     }
 #endif
     for (; j < n; ++j) to[j] = narrow_float16(from[j]);
-}
-
-// Moving a finished block to memory
-
-// Streaming stores write whole lines without first reading them: for a gradient too large for the
-// cache that saves a third of the traffic. A gradient that fits is wanted there by the next matmul.
-inline void store_bytes(const void* from, size_t bytes, void* to, bool stream) {
-    auto source = static_cast<const char*>(from);
-    auto target = static_cast<char*>(to);
-#if defined(__AVX512F__)
-    if (stream) {
-        const size_t head = size_t(-reinterpret_cast<uintptr_t>(target)) & 63u;
-        if (head < bytes) {
-            std::memcpy(target, source, head);
-            source += head, target += head, bytes -= head;
-            for (; bytes >= 64; source += 64, target += 64, bytes -= 64)
-                _mm512_stream_si512(reinterpret_cast<__m512i*>(target), _mm512_loadu_si512(source));
-        }
-    }
-#elif defined(__AVX__)
-    if (stream) {
-        const size_t head = size_t(-reinterpret_cast<uintptr_t>(target)) & 31u;
-        if (head < bytes) {
-            std::memcpy(target, source, head);
-            source += head, target += head, bytes -= head;
-            for (; bytes >= 32; source += 32, target += 32, bytes -= 32)
-                _mm256_stream_si256(
-                    reinterpret_cast<__m256i*>(target),
-                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
-        }
-    }
-#else
-    (void)stream;
-#endif
-    std::memcpy(target, source, bytes);
-}
-
-// Streaming stores are weakly ordered; the thread that made them must fence before others read.
-inline void finish_streaming() {
-#if defined(__AVX__)
-    _mm_sfence();
-#endif
 }
 
 }  // namespace neglog

@@ -30,5 +30,3 @@ cdef extern from "numerics.hpp" namespace "neglog" nogil:
 
     void widen(const unsigned short* source, int dtype, Py_ssize_t n, float* to)
     void narrow(const float* source, int dtype, Py_ssize_t n, unsigned short* to)
-    void store_bytes(const void* source, size_t count, void* target, bint stream)
-    void finish_streaming()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from neglog import dispatch, kernels
-from neglog.kernels.memory import use_huge_pages
+from neglog.kernels.memory import large_buffer
 
 NONE, MEAN, SUM = 0, 1, 2
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -138,6 +138,13 @@ def _empty_stats(logits: Tensor, stats: bool) -> tuple[Tensor, Tensor]:
     return logits.new_empty(rows, dtype=torch.bool), logits.new_empty(rows, dtype=real)
 
 
+def _new_gradient(logits: Tensor) -> Tensor:
+    buffer = large_buffer(logits.nbytes)
+    if buffer is None:
+        return torch.empty(logits.shape, dtype=logits.dtype)
+    return torch.frombuffer(buffer, dtype=logits.dtype, count=logits.numel()).view(logits.shape)
+
+
 def run_forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
     options: Options, stats: bool, backend: str,
@@ -167,8 +174,7 @@ def run_backward(
     logits = _adjacent(logits)
     problem, _alive = _problem(logits, target, weight, options)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    out = torch.empty(logits.shape, dtype=logits.dtype)
-    use_huge_pages(out.data_ptr(), out.nbytes)
+    out = _new_gradient(logits)
     kernel.backward(
         *problem, lse.data_ptr(), lse_low.data_ptr(),
         grad_loss.data_ptr(), grad_loss.stride(0) if grad_loss.dim() else 0,

@@ -235,8 +235,9 @@ class InplaceNLL(Function):
             logits, target, weight, num_items, *options
         )
         ctx.mark_non_differentiable(lse, correct, entropy)
-        # Saved after the write, so that any later one, by us or by the user, is caught.
-        ctx.save_for_backward(logits)
+        # Saved after the write, so that any later one, by us or by the user, is caught. Detached,
+        # which shares the version: a view that was written has no history to restore.
+        ctx.save_for_backward(logits.detach())
         ctx.late = total_weight if options[0] == MEAN and divides_late(logits) else None
         return loss, lse, correct, entropy
 
@@ -245,7 +246,7 @@ class InplaceNLL(Function):
     def backward(ctx, grad_loss, *undefined):
         if grad_loss is None:
             return NO_GRADIENTS
-        grad = ctx.saved_tensors[0].detach()
+        (grad,) = ctx.saved_tensors
         if ctx.late is not None:
             grad_loss = grad_loss / ctx.late
         if grad_loss.dim():

@@ -1,0 +1,249 @@
+// Device twin of kernels/numerics.hpp: the online log-sum-exp of a row that a whole block walks,
+// and the walk itself. Knows no framework.
+//
+// Precision: float, __nv_bfloat16 and __half are computed in float, double in double, with the
+// accurate exp, log, tanh and expm1 (never -use_fast_math). Sums over a block are made in double.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace neglog {
+
+constexpr int kMaxThreads = 512;
+constexpr int kWarp = 32;
+constexpr int kVectorBytes = 16;
+constexpr int kInFlight = 4;  // vectors a thread asks for before it uses the first
+
+// Storage and the type computed in
+
+template <class S>
+struct RealOf {
+    using type = float;
+};
+template <>
+struct RealOf<double> {
+    using type = double;
+};
+template <class S>
+using real_of = typename RealOf<S>::type;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+
+__device__ inline void narrow(float x, float& to) { to = x; }
+__device__ inline void narrow(double x, double& to) { to = x; }
+__device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+__device__ inline void narrow(float x, __half& to) { to = __float2half_rn(x); }
+
+// A product that no later addition may absorb into an fma. A score z must be the same number in
+// every pass: at z = 1e4 the unrounded product is off by 5e-4 from the one the lse was made of, and
+// the probability with it.
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
+// Walking a row: single elements up to the first 16-byte boundary, vectors, single elements
+
+template <class S>
+constexpr int kLanes = kVectorBytes / int(sizeof(S));
+
+// n neighbouring elements; n is 1 or kLanes<S>.
+template <class S, int n>
+struct Lanes {
+    S at[n];
+};
+
+template <class S>
+struct Cut {
+    int64_t head, vectors;
+};
+
+template <class S>
+__device__ Cut<S> cut_at_vectors(const S* row, int64_t n) {
+    const int past = int(reinterpret_cast<uintptr_t>(row) % kVectorBytes / sizeof(S));
+    const int64_t head = past == 0 ? 0 : kLanes<S> - past;
+    return head < n ? Cut<S>{head, (n - head) / kLanes<S>} : Cut<S>{n, 0};
+}
+
+template <class S>
+__device__ bool same_phase(const S* a, const S* b) {
+    return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kVectorBytes == 0;
+}
+
+// Loads are plain ones, never through the read-only path: the in-place op writes what it has read.
+template <class S, int n>
+__device__ Lanes<S, n> load(const S* from, bool aligned) {
+    Lanes<S, n> x;
+    if constexpr (n == kLanes<S>) {
+        if (aligned) {
+            const uint4 bits = *reinterpret_cast<const uint4*>(from);
+            memcpy(&x, &bits, sizeof(bits));
+            return x;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < n; ++i) x.at[i] = from[i];
+    return x;
+}
+
+template <class S, int n>
+__device__ void store(S* to, const Lanes<S, n>& x, bool aligned) {
+    if constexpr (n == kLanes<S>) {
+        if (aligned) {
+            uint4 bits;
+            memcpy(&bits, &x, sizeof(bits));
+            *reinterpret_cast<uint4*>(to) = bits;
+            return;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < n; ++i) to[i] = x.at[i];
+}
+
+// Calls visit(column, lanes) once for each piece of the row, shared out over the block. The head and
+// the tail are shorter than one vector, so shorter than the smallest block: one step for both.
+template <class S, class Visit>
+__device__ void walk(const S* row, int64_t n, Visit visit) {
+    constexpr int lanes = kLanes<S>;
+    const Cut<S> cut = cut_at_vectors(row, n);
+    if (threadIdx.x < cut.head) visit(int64_t(threadIdx.x), load<S, 1>(row + threadIdx.x, true));
+    for (int64_t first = threadIdx.x; first < cut.vectors; first += kInFlight * blockDim.x) {
+        Lanes<S, lanes> x[kInFlight];
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) {
+            const int64_t v = first + u * blockDim.x;
+            if (v < cut.vectors) x[u] = load<S, lanes>(row + cut.head + v * lanes, true);
+        }
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) {
+            const int64_t v = first + u * blockDim.x;
+            if (v < cut.vectors) visit(cut.head + v * lanes, x[u]);
+        }
+    }
+    const int64_t last = cut.head + cut.vectors * lanes + threadIdx.x;
+    if (last < n) visit(last, load<S, 1>(row + last, true));
+}
+
+template <class S>
+__device__ void zero_row(S* row, int64_t n) {
+    constexpr int lanes = kLanes<S>;
+    const Cut<S> cut = cut_at_vectors(row, n);
+    const uint4 zeros = {0, 0, 0, 0};  // the bits of 0 in every storage type
+    S zero;
+    memcpy(&zero, &zeros, sizeof(zero));
+    if (threadIdx.x < cut.head) row[threadIdx.x] = zero;
+    auto vectors = reinterpret_cast<uint4*>(row + cut.head);
+    for (int64_t v = threadIdx.x; v < cut.vectors; v += blockDim.x) vectors[v] = zeros;
+    const int64_t last = cut.head + cut.vectors * lanes + threadIdx.x;
+    if (last < n) row[last] = zero;
+}
+
+// The online (maximum, sum) state of a log-sum-exp
+
+template <class T>
+struct LogSumExp {
+    T maximum, sum;
+};
+
+template <class T>
+__device__ LogSumExp<T> empty_log_sum_exp() {
+    return {T(-INFINITY), T(0)};
+}
+
+// With every logit at -inf so far there is nothing to shift by: 0 keeps -inf - 0 = -inf, where
+// -inf - -inf would poison rows that have a finite logit further on.
+template <class T>
+__device__ T shift_for(T maximum) {
+    return maximum == T(-INFINITY) ? T(0) : maximum;
+}
+
+// fmax passes over a NaN; it reaches the sum through exp.
+template <class T, int n>
+__device__ void absorb(LogSumExp<T>& state, const T (&z)[n]) {
+    T maximum = z[0];
+#pragma unroll
+    for (int i = 1; i < n; ++i) maximum = fmax(maximum, z[i]);
+    if (maximum > state.maximum) {  // rare after the first few: a branch costs less than the exp
+        state.sum *= exp(state.maximum - maximum);
+        state.maximum = maximum;
+    }
+    const T shift = shift_for(state.maximum);
+#pragma unroll
+    for (int i = 0; i < n; ++i) state.sum += exp(z[i] - shift);
+}
+
+struct MergeStates {
+    template <class T>
+    __device__ LogSumExp<T> operator()(const LogSumExp<T>& a, const LogSumExp<T>& b) const {
+        const T maximum = fmax(a.maximum, b.maximum);
+        const T shift = shift_for(maximum);
+        const T sum = a.sum * exp(a.maximum - shift) + b.sum * exp(b.maximum - shift);
+        return {maximum, sum};
+    }
+};
+
+// lse as the unevaluated sum of two numbers. Rounded to one float at logits of 1e4 it would be off
+// by 5e-4, and every probability with it; torch's x - max - log(sum) is not.
+template <class T>
+struct Lse {
+    T high, low;
+};
+
+template <class T>
+__device__ Lse<T> finish(const LogSumExp<T>& state) {
+    const T log_sum = log(state.sum);
+    const T high = state.maximum + log_sum;
+    const T back = high - state.maximum;
+    const T low = (state.maximum - (high - back)) + (log_sum - back);  // Knuth's two-sum
+    return {high, low};
+}
+
+template <class T>
+__device__ T log_probability(T z, Lse<T> lse) {
+    return (z - lse.high) - lse.low;
+}
+
+// Reductions over a block, in one fixed order
+
+struct Add {
+    __device__ double operator()(double a, double b) const { return a + b; }
+};
+
+__device__ inline double from_lane_below(double x, int offset) {
+    return __shfl_down_sync(0xffffffffu, x, offset);
+}
+
+template <class T>
+__device__ LogSumExp<T> from_lane_below(const LogSumExp<T>& state, int offset) {
+    return {__shfl_down_sync(0xffffffffu, state.maximum, offset),
+            __shfl_down_sync(0xffffffffu, state.sum, offset)};
+}
+
+// Every thread gets the result, and the same bits: the lanes reduce downwards and each thread then
+// folds the warps itself. A butterfly would not do, as a*x + b*y under an fma depends on the order.
+// To be called by the whole block, whose size is a multiple of the warp's.
+template <class State, class Merge>
+__device__ State block_reduce(State state, Merge merge) {
+    __shared__ State of_warp[kMaxThreads / kWarp];
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+        state = merge(state, from_lane_below(state, offset));
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = state;
+    __syncthreads();
+    State all = of_warp[0];
+#pragma unroll 1
+    for (int warp = 1; warp < int(blockDim.x) / kWarp; ++warp) all = merge(all, of_warp[warp]);
+    __syncthreads();  // or a fast warp's next reduction overwrites what a slow one still reads
+    return all;
+}
+
+__device__ inline double block_sum(double x) { return block_reduce(x, Add{}); }
+
+}  // namespace neglog

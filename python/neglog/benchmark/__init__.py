@@ -1,0 +1,9 @@
+"""Measuring the losses side by side: verified first, then timed in turn.
+
+machine, files, figure and terminal serve the demo too. Each op that can be measured is one file in
+`cases`.
+"""
+
+
+class Refusal(Exception):
+    """What was asked cannot be done; the message says why, and what can."""

@@ -1,0 +1,101 @@
+"""Ops that `bench` knows, and what a case file must give.
+
+A case is the module of its op's name with three functions:
+  problem(shape, dtype, seed) -> Problem    the inputs, and the truth to verify against
+  contenders(compiled) -> list[Contender]   the implementations, the one to compare with first
+  small_contenders() -> list[Contender]     the two that `--suite small` compares
+and its line in OPS below. Nothing here imports torch: the command line reads it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+Shape = dict[str, int]
+
+
+class Op(NamedTuple):
+    """The shape an op is measured at, by name of dimension, and the shapes of its suites."""
+
+    default: Shape
+    large: tuple[Shape, ...]
+    small: tuple[Shape, ...]
+
+
+def _shapes(names: tuple[str, ...], *sizes: tuple[int, ...]) -> tuple[Shape, ...]:
+    return tuple(dict(zip(names, size, strict=True)) for size in sizes)
+
+
+_ROWS = ("rows", "vocab")
+
+OPS = {
+    "cross_entropy": Op(
+        {"rows": 2048, "vocab": 32000},
+        _shapes(_ROWS, (8192, 8192), (2048, 32000), (2048, 50257), (1024, 128256)),
+        _shapes(_ROWS, (1, 2), (8, 10), (32, 100), (64, 1000), (128, 1000), (512, 1000)),
+    ),
+}
+
+
+class Contender(NamedTuple):
+    """One implementation. `loss(*leaves, *fixed)` gives a scalar tensor with a graph.
+
+    work: what a forward and backward must move at the least, as a multiple of Problem.unit_work.
+    in_place: the loss overwrites its leaves, so each call gets a copy that no timer sees.
+    backend: the neglog backend it must run by, None if it is not neglog's.
+    """
+
+    name: str
+    label: str
+    loss: Callable[..., Tensor]
+    work: float
+    in_place: bool = False
+    backend: str | None = None
+
+
+class Truth(NamedTuple):
+    """The loss and the compared part of the gradients, in float64."""
+
+    loss: float
+    grads: tuple[np.ndarray, ...]
+
+
+class Yardstick(NamedTuple):
+    """The least that any implementation must do, timed beside them."""
+
+    label: str
+    run: Callable[[], Any]
+    work: float
+
+
+class Problem(NamedTuple):
+    """One op at one shape.
+
+    leaves: require gradients. fixed: the other arguments. check_fixed: those for verifying, where
+    all but a slice is ignored, so that the full shape runs and the oracle stays small.
+    compared: the part of the gradients that `truth` holds.
+    unit_work, unit: what one multiple of `work` is, as 1e9 of it a second are named.
+    """
+
+    shape: Shape
+    dtype: str
+    leaves: tuple[Tensor, ...]
+    fixed: tuple[Any, ...]
+    check_fixed: tuple[Any, ...]
+    truth: Truth
+    compared: Callable[[tuple[Tensor, ...]], tuple[np.ndarray, ...]]
+    yardstick: Yardstick
+    unit_work: float
+    unit: str
+    model: str
+
+
+def load(op: str) -> Any:
+    """The case module of an op."""
+    return importlib.import_module(f"neglog.benchmark.cases.{op}")

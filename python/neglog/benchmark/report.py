@@ -1,0 +1,154 @@
+"""What was measured, as tables and as JSON."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import torch
+
+from neglog import dispatch, kernels
+from neglog.benchmark import machine
+from neglog.benchmark.measure import Measurement, Result, SmallResult
+from neglog.benchmark.terminal import megabytes, table
+
+
+def environment() -> dict[str, Any]:
+    """All that decides how fast it runs."""
+    return {
+        "processor": machine.processor(),
+        "cores": machine.cores(),
+        "threads": torch.get_num_threads(),
+        "backend": dispatch.forced() or dispatch.kernel_backend() or "torch",
+        "isa": kernels.isa_level(),
+        "versions": machine.versions(),
+    }
+
+
+def header(facts: dict[str, Any]) -> str:
+    """The environment in two lines."""
+    versions = facts["versions"]
+    return (
+        f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads\n"
+        f"torch {versions['torch']}, neglog {versions['neglog']}, backend {facts['backend']}, "
+        f"kernels {facts['isa'] or 'not compiled'}"
+    )
+
+
+def shape_text(shape: dict[str, int]) -> str:
+    """rows 2,048 x vocab 32,000."""
+    return " x ".join(f"{name} {size:,}" for name, size in shape.items())
+
+
+def _baselines(measured: Measurement) -> list[Result]:
+    return [r for r in measured.results if r.contender.name in ("eager", "compile")]
+
+
+def large_table(op: str, measured: Measurement) -> Any:
+    """One row a contender, and the yardstick last."""
+    problem = measured.problem
+    size = megabytes(sum(leaf.nbytes for leaf in problem.leaves))
+    title = f"{op}, {shape_text(problem.shape)}, {problem.dtype} ({size})"
+    baselines = _baselines(measured)
+    ratios = [f"x {b.contender.label.removeprefix('torch').strip(' .')}" for b in baselines]
+    made = table(
+        title, "", "forward", "fwd + bwd", *ratios, problem.unit, "copies", "peak extra memory"
+    )
+    stick = median(measured.yardstick)
+    for result in measured.results:
+        total = median(result.total)
+        made.add_row(
+            result.contender.label,
+            f"{median(result.forward) * 1e3:.1f} ms",
+            f"{total * 1e3:.1f} ms",
+            *(f"{result.over(baseline):.2f}" for baseline in baselines),
+            f"{result.contender.work * problem.unit_work / total / 1e9:.1f}",
+            f"{total / stick:.2f}",
+            megabytes(result.extra),
+            style="bold" if result.contender.name == "neglog" else None,
+        )
+    rate = problem.yardstick.work * problem.unit_work / stick / 1e9
+    made.add_section()
+    made.add_row(
+        problem.yardstick.label, "", f"{stick * 1e3:.1f} ms", *("" for _ in baselines),
+        f"{rate:.1f}", "1.00", "", style="dim",
+    )  # fmt: skip
+    return made
+
+
+def notes(measured: Measurement) -> str:
+    """What the table's columns mean, and who is missing from it."""
+    worst = max(measured.results, key=lambda result: result.error)
+    lines = [
+        f"Every loss and gradient agrees with the float64 oracle (largest relative error "
+        f"{worst.error:.1e}, {worst.contender.label}).",
+        "x: how many times faster; median of the rounds' own ratios, "
+        f"{len(measured.yardstick)} rounds in turn.",
+        f"{measured.problem.unit}: {measured.problem.model}",
+    ]
+    if any(result.extra is None for result in measured.results):
+        lines.append("Memory: not available, this system does not let a process reset its peak.")
+    lines += [f"Left out: {name}: {why}" for name, why in measured.left_out.items()]
+    return "\n".join(lines)
+
+
+def large_json(measured: Measurement) -> dict[str, Any]:
+    """Every round of every contender, and what the table derives from them."""
+    problem = measured.problem
+    baselines = _baselines(measured)
+    stick = median(measured.yardstick)
+    return {
+        "shape": problem.shape,
+        "dtype": problem.dtype,
+        "unit": problem.unit,
+        "model": problem.model,
+        "yardstick": {"label": problem.yardstick.label, "seconds": measured.yardstick,
+                      "rate": problem.yardstick.work * problem.unit_work / stick / 1e9},
+        "left_out": measured.left_out,
+        "contenders": [
+            {
+                "name": r.contender.name,
+                "label": r.contender.label,
+                "forward_seconds": r.forward,
+                "total_seconds": r.total,
+                "forward_ms": median(r.forward) * 1e3,
+                "total_ms": median(r.total) * 1e3,
+                "times_faster": {b.contender.name: r.over(b) for b in baselines},
+                "rate": r.contender.work * problem.unit_work / median(r.total) / 1e9,
+                "yardsticks": median(r.total) / stick,
+                "peak_extra_bytes": r.extra,
+                "largest_relative_error": r.error,
+            }
+            for r in measured.results
+        ],
+    }  # fmt: skip
+
+
+def _ratio(result: SmallResult) -> float:
+    first, second = result.seconds.values()
+    return median(a / b for a, b in zip(first, second, strict=True))
+
+
+def small_table(op: str, dtype: str, results: list[SmallResult]) -> Any:
+    """One row a shape: microseconds of forward and backward together."""
+    title = f"{op}, small shapes, {dtype}: forward and backward"
+    made = table(title, "shape", "torch eager", "neglog", "torch / neglog", "calls a round", "by")
+    for result in results:
+        first, second = (median(times) * 1e6 for times in result.seconds.values())
+        made.add_row(
+            shape_text(result.shape), f"{first:.1f} us", f"{second:.1f} us",
+            f"{_ratio(result):.2f}", str(result.calls), ", ".join(result.ran),
+        )  # fmt: skip
+    return made
+
+
+def small_json(dtype: str, result: SmallResult) -> dict[str, Any]:
+    """Every round, in seconds a call."""
+    return {
+        "shape": result.shape,
+        "dtype": dtype,
+        "calls_per_round": result.calls,
+        "seconds_per_call": result.seconds,
+        "torch_over_neglog": _ratio(result),
+        "backends": result.ran,
+    }
