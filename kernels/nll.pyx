@@ -17,18 +17,19 @@ be torch or NumPy. The Numba twin, jit/nll.py, has the same names and signatures
 
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, expm1, isnan
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from libc.string cimport memset
 
 from numerics cimport (
-    LogSumExp, Lse, absorb, block_affine, block_contains, block_log_probability_dot,
+    LogSumExp, Lse, absorb, bfloat16, block_affine, block_contains, block_log_probability_dot,
     block_log_probability_sum, block_multiply, block_negative_entropy, block_scale, block_softcap,
     block_softcap_backward, block_softmax, block_subtract, block_sum, exp_nonpositive, finish,
-    log_probability, narrow, widen,
+    log_probability, narrow, narrow_block, widen, widen_block,
 )
 
 cdef enum:
     FLOAT64 = 1
+    BFLOAT16 = 2
     BLOCK = 2048
 
 ctypedef fused real:
@@ -49,6 +50,7 @@ cdef struct Problem:
     double label_smoothing, logit_scale, softcap, z_loss
     double weight_sum       # over the vocabulary; the vocabulary's size without weights
     int itemsize
+    bint plain_bfloat16     # scores are the logits as they lie
     Py_ssize_t blocks
 
 
@@ -86,7 +88,7 @@ cdef inline const real* widened(const Problem* p, const char* source, real* buff
     if p.itemsize == sizeof(real):
         return <const real*>source
     if real is float:
-        widen(<const uint16_t*>source, p.dtype, n, buffer)
+        widen_block(source, p.dtype, n, buffer)
     return buffer
 
 
@@ -103,6 +105,11 @@ cdef inline const real* scores(const Problem* p, Py_ssize_t row, Span at,
     if p.softcap != 0:
         block_softcap(buffer, at.n, <real>p.softcap)
     return buffer
+
+
+cdef inline const bfloat16* bfloat16_logits(const Problem* p, Py_ssize_t row,
+                                            Span at) noexcept nogil:
+    return <const bfloat16*>(p.logits + (row * p.logits_stride + at.start) * p.itemsize)
 
 
 cdef inline const real* coefficients(const Problem* p, Py_ssize_t row, Span at,
@@ -147,7 +154,11 @@ cdef Lse[real] row_lse(const Problem* p, Py_ssize_t row, real* buffer,
     cdef Span at
     for block in range(p.blocks):
         at = span(p, block)
-        absorb(state, scores(p, row, at, buffer), at.n)
+        if p.plain_bfloat16:
+            if real is float:
+                absorb(state, bfloat16_logits(p, row, at), at.n)
+        else:
+            absorb(state, scores(p, row, at, buffer), at.n)
     maximum[0] = state.maximum
     return finish(state)
 
@@ -299,13 +310,30 @@ cdef void block_backward(const Problem* p, Py_ssize_t row, Span at, Lse[real] ls
         log_p = log_probability(z[target], lse)
     block_softmax(z, at.n, lse, <real>(f.hard + f.soft), grad)
     if here:
-        grad[target] = <real>(f.soft * exp_nonpositive(log_p) + f.hard * expm1(log_p))
+        grad[target] = <real>target_gradient(f, log_p)
     if f.spread != 0:
         subtract_target(p, row, at, f, grad, buffer)
     if p.softcap != 0:
         block_softcap_backward(grad, z, at.n, <real>p.softcap)
     if p.logit_scale != 1:
         block_scale(grad, at.n, <real>p.logit_scale)
+
+
+cdef void plain_backward(const Problem* p, bfloat16* out, Py_ssize_t row, Lse[float] lse,
+                         const Factors* f) noexcept nogil:
+    """A row of bfloat16 with an index target and no option that needs a block of floats."""
+    cdef const bfloat16* z = bfloat16_logits(p, row, Span(0, p.vocab))
+    cdef float log_p
+    if f.target < 0:
+        block_softmax(z, p.vocab, lse, <float>f.soft, out)
+        return
+    log_p = log_probability(widen(z[f.target]), lse)
+    block_softmax(z, p.vocab, lse, <float>(f.hard + f.soft), out)
+    narrow(<float>target_gradient(f, log_p), out[f.target])
+
+
+cdef inline double target_gradient(const Factors* f, real log_p) noexcept nogil:
+    return f.soft * exp_nonpositive(log_p) + f.hard * expm1(log_p)
 
 
 cdef void row_backward(const Problem* p, const Gradient* g, Py_ssize_t row, Lse[real] lse,
@@ -323,6 +351,10 @@ cdef void row_backward(const Problem* p, const Gradient* g, Py_ssize_t row, Lse[
     if ignored(p, row) and grad_lse == 0:  # exactly zero, even where the logits are NaN
         memset(g.out + row * g.stride * p.itemsize, 0, p.vocab * p.itemsize)
         return
+    if p.plain_bfloat16 and p.probs == NULL and f.spread == 0:
+        if real is float:
+            plain_backward(p, <bfloat16*>(g.out + row * g.stride * p.itemsize), row, lse, &f)
+        return
     for block in range(p.blocks):
         at = span(p, block)
         out = g.out + (row * g.stride + at.start) * p.itemsize
@@ -330,7 +362,7 @@ cdef void row_backward(const Problem* p, const Gradient* g, Py_ssize_t row, Lse[
         block_backward(p, row, at, lse, &f, scores(p, row, at, &buffer[0]), written, &second[0])
         if real is float:
             if not direct:
-                narrow(&result[0], p.dtype, at.n, <uint16_t*>out)
+                narrow_block(&result[0], p.dtype, at.n, out)
 
 
 # All rows
@@ -414,6 +446,7 @@ cdef Problem problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t log
     p.logit_scale = logit_scale
     p.softcap = softcap
     p.z_loss = z_loss
+    p.plain_bfloat16 = dtype == BFLOAT16 and logit_scale == 1 and softcap == 0
     p.weight_sum = vocab
     if weight != 0 and label_smoothing != 0:
         if dtype == FLOAT64:

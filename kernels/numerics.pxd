@@ -9,7 +9,13 @@ cdef extern from "numerics.hpp" namespace "neglog" nogil:
         T high
         T low
 
-    void absorb[T](LogSumExp[T]& state, const T* z, Py_ssize_t n)
+    ctypedef struct bfloat16:
+        pass
+
+    float widen(bfloat16 x)
+    void narrow(float x, bfloat16& to)
+
+    void absorb[T, Logit](LogSumExp[T]& state, const Logit* z, Py_ssize_t n)
     Lse[T] finish[T](const LogSumExp[T]& state)
     T log_probability[T](T z, Lse[T] lse)
 
@@ -20,7 +26,7 @@ cdef extern from "numerics.hpp" namespace "neglog" nogil:
     T block_negative_entropy[T](const T* z, Py_ssize_t n, Lse[T] lse)
     bint block_contains[T](const T* z, Py_ssize_t n, T value)
 
-    void block_softmax[T](const T* z, Py_ssize_t n, Lse[T] lse, T scale, T* out)
+    void block_softmax[T, Logit](const Logit* z, Py_ssize_t n, Lse[T] lse, T scale, Logit* out)
     void block_scale[T](T* x, Py_ssize_t n, T scale)
     void block_affine[T](T* x, Py_ssize_t n, T scale, T offset)
     void block_multiply[T](T* x, const T* y, Py_ssize_t n)
@@ -28,5 +34,5 @@ cdef extern from "numerics.hpp" namespace "neglog" nogil:
     void block_softcap[T](T* z, Py_ssize_t n, T softcap)
     void block_softcap_backward[T](T* grad, const T* z, Py_ssize_t n, T softcap)
 
-    void widen(const unsigned short* source, int dtype, Py_ssize_t n, float* to)
-    void narrow(const float* source, int dtype, Py_ssize_t n, unsigned short* to)
+    void widen_block(const void* source, int dtype, Py_ssize_t n, float* to)
+    void narrow_block(const float* source, int dtype, Py_ssize_t n, void* to)

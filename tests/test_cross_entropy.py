@@ -55,10 +55,10 @@ def truth(logits, target, **options):
 
 
 def ours_is_no_worse(ours, theirs, expected, dtype):
-    """Our largest error is within torch's, give or take two roundings of the largest number (an
+    """Our largest error is within torch's, give or take three roundings of the largest number (an
     error of torch's below that is luck); sixteen in float64, where the oracle rounds as torch."""
     error, budget = ((x.double() - expected).abs().max() for x in (ours, theirs))
-    roundings = 16 if dtype == torch.float64 else 2
+    roundings = 16 if dtype == torch.float64 else 3
     rounding = roundings * torch.finfo(dtype).eps * expected.abs().max()
     assert error <= budget + rounding, (float(error), float(budget), float(rounding))
 

@@ -1,12 +1,14 @@
 """The Numba twin of nll.pyx: same functions, same signatures, same walk over the rows.
 
-(a) Read nll.pyx first; its notes hold here. Numbers that it takes from types (real, the size of
-    one item) are fields of Problem, and `zero` is a number whose type is real.
-(b) One compilation serves float32 and both 16-bit types, another float64.
-(c) Rows are handed out by a shared counter, because prange alone cuts them in equal parts: a
+(a) Read nll.pyx first; its notes hold here. What it takes from types is here in Problem: `zero` is
+    a number of the accum dtype.
+(b) forward, backward and fused are one compiled function, told by zeros what not to do: compiling
+    is what a first call waits for. float32 and both 16-bit types share it, float64 has its own.
+(c) Threads take rows from a shared counter, because prange alone cuts them in equal parts: a
     prompt of ignored rows would leave one thread with all the work.
-(d) Each worker is one function, whether called by one thread or many: the same machine code, so
-    the same bits.
+(d) One thread goes round Numba's threading layer: GNU's does not survive a fork, and Numba's own
+    ends the process when two Python threads enter it. For that the parallel one keeps the GIL.
+(e) float() on every float: an int would compile everything anew.
 """
 
 # mypy: ignore-errors
@@ -18,17 +20,15 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from neglog.kernels.jit.numerics import (
-    BLOCK, EXACT, FUSED, INFINITY, UINT16, LogSumExp, Lse, absorb, address_of, block_affine,
-    block_buffer, block_contains, block_log_probability_dot, block_log_probability_sum,
+from neglog.kernels.jit.numerics import (  # isort: skip
+    BLOCK, EXACT, INFINITY, UINT16, LogSumExp, Lse, absorb, block_affine, block_buffer,
+    block_contains, block_copy, block_log_probability_dot, block_log_probability_sum,
     block_multiply, block_negative_entropy, block_scale, block_softcap, block_softcap_backward,
-    block_softmax, block_subtract, block_sum, copy_bytes, exp_nonpositive, finish,
-    finish_streaming, log_probability, narrow, pointer, real, store_bytes, take, widen, zero_bytes,
+    block_softmax, block_subtract, block_sum, exp_nonpositive, finish, log_probability, narrow,
+    pointer, real, take, widen, zero_bytes,
 )  # fmt: skip
 
-FLOAT32, FLOAT64 = 0, 1
-# The gradient's size, in bytes, from which it is streamed past the caches.
-STREAM_FROM = 32 << 20
+FLOAT64 = 1
 INT64, UINT8 = np.int64(0), np.uint8(0)
 
 
@@ -74,9 +74,14 @@ class Factors(NamedTuple):
 
 
 class Gradient(NamedTuple):
+    """Where the gradient goes, 0 for nowhere, and what flows in from the loss and the lse."""
+
     out: int
-    stride: int
-    stream: bool
+    out_stride: int
+    grad: int  # 0: of one
+    grad_stride: int
+    grad_scale: float
+    grad_lse: int
 
 
 # Reading a block
@@ -107,7 +112,9 @@ def scores(p, row, at, buffer):
     z = widened(p, p.logits + (row * p.logits_stride + at.start) * p.itemsize, buffer, at.n)
     if p.logit_scale == 1 and p.softcap == 0:
         return z
-    block_scale(z, at.n, real(p.logit_scale, p.zero), buffer)
+    if is_real(p):
+        block_copy(z, at.n, buffer)
+    block_scale(buffer, at.n, real(p.logit_scale, p.zero))
     if p.softcap != 0:
         block_softcap(buffer, at.n, real(p.softcap, p.zero))
     return buffer
@@ -125,8 +132,10 @@ def coefficients(p, row, at, buffer):
     q = widened(p, p.probs + (row * p.probs_stride + at.start) * p.itemsize, buffer, at.n)
     if p.label_smoothing == 0 and p.weight == 0:
         return q
+    if is_real(p):
+        block_copy(q, at.n, buffer)
     spread = p.label_smoothing / p.vocab
-    block_affine(q, at.n, real(1 - p.label_smoothing, p.zero), real(spread, p.zero), buffer)
+    block_affine(buffer, at.n, real(1 - p.label_smoothing, p.zero), real(spread, p.zero))
     if p.weight != 0:
         block_multiply(buffer, weights(p, at.start), at.n)
     return buffer
@@ -281,15 +290,17 @@ def subtract_target(p, row, at, f, grad, buffer):
     elif p.weight != 0:
         block_subtract(grad, weights(p, at.start), at.n, spread)
     else:
-        block_affine(grad, at.n, real(1, p.zero), -spread, grad)
+        block_affine(grad, at.n, real(1, p.zero), -spread)
 
 
 @njit(**EXACT)
 def block_backward(p, row, at, lse, f, z, grad, buffer):
-    block_softmax(z, at.n, lse, real(f.hard + f.soft, p.zero), grad)
     target = f.target - at.start
-    if 0 <= target < at.n:
-        log_p = log_probability(z[target], lse)
+    here = 0 <= target < at.n
+    # Read before the block is written: grad may lie where z does.
+    log_p = log_probability(z[target], lse) if here else p.zero
+    block_softmax(z, at.n, lse, real(f.hard + f.soft, p.zero), grad)
+    if here:
         at_target = f.soft * exp_nonpositive(log_p) + f.hard * expm1(float(log_p))
         grad[target] = real(at_target, p.zero)
     if f.spread != 0:
@@ -297,35 +308,25 @@ def block_backward(p, row, at, lse, f, z, grad, buffer):
     if p.softcap != 0:
         block_softcap_backward(grad, z, at.n, real(p.softcap, p.zero))
     if p.logit_scale != 1:
-        block_scale(grad, at.n, real(p.logit_scale, p.zero), grad)
-
-
-@njit(**EXACT)
-def write_block(p, n, grad, out, stream, buffer):
-    """Write the block to the address `out`, in the logits' type."""
-    source = address_of(grad)
-    if not is_real(p):
-        source = address_of(buffer)
-        narrow(grad, p.dtype, n, pointer(source, UINT16))
-    store_bytes(source, n * p.itemsize, out, stream)
+        block_scale(grad, at.n, real(p.logit_scale, p.zero))
 
 
 @njit(**EXACT)
 def row_backward(p, g, row, lse, grad, grad_lse):
     """One row of the gradient, for upstream `grad` of the loss and `grad_lse` of the lse."""
-    buffer, second = block_buffer(p.zero), block_buffer(p.zero)
-    # Never straight into `out`, which may be the logits: LLVM, unsure whether they overlap, would
-    # run the loop unvectorised. The copy stays in L1.
-    result = block_buffer(p.zero)
-    row_out = g.out + row * g.stride * p.itemsize
+    buffer, second, result = block_buffer(p.zero), block_buffer(p.zero), block_buffer(p.zero)
+    start = g.out + row * g.out_stride * p.itemsize
     if ignored(p, row) and grad_lse == 0:  # exactly zero, even where the logits are NaN
-        zero_bytes(row_out, p.vocab * p.itemsize)
+        zero_bytes(start, p.vocab * p.itemsize)
         return
     f = row_factors(p, row, lse, grad, grad_lse, second)
     for block in range(p.blocks):
         at = span(p, block)
-        block_backward(p, row, at, lse, f, scores(p, row, at, buffer), result, second)
-        write_block(p, at.n, result, row_out + at.start * p.itemsize, g.stream, second)
+        out = start + at.start * p.itemsize
+        written = pointer(out, p.zero) if is_real(p) else result
+        block_backward(p, row, at, lse, f, scores(p, row, at, buffer), written, second)
+        if not is_real(p):
+            narrow(result, p.dtype, at.n, pointer(out, UINT16))
 
 
 # All rows
@@ -341,6 +342,139 @@ def rows_at_once(p):
 @njit(**EXACT)
 def sum_rows(p, o):
     total = 0.0
-    for row in range(p.rows):
+    for row in range(p.rows if o.loss != 0 else 0):
         total += pointer(o.loss, p.zero)[row]
     return total
+
+
+@njit(**EXACT)
+def one_row(p, o, g, row):
+    """Forward if there is a loss to write, else its lse is read; then backward if asked."""
+    if o.loss != 0:
+        lse = row_forward(p, o, row)
+    else:
+        lse = Lse(pointer(o.lse, p.zero)[row], pointer(o.lse_low, p.zero)[row])
+    if g.out != 0:
+        grad = 1.0 if g.grad == 0 else float(pointer(g.grad, p.zero)[row * g.grad_stride])
+        grad_lse = 0.0 if g.grad_lse == 0 else float(pointer(g.grad_lse, p.zero)[row])
+        row_backward(p, g, row, lse, grad * g.grad_scale, grad_lse)
+
+
+@njit(**EXACT)
+def work(p, o, g, counter):
+    """Take rows until there are no more: what each thread does."""
+    while True:
+        start = take(pointer(counter, INT64), rows_at_once(p))
+        if start >= p.rows:
+            return
+        for row in range(start, min(start + rows_at_once(p), p.rows)):
+            one_row(p, o, g, row)
+
+
+@njit(nogil=True, cache=True, **EXACT)
+def run_serial(p, o, g, counter):
+    work(p, o, g, counter)
+    return sum_rows(p, o)
+
+
+@njit(parallel=True, cache=True, **EXACT)
+def run_parallel(p, o, g, counter, workers):
+    for _ in prange(workers):
+        work(p, o, g, counter)
+    return sum_rows(p, o)
+
+
+@njit(nogil=True, cache=True, **EXACT)
+def sum_weights(zero, vocab, weight):
+    return float(block_sum(pointer(weight, zero), vocab))
+
+
+@njit(nogil=True, cache=True, **EXACT)
+def sum_target_weights(zero, rows, vocab, target, weight, ignore_index):
+    """The sum over the counted rows, and the first row whose target is out of range, or -1."""
+    total = 0.0
+    for row in range(rows):
+        t = pointer(target, INT64)[row]
+        if t == ignore_index:
+            continue
+        if t < 0 or t >= vocab:
+            return total, row, t
+        total += 1.0 if weight == 0 else float(pointer(weight, zero)[t])
+    return total, -1, 0
+
+
+# From Python
+
+
+def _zero(dtype):
+    return np.float64(0) if dtype == FLOAT64 else np.float32(0)
+
+
+def _problem(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+             ignore_index, label_smoothing, logit_scale, softcap, z_loss):  # fmt: skip
+    total = float(vocab)
+    if weight != 0 and label_smoothing != 0:
+        total = sum_weights(_zero(dtype), vocab, weight)
+    return Problem(_zero(dtype), dtype, rows, vocab, logits, logits_stride, target, probs,
+                   probs_stride, weight, ignore_index, float(label_smoothing), float(logit_scale),
+                   float(softcap), float(z_loss), total, (4, 8, 2, 2)[dtype],
+                   -(-vocab // BLOCK))  # fmt: skip
+
+
+def _run(threads, p, o, g):
+    counter = np.zeros(1, np.int64)
+    workers = min(threads, numba.config.NUMBA_NUM_THREADS)
+    if workers <= 1:
+        return run_serial(p, o, g, counter.ctypes.data)
+    before = numba.get_num_threads()
+    numba.set_num_threads(workers)
+    try:
+        return run_parallel(p, o, g, counter.ctypes.data, workers)
+    finally:
+        numba.set_num_threads(before)
+
+
+def total_weight(rows, vocab, target, probs, weight, ignore_index, dtype):
+    """The divisor of the mean: the sum of the counted rows' weights, or the rows for probabilities.
+
+    Raises IndexError for the first target that is neither ignored nor in [0, vocab).
+    """
+    if probs != 0:
+        return float(rows)
+    total, row, t = sum_target_weights(_zero(dtype), rows, vocab, target, weight, ignore_index)
+    if row >= 0:
+        raise IndexError(f"target {t} at row {row} is out of range: expected 0 <= target < {vocab}")
+    return total
+
+
+def forward(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+            ignore_index, label_smoothing, logit_scale, softcap, z_loss, loss, lse, lse_low,
+            correct, entropy, threads):  # fmt: skip
+    """Write each row's loss and statistics; return the sum of the losses."""
+    p = _problem(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+                 ignore_index, label_smoothing, logit_scale, softcap, z_loss)  # fmt: skip
+    o = Output(loss, lse, lse_low, correct, entropy)
+    return _run(threads, p, o, Gradient(0, 0, 0, 0, 1.0, 0))
+
+
+def backward(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+             ignore_index, label_smoothing, logit_scale, softcap, z_loss, lse, lse_low, grad,
+             grad_stride, grad_scale, grad_lse, out, out_stride, threads):  # fmt: skip
+    """Write the gradient of the logits for upstream `grad * grad_scale` and `grad_lse`."""
+    p = _problem(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+                 ignore_index, label_smoothing, logit_scale, softcap, z_loss)  # fmt: skip
+    g = Gradient(out, out_stride, grad, grad_stride, float(grad_scale), grad_lse)
+    _run(threads, p, Output(0, lse, lse_low, 0, 0), g)
+
+
+def fused(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+          ignore_index, label_smoothing, logit_scale, softcap, z_loss, loss, lse, correct, entropy,
+          grad_scale, out, out_stride, threads):  # fmt: skip
+    """Forward, and while each row is in cache its gradient for upstream `grad_scale`.
+
+    `out` may be the logits themselves.
+    """
+    p = _problem(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+                 ignore_index, label_smoothing, logit_scale, softcap, z_loss)  # fmt: skip
+    g = Gradient(out, out_stride, 0, 0, float(grad_scale), 0)
+    return _run(threads, p, Output(loss, lse, 0, correct, entropy), g)

@@ -12,7 +12,7 @@
 
 # mypy: ignore-errors
 
-from math import log
+from math import exp, log
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from numba.extending import intrinsic, overload
 
 BFLOAT16 = 2
 BLOCK = 2048
+LINE = 64  # bytes
 INFINITY = np.inf
 UINT16 = np.uint16(0)
 
@@ -61,22 +62,33 @@ def real(typingctx, value, tag):
 
 @intrinsic
 def block_buffer(typingctx, tag):
-    """Room for one block on the stack of the calling function."""
+    """Room for one block on the stack of the calling function, at the start of a cache line."""
     to = types.CPointer(_element(tag))
 
     def lower(context, builder, signature, args):
         element = context.get_data_type(to.dtype)
-        return cgutils.alloca_once(builder, element, size=ir.Constant(ir.IntType(64), BLOCK))
+        block = cgutils.alloca_once(builder, element, size=ir.Constant(ir.IntType(64), BLOCK))
+        block.align = LINE
+        return block
 
     return to(tag), lower
 
 
 @intrinsic
-def address_of(typingctx, block):
+def same_place(typingctx, block, other):
     def lower(context, builder, signature, args):
-        return builder.ptrtoint(args[0], ir.IntType(64))
+        return builder.icmp_unsigned("==", *(builder.ptrtoint(a, ir.IntType(64)) for a in args))
 
-    return types.int64(block), lower
+    return types.boolean(block, other), lower
+
+
+@intrinsic
+def zero_bytes(typingctx, to, n):
+    def lower(context, builder, signature, args):
+        cgutils.memset(builder, builder.inttoptr(args[0], cgutils.voidptr_t), args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), lower
 
 
 @intrinsic
@@ -89,15 +101,8 @@ def take(typingctx, counter, amount):
     return types.int64(counter, types.int64), lower
 
 
-class _Format(NamedTuple):
-    """The layout of a binary float."""
-
-    bits: int
-    mantissa: int
-    bias: int
-
-
-_FORMATS = {types.float32: _Format(32, 23, 127), types.float64: _Format(64, 52, 1023)}
+# Bits, those of the mantissa, and the exponent's bias.
+_FORMATS = {types.float32: (32, 23, 127), types.float64: (64, 52, 1023)}
 
 
 def _integer(bits):
@@ -108,33 +113,36 @@ def _integer(bits):
 @intrinsic
 def power_of_two(typingctx, shifted):
     """2^n, where n was rounded into the low mantissa bits of `shifted`."""
-    form = _FORMATS[shifted]
+    bits, mantissa, bias = _FORMATS[shifted]
 
     def lower(context, builder, signature, args):
-        integer, constant = _integer(form.bits)
+        integer, constant = _integer(bits)
         n = builder.bitcast(args[0], integer)
-        exponent = builder.shl(builder.add(n, constant(form.bias)), constant(form.mantissa))
+        exponent = builder.shl(builder.add(n, constant(bias)), constant(mantissa))
         return builder.bitcast(exponent, args[0].type)
 
     return shifted(shifted), lower
 
 
+def _flip_negative(builder, value):
+    """Between the bits of a float and an integer of the same order; its own inverse."""
+    sign_bit = value.type.width - 1
+    _, constant = _integer(value.type.width)
+    negative = builder.ashr(value, constant(sign_bit))
+    return builder.xor(value, builder.and_(negative, constant((1 << sign_bit) - 1)))
+
+
 @intrinsic
 def order_key(typingctx, x):
     """An integer that orders as x does; of NaN, that of -inf."""
-    form = _FORMATS[x]
-    key = types.int32 if form.bits == 32 else types.int64
+    key = types.int32 if x == types.float32 else types.int64
 
     def lower(context, builder, signature, args):
-        integer, constant = _integer(form.bits)
         # Before the bits are moved: a select after them would merge with the maximum's own, into
         # a form that LLVM does not vectorise.
         is_number = builder.fcmp_ordered("ord", args[0], args[0])
         number = builder.select(is_number, args[0], context.get_constant(x, -INFINITY))
-        bits = builder.bitcast(number, integer)
-        negative = builder.ashr(bits, constant(form.bits - 1))
-        flips = builder.and_(negative, constant((1 << (form.bits - 1)) - 1))
-        return builder.xor(bits, flips)
+        return _flip_negative(builder, builder.bitcast(number, context.get_value_type(key)))
 
     return key(x), lower
 
@@ -143,13 +151,10 @@ def order_key(typingctx, x):
 def from_order_key(typingctx, key):
     """The number whose order_key this is."""
     to = types.float32 if key == types.int32 else types.float64
-    form = _FORMATS[to]
 
     def lower(context, builder, signature, args):
-        _, constant = _integer(form.bits)
-        negative = builder.ashr(args[0], constant(form.bits - 1))
-        flips = builder.and_(negative, constant((1 << (form.bits - 1)) - 1))
-        return builder.bitcast(builder.xor(args[0], flips), context.get_value_type(to))
+        bits = _flip_negative(builder, args[0])
+        return builder.bitcast(bits, context.get_value_type(to))
 
     return to(key), lower
 
@@ -157,34 +162,14 @@ def from_order_key(typingctx, key):
 # exp and tanh
 
 
-class _Real(NamedTuple):
-    log2e: float
-    ln2_hi: float
-    ln2_lo: float
-    round_magic: float  # 1.5 * 2^mantissa
-    exp_lowest: float  # -bias * ln 2: the result is exactly 0
-
-
+# log2(e); ln 2 in two parts; 1.5 * 2^mantissa; -bias * ln 2, where e^x comes out as exactly 0
 _REALS = {
-    types.float32: _Real(
-        *map(
-            np.float32,
-            (1.44269504088896341, 0.693359375, -2.12194440e-4, 12582912.0, -88.02969),
-        )
-    ),
-    types.float64: _Real(
-        *map(
-            np.float64,
-            (
-                1.44269504088896340736,
-                6.93145751953125e-1,
-                1.42860682030941723212e-6,
-                6755399441055744.0,
-                -709.0895657128241,
-            ),
-        )
-    ),
-}
+    types.float32: np.float32(
+        (1.44269504088896341, 0.693359375, -2.12194440e-4, 12582912.0, -88.02969)),
+    types.float64: np.float64(
+        (1.44269504088896340736, 6.93145751953125e-1, 1.42860682030941723212e-6,
+         6755399441055744.0, -709.0895657128241)),
+}  # fmt: skip
 
 
 def _polynomial(name, coefficients):
@@ -257,17 +242,6 @@ def _exp_nonpositive(x):
     return implementation
 
 
-def exp_lowest(x):
-    """Where e^x begins to be exactly 0, in x's type."""
-    raise NotImplementedError("for compiled callers; below is what they get")
-
-
-@overload(exp_lowest, jit_options=EXACT)
-def _exp_lowest(x):
-    lowest = _REALS[x].exp_lowest
-    return lambda x: lowest
-
-
 @njit(**FUSED)
 def tanh_any(y):
     one = real(1, y)
@@ -306,16 +280,11 @@ def block_maximum(z, n):
     return from_order_key(best)
 
 
-@njit(**EXACT)
-def difference(z, shift):
-    return z - shift
-
-
 @njit(**SUM)
 def block_exp_sum(z, n, shift):
     total = real(0, shift)
     for j in range(n):
-        total += exp_nonpositive(difference(z[j], shift))
+        total += exp_nonpositive(z[j] - shift)
     return total
 
 
@@ -373,11 +342,10 @@ def block_sum(x, n):
 def block_negative_entropy(z, n, lse):
     """The sum of p log p; a term whose p is 0 counts 0, not 0 * -inf."""
     total = real(0, z)
-    lowest = exp_lowest(lse.high)
     for j in range(n):
         log_p = log_probability(z[j], lse)
-        log_p = lowest if log_p < lowest else log_p
-        total += exp_nonpositive(log_p) * log_p
+        probability = exp_nonpositive(log_p)
+        total += probability * log_p if probability != 0 else real(0, z)
     return total
 
 
@@ -394,20 +362,32 @@ def block_contains(z, n, value):
 
 @njit(**FUSED)
 def block_softmax(z, n, lse, scale, out):
+    """`out` may be `z`, but not otherwise overlap it."""
+    scale *= real(exp(-lse.low), scale)  # e^(z - high - low), with low taken out of the loop
+    if same_place(z, out):  # unsure which it is, LLVM would leave this case unvectorised
+        for j in range(n):
+            z[j] = scale * exp_nonpositive(z[j] - lse.high)
+    else:
+        for j in range(n):
+            out[j] = scale * exp_nonpositive(z[j] - lse.high)
+
+
+@njit(**EXACT)
+def block_copy(x, n, out):
     for j in range(n):
-        out[j] = scale * exp_nonpositive(log_probability(z[j], lse))
+        out[j] = x[j]
 
 
 @njit(**FUSED)
-def block_affine(x, n, scale, offset, out):
+def block_affine(x, n, scale, offset):
     for j in range(n):
-        out[j] = x[j] * scale + offset
+        x[j] = x[j] * scale + offset
 
 
 @njit(**FUSED)
-def block_scale(x, n, scale, out):
+def block_scale(x, n, scale):
     for j in range(n):
-        out[j] = x[j] * scale
+        x[j] *= scale
 
 
 @njit(**FUSED)
@@ -440,29 +420,29 @@ def block_softcap_backward(grad, z, n, softcap):
 # 16-bit floats
 
 
-def _conversion(name, source, to, lower32):
-    """An intrinsic from one 16- or 32-bit float to the other, made of 32-bit instructions.
+def _conversion(source, to):
+    """Makes an intrinsic of a function (builder, constant, bits) from bits to bits, 32 of each."""
 
-    `lower32(builder, constant, bits)` gives the result's bits, in 32.
-    """
+    def decorate(convert):
+        def define(typingctx, value):
+            def lower(context, builder, signature, args):
+                integer, constant = _integer(32)
+                if to == types.uint16:
+                    result = convert(builder, constant, builder.bitcast(args[0], integer))
+                    return builder.trunc(result, ir.IntType(16))
+                result = convert(builder, constant, builder.zext(args[0], integer))
+                return builder.bitcast(result, ir.FloatType())
 
-    def define(typingctx, value):
-        def lower(context, builder, signature, args):
-            integer, constant = _integer(32)
-            if source == types.uint16:
-                return builder.bitcast(
-                    lower32(builder, constant, builder.zext(args[0], integer)), ir.FloatType()
-                )
-            bits = builder.bitcast(args[0], integer)
-            return builder.trunc(lower32(builder, constant, bits), ir.IntType(16))
+            return to(source), lower
 
-        return to(source), lower
+        define.__name__ = convert.__name__
+        return intrinsic(define)
 
-    define.__name__ = name
-    return intrinsic(define)
+    return decorate
 
 
-def _widen_bfloat16(builder, constant, half):
+@_conversion(types.uint16, types.float32)
+def widen_bfloat16(builder, constant, half):
     return builder.shl(half, constant(16))
 
 
@@ -472,7 +452,8 @@ def _round_to_even(builder, constant, bits, dropped):
     return builder.add(builder.add(bits, constant((1 << (dropped - 1)) - 1)), odd)
 
 
-def _narrow_bfloat16(builder, constant, bits):
+@_conversion(types.float32, types.uint16)
+def narrow_bfloat16(builder, constant, bits):
     rounded = builder.lshr(_round_to_even(builder, constant, bits, 16), constant(16))
     magnitude = builder.and_(bits, constant(0x7FFFFFFF))
     # The carry could turn a NaN into an inf.
@@ -480,7 +461,8 @@ def _narrow_bfloat16(builder, constant, bits):
     return builder.select(is_nan, constant(0x7FC0), rounded)
 
 
-def _widen_float16(builder, constant, half):
+@_conversion(types.uint16, types.float32)
+def widen_float16(builder, constant, half):
     sign = builder.shl(builder.and_(half, constant(0x8000)), constant(16))
     magnitude = builder.shl(builder.and_(half, constant(0x7FFF)), constant(13))
     # Multiplying by 2^112 moves the bias from 15 to 127 and normalises subnormals on the way.
@@ -493,7 +475,8 @@ def _widen_float16(builder, constant, half):
     return builder.or_(builder.or_(bits, special), sign)
 
 
-def _narrow_float16(builder, constant, bits):
+@_conversion(types.float32, types.uint16)
+def narrow_float16(builder, constant, bits):
     sign = builder.and_(builder.lshr(bits, constant(16)), constant(0x8000))
     magnitude = builder.and_(bits, constant(0x7FFFFFFF))
     # Below 2^-14 the sum with 0.5 puts a subnormal's bits, rounded to even, in the low mantissa.
@@ -505,20 +488,13 @@ def _narrow_float16(builder, constant, bits):
     normal = builder.lshr(builder.sub(rounded, constant(112 << 23)), constant(13))
 
     def where(condition, limit, yes, no):
-        return builder.select(
-            builder.icmp_unsigned(condition, magnitude, constant(limit)), yes, no
-        )
+        is_so = builder.icmp_unsigned(condition, magnitude, constant(limit))
+        return builder.select(is_so, yes, no)
 
     half = where("<", 113 << 23, subnormal, normal)
     half = where(">=", 0x477FF000, constant(0x7C00), half)  # 65520 and above round to inf
     half = where(">", 0x7F800000, constant(0x7E00), half)
     return builder.or_(half, sign)
-
-
-widen_bfloat16 = _conversion("widen_bfloat16", types.uint16, types.float32, _widen_bfloat16)
-widen_float16 = _conversion("widen_float16", types.uint16, types.float32, _widen_float16)
-narrow_bfloat16 = _conversion("narrow_bfloat16", types.float32, types.uint16, _narrow_bfloat16)
-narrow_float16 = _conversion("narrow_float16", types.float32, types.uint16, _narrow_float16)
 
 
 @njit(**EXACT)
@@ -539,67 +515,3 @@ def narrow(source, dtype, n, to):
     else:
         for j in range(n):
             to[j] = narrow_float16(source[j])
-
-
-# Moving a finished block to memory
-
-LINE = 64
-
-
-@intrinsic
-def copy_bytes(typingctx, source, n, to):
-    def lower(context, builder, signature, args):
-        pointers = [builder.inttoptr(args[k], cgutils.voidptr_t) for k in (2, 0)]
-        cgutils.raw_memcpy(builder, *pointers, args[1], 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), lower
-
-
-@intrinsic
-def zero_bytes(typingctx, to, n):
-    def lower(context, builder, signature, args):
-        cgutils.memset(builder, builder.inttoptr(args[0], cgutils.voidptr_t), args[1], 0)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), lower
-
-
-@intrinsic
-def stream_line(typingctx, source, to):
-    """Store one line, aligned at `to`, without first reading it into the cache."""
-
-    def lower(context, builder, signature, args):
-        line = ir.VectorType(ir.IntType(64), LINE // 8).as_pointer()
-        value = builder.load(builder.inttoptr(args[0], line), align=1)
-        store = builder.store(value, builder.inttoptr(args[1], line), align=LINE)
-        mark = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-        store.set_metadata("nontemporal", mark)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), lower
-
-
-@intrinsic
-def finish_streaming(typingctx):
-    """Streamed lines are weakly ordered: the thread that made them fences before others read."""
-
-    def lower(context, builder, signature, args):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), lower
-
-
-@njit(**EXACT)
-def store_bytes(source, n, to, stream):
-    """Whole lines written past the caches save a third of the traffic of a gradient too large for
-    them. A gradient that fits is wanted there by the next matmul."""
-    if stream:
-        head = min(n, -to & (LINE - 1))
-        copy_bytes(source, head, to)
-        source, to, n = source + head, to + head, n - head
-        while n >= LINE:
-            stream_line(source, to)
-            source, to, n = source + LINE, to + LINE, n - LINE
-    copy_bytes(source, n, to)
