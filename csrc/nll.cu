@@ -27,15 +27,24 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cassert>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <vector>
 
 #include "online_softmax.cuh"
 
+#undef NDEBUG  // Python's own compiler flags set it, and without the assertion (e) reads anywhere
+#include <cassert>
+
 namespace neglog {
 namespace {
+
+// What a second walk asks for ahead: it finds the row in L2, and more than one of them shares a
+// kernel's registers, of which doubles want two each.
+template <class S>
+constexpr int kAgain = sizeof(S) == 8 ? 1 : 2;
 
 template <class S>
 struct Problem {
@@ -49,32 +58,39 @@ struct Problem {
     const real_of<S>* weight;  // (vocab), or null for ones
     int64_t ignore_index;
     double label_smoothing, share;  // share: label_smoothing / vocab
-    real_of<S> logit_scale, softcap;
+    Cap<real_of<S>> cap;
     double z_loss;
 };
 
 template <class T>
 struct Output {
-    T *loss, *lse, *lse_low;  // lse_low null where not wanted
-    bool* correct;            // both null without statistics
+    T *loss, *lse, *lse_low;
+    bool* correct;  // both null without statistics
     T* entropy;
+};
+
+// A number for each row; stride 0 for the same one.
+template <class T>
+struct Strided {
+    const T* first;
+    int64_t stride;
+    __device__ T operator[](int64_t row) const { return first[row * stride]; }
 };
 
 template <class T>
 struct Upstream {
-    const T* loss;
-    int64_t loss_stride;
-    const T* lse;  // null for none
-    int64_t lse_stride;
-    const T* divisor;  // null for 1
+    Strided<T> loss, lse;  // lse.first null for none
+    const T* divisor;      // null for 1
 };
 
-// The row's gradient is plain * p at other classes, soft * p + hard * (p - 1) at the target, less
-// spread times the mass at each class.
+// The row's gradient by the scores is soft * p, and hard * (p - 1) more at the target, less spread
+// times the mass at each class.
 template <class T>
 struct Factors {
-    int64_t target;
-    T plain, hard, soft, spread;
+    int64_t target;  // -1 for none
+    T at_target;     // before the spread
+    T elsewhere;     // hard + soft: of p
+    T spread;
 };
 
 // Reading
@@ -96,17 +112,9 @@ __device__ const S* logits_of(const Problem<S>& p, int64_t row) {
     return p.logits + row * p.logits_stride;
 }
 
-// A logit after scale and cap: the z of the formulas.
 template <class S>
-__device__ real_of<S> score(const Problem<S>& p, S x) {
-    const real_of<S> z = rounded_product(widen(x), p.logit_scale);
-    return p.softcap == 0 ? z : rounded_product(p.softcap, tanh(z / p.softcap));
-}
-
-template <class S, int n>
-__device__ void scores(const Problem<S>& p, const Lanes<S, n>& x, real_of<S> (&z)[n]) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) z[i] = score(p, x.at[i]);
+__device__ real_of<S> target_score(const Problem<S>& p, int64_t row) {
+    return p.cap.score(widen(logits_of(p, row)[class_of(p, row)]));
 }
 
 // What multiplies each log-probability besides the target's own: w_c, or w_c q'_c.
@@ -134,9 +142,9 @@ __device__ void mass(const Problem<S>& p, int64_t row, int64_t column, real_of<S
 template <class S>
 __device__ LogSumExp<real_of<S>> row_state(const Problem<S>& p, int64_t row) {
     auto state = empty_log_sum_exp<real_of<S>>();
-    walk(logits_of(p, row), p.vocab, [&]<int n>(int64_t, const Lanes<S, n>& x) {
+    walk<kInFlight>(logits_of(p, row), p.vocab, [&]<int n>(int64_t, const Lanes<S, n>& x) {
         real_of<S> z[n];
-        scores(p, x, z);
+        scores(p.cap, x, z);
         absorb(state, z);
     });
     return block_reduce(state, MergeStates{});
@@ -146,9 +154,9 @@ __device__ LogSumExp<real_of<S>> row_state(const Problem<S>& p, int64_t row) {
 template <class S>
 __device__ double row_cross_entropy(const Problem<S>& p, int64_t row, Lse<real_of<S>> lse) {
     real_of<S> sum = 0;
-    walk(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& x) {
+    walk<kAgain<S>>(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& x) {
         real_of<S> z[n], a[n];
-        scores(p, x, z);
+        scores(p.cap, x, z);
         mass(p, row, column, a);
 #pragma unroll
         for (int i = 0; i < n; ++i) sum += a[i] * log_probability(z[i], lse);
@@ -161,7 +169,7 @@ template <class S>
 __device__ bool at_maximum(const Problem<S>& p, int64_t row, real_of<S> maximum, Lse<real_of<S>> lse) {
     const bool nan_among_finite = isnan(lse.high) && maximum < INFINITY;
     if (!p.target || ignored(p, row) || nan_among_finite) return false;
-    return score(p, logits_of(p, row)[class_of(p, row)]) == maximum;
+    return target_score(p, row) == maximum;
 }
 
 template <class S>
@@ -172,9 +180,9 @@ __device__ void row_statistics(const Problem<S>& p, const Output<real_of<S>>& o,
     const int64_t target = candidate ? class_of(p, row) : 0;
     bool earlier = false;
     T sum = 0;
-    walk(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& x) {
+    walk<kAgain<S>>(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& x) {
         T z[n];
-        scores(p, x, z);
+        scores(p.cap, x, z);
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             const T log_p = log_probability(z[i], lse);
@@ -200,10 +208,8 @@ template <class S>
 __device__ double row_loss(const Problem<S>& p, int64_t row, Lse<real_of<S>> lse) {
     const double w = target_weight(p, row);
     double loss = 0;
-    if (p.target) {
-        const auto z = score(p, logits_of(p, row)[class_of(p, row)]);
-        loss = -(1 - p.label_smoothing) * w * log_probability(z, lse);
-    }
+    if (p.target)
+        loss = -(1 - p.label_smoothing) * w * log_probability(target_score(p, row), lse);
     if (p.probs)
         loss = -row_cross_entropy(p, row, lse);
     else if (p.label_smoothing != 0)
@@ -227,7 +233,7 @@ __device__ Lse<real_of<S>> row_forward(const Problem<S>& p, const Output<real_of
     if (threadIdx.x == 0) {
         o.loss[row] = real_of<S>(loss);
         o.lse[row] = lse.high;
-        if (o.lse_low) o.lse_low[row] = lse.low;
+        o.lse_low[row] = lse.low;
     }
     return lse;
 }
@@ -245,9 +251,8 @@ __device__ double weight_sum(const Problem<S>& p) {
 
 template <class S>
 __device__ double row_mass(const Problem<S>& p, int64_t row) {
-    const S* probs = p.probs + row * p.probs_stride;
     real_of<S> sum = 0;
-    walk(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>&) {
+    walk<kAgain<S>>(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>&) {
         real_of<S> a[n];
         mass(p, row, column, a);
 #pragma unroll
@@ -260,109 +265,91 @@ template <class S>
 __device__ Factors<real_of<S>> row_factors(const Problem<S>& p, int64_t row, Lse<real_of<S>> lse,
                                            double grad, double grad_lse, double weights) {
     using T = real_of<S>;
-    if (ignored(p, row)) return {-1, T(grad_lse), T(0), T(grad_lse), T(0)};
+    if (ignored(p, row)) return {-1, T(0), T(grad_lse), T(0)};
     const double w = target_weight(p, row);
-    const double hard = p.target ? grad * (1 - p.label_smoothing) * w : 0;
     const double spread = p.probs ? grad : p.label_smoothing != 0 ? grad * p.share : 0;
     double soft = grad_lse + spread * (p.probs ? row_mass(p, row) : weights);
     if (p.z_loss != 0) soft += grad * 2 * p.z_loss * w * lse.high;
-    return {p.target ? class_of(p, row) : -1, T(hard + soft), T(hard), T(soft), T(spread)};
+    if (p.probs) return {-1, T(0), T(soft), T(spread)};
+    const double hard = grad * (1 - p.label_smoothing) * w;
+    const T log_p = log_probability(target_score(p, row), lse);
+    const double at_target = soft * exp(log_p) + hard * expm1(log_p);
+    return {class_of(p, row), T(at_target), T(hard + soft), T(spread)};
 }
 
-// The target's gradient, where the target is among these columns.
-template <class T, int n>
-__device__ void set_target(const Factors<T>& f, int64_t column, const T (&z)[n], Lse<T> lse,
-                           T (&grad)[n]) {
-    const int64_t here = f.target - column;
-    if (here < 0 || here >= n) return;
-    T z_target = z[0];  // chosen, not indexed: a runtime index would move z to local memory
-#pragma unroll
-    for (int i = 1; i < n; ++i) z_target = i == int(here) ? z[i] : z_target;
-    const T log_p = log_probability(z_target, lse);
-    const T value = f.soft * exp(log_p) + f.hard * expm1(log_p);
-#pragma unroll
-    for (int i = 0; i < n; ++i) grad[i] = i == int(here) ? value : grad[i];
-}
-
-template <class S>
-__device__ real_of<S> slope(const Problem<S>& p, real_of<S> z) {
-    if (p.softcap == 0) return p.logit_scale;
-    const real_of<S> ratio = z / p.softcap;  // 1 - tanh^2, and tanh is z / softcap
-    return (1 - ratio) * (1 + ratio) * p.logit_scale;
-}
-
-template <class S>
+template <int in_flight, class S>
 __device__ void row_gradient(const Problem<S>& p, int64_t row, Lse<real_of<S>> lse,
                              const Factors<real_of<S>>& f, S* out) {
     using T = real_of<S>;
     const bool aligned = same_phase<S>(out, logits_of(p, row));
-    walk(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& x) {
+    walk<in_flight>(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& x) {
         T z[n], grad[n];
-        scores(p, x, z);
+        scores(p.cap, x, z);
 #pragma unroll
-        for (int i = 0; i < n; ++i) grad[i] = f.plain * exp(log_probability(z[i], lse));
-        set_target(f, column, z, lse, grad);
+        for (int i = 0; i < n; ++i) {
+            const T p_dz = f.elsewhere * exp(log_probability(z[i], lse));
+            grad[i] = column + i == f.target ? f.at_target : p_dz;
+        }
         if (f.spread != 0) {
             T a[n];
             mass(p, row, column, a);
 #pragma unroll
             for (int i = 0; i < n; ++i) grad[i] -= f.spread * a[i];
         }
-        Lanes<S, n> y;
-#pragma unroll
-        for (int i = 0; i < n; ++i) narrow(grad[i] * slope(p, z[i]), y.at[i]);
-        store(out + column, y, aligned);
+        apply_slope(p.cap, z, grad);
+        store(out + column, narrowed<S>(grad), aligned);
     });
 }
 
 // Kernels over rows
 
 template <class S>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     forward_rows(Problem<S> p, Output<real_of<S>> o) {
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) row_forward(p, o, row);
 }
 
 template <class S>
-__global__ void __launch_bounds__(kMaxThreads)
-    backward_rows(Problem<S> p, Upstream<real_of<S>> up, const real_of<S>* lse,
-                  const real_of<S>* lse_low, S* out) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    backward_rows(Problem<S> p, Upstream<real_of<S>> up, Strided<real_of<S>> lse,
+                  Strided<real_of<S>> lse_low, S* out) {
     const double scale = up.divisor ? 1 / double(*up.divisor) : 1;
     const double weights = weight_sum(p);
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        const double grad_lse = up.lse ? up.lse[row * up.lse_stride] : 0;
+        const double grad_lse = up.lse.first ? up.lse[row] : 0;
         S* const out_row = out + row * p.vocab;
         if (ignored(p, row) && grad_lse == 0) {  // exactly zero, even where the logits are NaN
             zero_row(out_row, p.vocab);
             continue;
         }
         const Lse<real_of<S>> saved = {lse[row], lse_low[row]};
-        const double grad = up.loss[row * up.loss_stride] * scale;
-        row_gradient(p, row, saved, row_factors(p, row, saved, grad, grad_lse, weights), out_row);
+        const auto f = row_factors(p, row, saved, up.loss[row] * scale, grad_lse, weights);
+        row_gradient<kInFlight>(p, row, saved, f, out_row);
     }
 }
 
 template <class S>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     fused_rows(Problem<S> p, Output<real_of<S>> o, const real_of<S>* divisor, S* logits) {
     const double scale = divisor ? 1 / double(*divisor) : 1;
     const double weights = weight_sum(p);
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const auto lse = row_forward(p, o, row);
-        __syncthreads();  // the forward's last reads, such as the target's logit, before the writes
+        const auto f = row_factors(p, row, lse, scale, 0, weights);
+        __syncthreads();  // no thread still reads another's part of the row, the target's logit say
         S* const out_row = logits + row * p.logits_stride;
         if (ignored(p, row))
             zero_row(out_row, p.vocab);
         else
-            row_gradient(p, row, lse, row_factors(p, row, lse, scale, 0, weights), out_row);
+            row_gradient<kAgain<S>>(p, row, lse, f, out_row);
     }
 }
 
-// Kernels of one block, summing over rows
+// The kernel of one block before them
 
 // The mean's divisor. Targets are checked here even where num_items is the divisor.
 template <class S>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     sum_weights(Problem<S> p, const real_of<S>* num_items, real_of<S>* total_weight) {
     double sum = 0;
     for (int64_t row = threadIdx.x; p.target && row < p.rows; row += blockDim.x)
@@ -374,15 +361,6 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (threadIdx.x == 0) *total_weight = num_items ? *num_items : real_of<S>(total);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads)
-    sum_losses(const T* row_loss, int64_t rows, const T* divisor, T* loss) {
-    double sum = 0;
-    for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) sum += row_loss[row];
-    const double total = block_sum(sum);
-    if (threadIdx.x == 0) *loss = T(divisor ? total / double(*divisor) : total);
-}
-
 // Launching
 
 using torch::headeronly::ScalarType;
@@ -392,11 +370,6 @@ using MaybeTensor = std::optional<Tensor>;
 constexpr int64_t kNone = 0, kMean = 1;
 // Beyond this a block takes several rows; enough to fill any GPU many times over.
 constexpr int64_t kMaxBlocks = 65536;
-
-struct Options {
-    int64_t ignore_index;
-    double label_smoothing, logit_scale, softcap, z_loss;
-};
 
 struct Call {
     torch::stable::accelerator::DeviceGuard guard;
@@ -410,15 +383,6 @@ struct Call {
     }
 };
 
-// A block as large as gives each thread all its loads in flight once, so that it depends on the
-// vocabulary and the dtype alone.
-template <class S>
-int threads_for(int64_t vocab) {
-    int threads = kWarp;
-    while (threads < kMaxThreads && int64_t(threads) * kInFlight * kLanes<S> < vocab) threads *= 2;
-    return threads;
-}
-
 template <class S, class... Parameters, class... Arguments>
 void launch_rows(void (*kernel)(Problem<S>, Parameters...), const Call& call, const Problem<S>& p,
                  Arguments... arguments) {
@@ -427,6 +391,26 @@ void launch_rows(void (*kernel)(Problem<S>, Parameters...), const Call& call, co
     kernel<<<blocks, threads_for<S>(p.vocab), 0, call.stream>>>(p, arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
+
+template <class... Parameters, class... Arguments>
+void launch_one_block(void (*kernel)(Parameters...), const Call& call, Arguments... arguments) {
+    kernel<<<1, kMaxThreads, 0, call.stream>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Tensors
+
+// What every op is given, with columns that are adjacent in memory.
+struct Inputs {
+    Tensor logits, target;
+    MaybeTensor weight;
+    int64_t reduction, ignore_index;
+    double label_smoothing, logit_scale, softcap, z_loss;
+};
+
+struct Results {
+    Tensor row_loss, lse, lse_low, total_weight, correct, entropy, loss;
+};
 
 template <class T>
 T* pointer(const Tensor& tensor) {
@@ -438,14 +422,15 @@ T* pointer(const MaybeTensor& tensor) {
     return tensor ? pointer<T>(*tensor) : nullptr;
 }
 
+template <class T>
+Strided<T> strided(const Tensor& tensor) {
+    return {pointer<const T>(tensor), tensor.dim() == 0 ? 0 : tensor.stride(0)};
+}
+
 bool columns_adjacent(const Tensor& rows) { return rows.stride(1) == 1 || rows.size(1) == 1; }
 
 Tensor adjacent(const Tensor& rows) {
     return columns_adjacent(rows) ? rows : torch::stable::contiguous(rows);
-}
-
-MaybeTensor contiguous(const MaybeTensor& tensor) {
-    return tensor ? MaybeTensor(torch::stable::contiguous(*tensor)) : tensor;
 }
 
 ScalarType real_dtype(const Tensor& logits) {
@@ -453,48 +438,183 @@ ScalarType real_dtype(const Tensor& logits) {
     return wide ? ScalarType::Double : ScalarType::Float;
 }
 
+void check_device(const char* name, const Tensor& tensor, const Tensor& logits) {
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index(),
+                    name, ": expected a tensor on the device of the logits");
+}
+
+// One number in all, or one for each of `size`, in the accumulation dtype.
+void check_real(const char* name, const MaybeTensor& tensor, const Tensor& logits, int64_t size) {
+    if (!tensor) return;
+    check_device(name, *tensor, logits);
+    STD_TORCH_CHECK(tensor->scalar_type() == real_dtype(logits), name,
+                    ": expected float32, or float64 for float64 logits");
+    const bool fits = tensor->dim() == 1 && tensor->size(0) == size;
+    STD_TORCH_CHECK(fits || tensor->dim() == 0, name, ": expected ", size, " numbers");
+}
+
 // Only what would otherwise be read as something it is not; the public face words its own errors.
-void check(const Tensor& logits, const Tensor& target, const MaybeTensor& weight) {
-    STD_TORCH_CHECK(logits.dim() == 2, "logits: expected 2 dimensions, got ", logits.dim());
+Inputs checked(const Inputs& in) {
+    const Tensor &logits = in.logits, &target = in.target;
+    STD_TORCH_CHECK(logits.is_cuda() && logits.dim() == 2, "logits: expected (N, V) on CUDA");
+    check_device("target", target, logits);
     STD_TORCH_CHECK(target.dim() == 1 || target.dim() == 2, "target: expected (N,) or (N, V)");
     STD_TORCH_CHECK(target.size(0) == logits.size(0), "target: expected as many rows as logits");
     const bool index = target.dim() == 1;
     STD_TORCH_CHECK(index || target.size(1) == logits.size(1), "target: expected logits' shape");
     const auto expected = index ? ScalarType::Long : logits.scalar_type();
     STD_TORCH_CHECK(target.scalar_type() == expected, "target: expected int64, or logits' dtype");
-    STD_TORCH_CHECK(target.is_cuda(), "target: expected a CUDA tensor");
-    STD_TORCH_CHECK(!weight || (weight->dim() == 1 && weight->size(0) == logits.size(1)),
-                    "weight: expected one number for each class");
+    check_real("weight", in.weight, logits, logits.size(1));
+    STD_TORCH_CHECK(!in.weight || in.weight->dim() == 1, "weight: expected (V,)");
+    Inputs ready = in;
+    ready.logits = adjacent(logits);
+    if (!index) ready.target = adjacent(target);
+    if (in.weight) ready.weight = torch::stable::contiguous(*in.weight);
+    return ready;
 }
 
-void check_real(const char* name, const MaybeTensor& tensor, const Tensor& logits) {
-    if (!tensor) return;
-    STD_TORCH_CHECK(tensor->is_cuda(), name, ": expected a CUDA tensor");
-    STD_TORCH_CHECK(tensor->scalar_type() == real_dtype(logits),
-                    name, ": expected the accumulation dtype");
-}
-
-// `target` and `weight` as prepared: adjacent columns, contiguous weight.
 template <class S>
-Problem<S> problem(const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
-                   const Options& options) {
-    const bool index = target.dim() == 1;
-    const int64_t vocab = logits.size(1);
+Problem<S> problem(const Inputs& in) {
+    const bool index = in.target.dim() == 1;
+    const int64_t vocab = in.logits.size(1);
     return {
-        .rows = logits.size(0),
+        .rows = in.logits.size(0),
         .vocab = vocab,
-        .logits = pointer<const S>(logits),
-        .logits_stride = logits.stride(0),
-        .target = index ? pointer<const int64_t>(target) : nullptr,
-        .target_stride = target.stride(0),
-        .probs = index ? nullptr : pointer<const S>(target),
-        .probs_stride = target.stride(0),
-        .weight = pointer<const real_of<S>>(weight),
-        .ignore_index = options.ignore_index,
-        .label_smoothing = options.label_smoothing,
-        .share = vocab == 0 ? 0 : options.label_smoothing / double(vocab),
-        .logit_scale = real_of<S>(options.logit_scale),
-        .softcap = real_of<S>(options.softcap),
-        .z_loss = options.z_loss,
+        .logits = pointer<const S>(in.logits),
+        .logits_stride = in.logits.stride(0),
+        .target = index ? pointer<const int64_t>(in.target) : nullptr,
+        .target_stride = in.target.stride(0),
+        .probs = index ? nullptr : pointer<const S>(in.target),
+        .probs_stride = in.target.stride(0),
+        .weight = pointer<const real_of<S>>(in.weight),
+        .ignore_index = in.ignore_index,
+        .label_smoothing = in.label_smoothing,
+        .share = vocab == 0 ? 0 : in.label_smoothing / double(vocab),
+        .cap = {real_of<S>(in.logit_scale), real_of<S>(in.softcap)},
+        .z_loss = in.z_loss,
     };
+}
+
+Tensor new_real(const Tensor& logits, const std::vector<int64_t>& shape) {
+    return torch::stable::new_empty(logits, shape, real_dtype(logits));
+}
+
+Results new_results(const Tensor& logits, bool stats) {
+    const std::vector<int64_t> rows{logits.size(0)}, counted{stats ? logits.size(0) : 0};
+    return {new_real(logits, rows), new_real(logits, rows),
+            new_real(logits, rows), new_real(logits, {}),
+            torch::stable::new_empty(logits, counted, ScalarType::Bool),
+            new_real(logits, counted), new_real(logits, {})};
+}
+
+template <class S>
+Output<real_of<S>> output(const Results& r) {
+    using T = real_of<S>;
+    const bool stats = r.correct.numel() > 0;
+    return {pointer<T>(r.row_loss), pointer<T>(r.lse), pointer<T>(r.lse_low),
+            stats ? pointer<bool>(r.correct) : nullptr, stats ? pointer<T>(r.entropy) : nullptr};
+}
+
+// Calls body with a value of the logits' storage type, for its type.
+template <class Body>
+void with_storage(const Tensor& logits, Body body) {
+    switch (logits.scalar_type()) {
+        case ScalarType::Float: return body(float());
+        case ScalarType::Double: return body(double());
+        case ScalarType::BFloat16: return body(__nv_bfloat16());
+        case ScalarType::Half: return body(__half());
+        default: STD_TORCH_CHECK(false, "logits: expected a float of 16, 32 or 64 bits");
+    }
+}
+
+// The ops
+
+template <class S>
+void run_forward(const Call& call, const Inputs& in, const MaybeTensor& num_items, bool in_place,
+                 Results& r) {
+    using T = real_of<S>;
+    const auto p = problem<S>(in);
+    T* const total_weight = pointer<T>(r.total_weight);
+    const T* const divisor = in.reduction == kMean ? total_weight : nullptr;
+    // In float16 a gradient divided by thousands of rows is below the smallest number, and a loss
+    // scale that comes after cannot bring it back: there the autograd formula divides later.
+    const T* const divide_now = std::is_same_v<S, __half> ? nullptr : divisor;
+    launch_one_block(sum_weights<S>, call, p, pointer<const T>(num_items), total_weight);
+    if (in_place)
+        launch_rows(fused_rows<S>, call, p, output<S>(r), divide_now, pointer<S>(in.logits));
+    else
+        launch_rows(forward_rows<S>, call, p, output<S>(r));
+    if (in.reduction == kNone)
+        r.loss = r.row_loss;
+    else
+        launch_one_block(sum_losses<T>, call, pointer<const T>(r.row_loss), p.rows, divisor,
+                         pointer<T>(r.loss));
+}
+
+Results forward(const Inputs& in, const MaybeTensor& num_items, bool stats, bool in_place) {
+    check_real("num_items", num_items, in.logits, 1);
+    const Call call(in.logits);
+    Results r = new_results(in.logits, stats);
+    with_storage(in.logits, [&](auto storage) {
+        run_forward<decltype(storage)>(call, in, num_items, in_place, r);
+    });
+    return r;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nll(
+    const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
+    const MaybeTensor& num_items, int64_t reduction, int64_t ignore_index, double label_smoothing,
+    double logit_scale, double softcap, double z_loss, bool stats, const std::string&) {
+    const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
+                               logit_scale, softcap, z_loss});
+    const Results r = forward(in, num_items, stats, false);
+    return {r.loss, r.lse, r.lse_low, r.total_weight, r.correct, r.entropy};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nll_(
+    const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
+    const MaybeTensor& num_items, int64_t reduction, int64_t ignore_index, double label_smoothing,
+    double logit_scale, double softcap, double z_loss, bool stats, const std::string&) {
+    const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
+                               logit_scale, softcap, z_loss});
+    const Results r = forward(in, num_items, stats, true);
+    Tensor written = logits;
+    if (!columns_adjacent(logits)) torch::stable::copy_(written, in.logits);
+    return {r.loss, r.lse, r.total_weight, r.correct, r.entropy};
+}
+
+Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const Tensor& logits,
+                    const Tensor& target, const MaybeTensor& weight, const Tensor& lse,
+                    const Tensor& lse_low, const Tensor& total_weight, int64_t reduction,
+                    int64_t ignore_index, double label_smoothing, double logit_scale,
+                    double softcap, double z_loss, const std::string&) {
+    const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
+                               logit_scale, softcap, z_loss});
+    const int64_t rows = logits.size(0);
+    check_real("grad_loss", grad_loss, logits, rows);
+    check_real("grad_lse", grad_lse, logits, rows);
+    check_real("lse", lse, logits, rows);
+    check_real("lse_low", lse_low, logits, rows);
+    check_real("total_weight", total_weight, logits, 1);
+    const Call call(logits);
+    const Tensor out = torch::stable::new_empty(logits, logits.sizes(), logits.scalar_type());
+    with_storage(logits, [&](auto storage) {
+        using S = decltype(storage);
+        using T = real_of<S>;
+        const Upstream<T> up = {
+            strided<T>(grad_loss), grad_lse ? strided<T>(*grad_lse) : Strided<T>{nullptr, 0},
+            reduction == kMean ? pointer<const T>(total_weight) : nullptr};
+        launch_rows(backward_rows<S>, call, problem<S>(in), up, strided<T>(lse),
+                    strided<T>(lse_low), pointer<S>(out));
+    });
+    return out;
+}
+
+}  // namespace
+}  // namespace neglog
+
+STABLE_TORCH_LIBRARY_IMPL(neglog, CUDA, m) {
+    m.impl("nll", TORCH_BOX(&neglog::nll));
+    m.impl("nll_backward", TORCH_BOX(&neglog::nll_backward));
+    m.impl("nll_", TORCH_BOX(&neglog::nll_));
 }

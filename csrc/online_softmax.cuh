@@ -77,17 +77,19 @@ __device__ bool same_phase(const S* a, const S* b) {
     return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kVectorBytes == 0;
 }
 
+template <class S>
+__device__ Lanes<S, kLanes<S>> unpacked(const uint4& bits) {
+    Lanes<S, kLanes<S>> x;
+    memcpy(&x, &bits, sizeof(bits));
+    return x;
+}
+
 // Loads are plain ones, never through the read-only path: the in-place op writes what it has read.
 template <class S, int n>
 __device__ Lanes<S, n> load(const S* from, bool aligned) {
+    if constexpr (n == kLanes<S>)
+        if (aligned) return unpacked<S>(*reinterpret_cast<const uint4*>(from));
     Lanes<S, n> x;
-    if constexpr (n == kLanes<S>) {
-        if (aligned) {
-            const uint4 bits = *reinterpret_cast<const uint4*>(from);
-            memcpy(&x, &bits, sizeof(bits));
-            return x;
-        }
-    }
 #pragma unroll
     for (int i = 0; i < n; ++i) x.at[i] = from[i];
     return x;
@@ -95,54 +97,104 @@ __device__ Lanes<S, n> load(const S* from, bool aligned) {
 
 template <class S, int n>
 __device__ void store(S* to, const Lanes<S, n>& x, bool aligned) {
-    if constexpr (n == kLanes<S>) {
+    if constexpr (n == kLanes<S>)
         if (aligned) {
             uint4 bits;
             memcpy(&bits, &x, sizeof(bits));
             *reinterpret_cast<uint4*>(to) = bits;
             return;
         }
-    }
 #pragma unroll
     for (int i = 0; i < n; ++i) to[i] = x.at[i];
 }
 
-// Calls visit(column, lanes) once for each piece of the row, shared out over the block. The head and
-// the tail are shorter than one vector, so shorter than the smallest block: one step for both.
-template <class S, class Visit>
+template <class S, class T, int n>
+__device__ Lanes<S, n> narrowed(const T (&x)[n]) {
+    Lanes<S, n> y;
+#pragma unroll
+    for (int i = 0; i < n; ++i) narrow(x[i], y.at[i]);
+    return y;
+}
+
+// The column of the one element outside the vectors that this thread takes, or n or beyond. Head and
+// tail are each shorter than a vector, so together shorter than the smallest block.
+template <class S>
+__device__ int64_t edge_column(const Cut<S>& cut) {
+    return threadIdx.x < cut.head ? threadIdx.x : cut.vectors * kLanes<S> + threadIdx.x;
+}
+
+// Calls visit(column, lanes) once for each piece of the row, shared out over the block. Vectors wait
+// as they came: unpacked, each 16-bit element would hold a register.
+template <int in_flight, class S, class Visit>
 __device__ void walk(const S* row, int64_t n, Visit visit) {
     constexpr int lanes = kLanes<S>;
     const Cut<S> cut = cut_at_vectors(row, n);
-    if (threadIdx.x < cut.head) visit(int64_t(threadIdx.x), load<S, 1>(row + threadIdx.x, true));
-    for (int64_t first = threadIdx.x; first < cut.vectors; first += kInFlight * blockDim.x) {
-        Lanes<S, lanes> x[kInFlight];
+    auto vectors = reinterpret_cast<const uint4*>(row + cut.head);
+    for (int64_t first = threadIdx.x; first < cut.vectors; first += in_flight * blockDim.x) {
+        uint4 bits[in_flight];
 #pragma unroll
-        for (int u = 0; u < kInFlight; ++u) {
+        for (int u = 0; u < in_flight; ++u) {
             const int64_t v = first + u * blockDim.x;
-            if (v < cut.vectors) x[u] = load<S, lanes>(row + cut.head + v * lanes, true);
+            if (v < cut.vectors) bits[u] = vectors[v];
         }
 #pragma unroll
-        for (int u = 0; u < kInFlight; ++u) {
+        for (int u = 0; u < in_flight; ++u) {
             const int64_t v = first + u * blockDim.x;
-            if (v < cut.vectors) visit(cut.head + v * lanes, x[u]);
+            if (v < cut.vectors) visit(cut.head + v * lanes, unpacked<S>(bits[u]));
         }
     }
-    const int64_t last = cut.head + cut.vectors * lanes + threadIdx.x;
-    if (last < n) visit(last, load<S, 1>(row + last, true));
+    const int64_t edge = edge_column(cut);
+    if (edge < n) visit(edge, load<S, 1>(row + edge, true));
 }
 
 template <class S>
 __device__ void zero_row(S* row, int64_t n) {
-    constexpr int lanes = kLanes<S>;
     const Cut<S> cut = cut_at_vectors(row, n);
-    const uint4 zeros = {0, 0, 0, 0};  // the bits of 0 in every storage type
-    S zero;
-    memcpy(&zero, &zeros, sizeof(zero));
-    if (threadIdx.x < cut.head) row[threadIdx.x] = zero;
     auto vectors = reinterpret_cast<uint4*>(row + cut.head);
-    for (int64_t v = threadIdx.x; v < cut.vectors; v += blockDim.x) vectors[v] = zeros;
-    const int64_t last = cut.head + cut.vectors * lanes + threadIdx.x;
-    if (last < n) row[last] = zero;
+    for (int64_t v = threadIdx.x; v < cut.vectors; v += blockDim.x) vectors[v] = uint4{};
+    const int64_t edge = edge_column(cut);
+    if (edge < n) row[edge] = S(0);
+}
+
+// A block as large as gives each thread all its loads in flight once, so that it depends on the
+// vocabulary and the dtype alone.
+template <class S>
+int threads_for(int64_t vocab) {
+    int threads = kWarp;
+    while (threads < kMaxThreads && int64_t(threads) * kInFlight * kLanes<S> < vocab) threads *= 2;
+    return threads;
+}
+
+// From a logit to its score, the z of the formulas, and dz/dx.
+template <class T>
+struct Cap {
+    T logit_scale, softcap;  // softcap 0 for none
+
+    __device__ T scaled(T x) const { return rounded_product(x, logit_scale); }
+    __device__ T capped(T z) const { return rounded_product(softcap, tanh(z / softcap)); }
+    __device__ T score(T x) const { return softcap == 0 ? scaled(x) : capped(scaled(x)); }
+};
+
+template <class S, int n>
+__device__ void scores(const Cap<real_of<S>>& cap, const Lanes<S, n>& x, real_of<S> (&z)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) z[i] = cap.scaled(widen(x.at[i]));
+    if (cap.softcap == 0) return;
+#pragma unroll
+    for (int i = 0; i < n; ++i) z[i] = cap.capped(z[i]);
+}
+
+// From the gradient of the scores to that of the logits.
+template <class T, int n>
+__device__ void apply_slope(const Cap<T>& cap, const T (&z)[n], T (&grad)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) grad[i] *= cap.logit_scale;
+    if (cap.softcap == 0) return;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+        const T ratio = z[i] / cap.softcap;  // the cap's derivative is 1 - tanh^2; this is tanh
+        grad[i] *= (1 - ratio) * (1 + ratio);
+    }
 }
 
 // The online (maximum, sum) state of a log-sum-exp
@@ -245,5 +297,14 @@ __device__ State block_reduce(State state, Merge merge) {
 }
 
 __device__ inline double block_sum(double x) { return block_reduce(x, Add{}); }
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    sum_losses(const T* row_loss, int64_t rows, const T* divisor, T* loss) {
+    double sum = 0;
+    for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) sum += row_loss[row];
+    const double total = block_sum(sum);
+    if (threadIdx.x == 0) *loss = T(divisor ? total / double(*divisor) : total);
+}
 
 }  // namespace neglog

@@ -1,0 +1,52 @@
+#!/bin/sh
+# Compile and link the CUDA kernels for every architecture they are written for, into one library.
+#
+#   csrc/compile.sh [--if-available] [OUTDIR]      OUTDIR defaults to build/cuda
+#
+# Needs nvcc 12.8 or later (13.0 is what CI has) and torch's headers, those of a CPU torch too: the
+# stable ABI asks for no CUDA build. --if-available: say so and succeed where nvcc is missing.
+# Fails on a register spill, and on any warning of the host compiler.
+# PYTHON, NVCC and ARCHITECTURES may be set from outside.
+set -eu
+
+if_available=no
+if [ "${1:-}" = --if-available ]; then if_available=yes; shift; fi
+here=$(cd "$(dirname "$0")" && pwd)
+out=${1:-$here/../build/cuda}
+python=${PYTHON:-python}
+nvcc=${NVCC:-nvcc}
+architectures=${ARCHITECTURES:-"80 90a 100"}
+
+if ! command -v "$nvcc" >/dev/null 2>&1; then
+    echo "csrc/compile.sh: nvcc not found: the CUDA kernels were not compiled"
+    [ "$if_available" = yes ] && exit 0
+    exit 1
+fi
+
+mkdir -p "$out"
+includes=$("$python" -c 'from torch.utils.cpp_extension import include_paths as p; print(" ".join("-isystem " + x for x in p()))')
+libraries=$("$python" -c 'from torch.utils.cpp_extension import library_paths as p; print(" ".join("-L" + x for x in p()))')
+targets=
+for architecture in $architectures; do
+    targets="$targets -gencode arch=compute_$architecture,code=sm_$architecture"
+done
+
+# USE_CUDA shows the stable ABI's CUDA half; the version is the oldest torch the binary serves, 2.10.
+# shellcheck disable=SC2086
+"$nvcc" -std=c++20 -O3 $targets --threads 0 \
+    -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
+    -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Werror -Xptxas -v \
+    $includes -c "$here/nll.cu" -o "$out/nll.o" >"$out/nll.log" 2>&1 || {
+    grep -v "^ptxas info" "$out/nll.log" >&2
+    exit 1
+}
+if grep -E "[1-9][0-9]* bytes spill" "$out/nll.log"; then
+    echo "csrc/compile.sh: registers spill (above); the whole log is $out/nll.log" >&2
+    exit 1
+fi
+# CUDA's own symbols of torch are resolved when the module is loaded into a CUDA build of it.
+# shellcheck disable=SC2086
+"$nvcc" -shared "$out/nll.o" -o "$out/neglog_cuda.so" $libraries -ltorch -ltorch_cpu -lc10
+
+kernels=$(grep -c "Compiling entry function" "$out/nll.log")
+echo "csrc/compile.sh: $kernels kernels for sm_${architectures}, no spills, linked: $out/neglog_cuda.so"
