@@ -66,7 +66,7 @@ def drawn_weight(options: dict, vocab: int, rng: np.random.Generator) -> dict:
 
 
 def relative_error(actual, expected) -> float:
-    """The largest |actual - expected| / (1 + |expected|); NaN and inf must be in the same places."""
+    """The largest |actual - expected| / (1 + |expected|); NaN and inf must be in their places."""
     a, e = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert a.shape == e.shape, (a.shape, e.shape)
     np.testing.assert_array_equal(np.isnan(a), np.isnan(e))

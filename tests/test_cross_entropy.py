@@ -105,6 +105,7 @@ def test_opinfo_samples(backend, dtype):
 def test_opinfo_derivatives(backend):
     count = 0
     for sample in OPINFO.sample_inputs("cpu", torch.float64, requires_grad=True):
+
         def function(x, sample=sample):
             return neglog.cross_entropy(x, *sample.args, **sample.kwargs)
 
@@ -242,9 +243,7 @@ def test_fuzz_against_torch(
     tolerance = 1e-10 if dtype == torch.float64 else 2e-5
     torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=tolerance, equal_nan=True)
     finite = torch.isfinite(theirs[1])
-    torch.testing.assert_close(
-        ours[1][finite], theirs[1][finite], rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(ours[1][finite], theirs[1][finite], rtol=tolerance, atol=tolerance)
 
 
 # Shapes and memory
@@ -262,9 +261,7 @@ def test_shapes(backend, shape, probabilities, reduction):
     ours = loss_and_gradient(neglog.cross_entropy, logits, target, reduction=reduction)
     theirs = loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction)
     torch.testing.assert_close(ours, theirs, equal_nan=True)
-    stats = neglog.cross_entropy(
-        logits, target, reduction=reduction, return_stats=True
-    )
+    stats = neglog.cross_entropy(logits, target, reduction=reduction, return_stats=True)
     expected = F.cross_entropy(logits, target, reduction="none").shape
     assert stats.logsumexp.shape == stats.correct.shape == stats.entropy.shape == expected
 

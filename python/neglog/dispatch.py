@@ -17,6 +17,11 @@ from neglog.kernels import Build
 
 try:
     import torch
+    from torch._subclasses import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    # What torch.compile and torch.export put in a tensor's place; no other subclass is known.
+    TRACED: tuple[type, ...] = (FakeTensor, FunctionalTensor)
 except ImportError:  # `describe()` still tells a NumPy user what runs
     torch = None  # type: ignore[assignment]
 
@@ -109,7 +114,7 @@ def kernels_refuse(logits: Any, weight: Any = None) -> str | None:
         return f"logits on device {logits.device}, and the kernels run on the CPU"
     if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"logits of dtype {logits.dtype}"
-    if type(logits) not in (torch.Tensor, torch.nn.Parameter):
+    if type(logits) not in (torch.Tensor, torch.nn.Parameter, *TRACED):
         return f"logits of type {type(logits).__name__}, which decides for itself what an op does"
     if logits.layout != torch.strided:
         return f"logits of layout {logits.layout}"
@@ -122,6 +127,8 @@ def kernels_refuse(logits: Any, weight: Any = None) -> str | None:
 
 def prefers_torch(input: Any) -> bool:
     """Whether torch's own cross_entropy should run: tiny inputs, and what no kernel takes."""
+    if not isinstance(input, torch.Tensor):
+        return True  # for torch's own error
     return input.numel() < CROSSOVER or kernels_refuse(input) is not None or not kernel_backend()
 
 

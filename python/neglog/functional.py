@@ -21,6 +21,7 @@ from neglog.validation import (
     is_probabilities,
     row_shape,
     to_rows,
+    under_autocast,
 )
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -88,7 +89,7 @@ def cross_entropy(
         backend: "cython", "numba" or "torch"; None lets neglog.dispatch choose.
 
     Raises:
-        IndexError: a target is out of range; names its value and row.
+        IndexError: a target is out of range, and its value and row are named; input is a scalar.
         ValueError: batch sizes differ, the reduction or backend is unknown, num_items without a
             sum, softcap not above 0.
         RuntimeError: other shapes, dtypes, label_smoothing, the length of weight.
@@ -195,6 +196,6 @@ def _may_overwrite(logits: Tensor) -> bool:
 
 def _loss_dtype(input: Tensor, logits: Tensor) -> torch.dtype:
     """torch's: that of the logits, or under autocast float32 for the 16-bit ones."""
-    if torch.is_autocast_enabled(input.device.type):
+    if under_autocast(input):
         return real_dtype(logits.dtype)
     return logits.dtype

@@ -40,9 +40,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.return_stats = return_stats
         self.backend = backend
 
-    def forward(
-        self, input: Tensor, target: Tensor, num_items: int | Tensor | None = None
-    ) -> Any:
+    def forward(self, input: Tensor, target: Tensor, num_items: int | Tensor | None = None) -> Any:
         return cross_entropy(
             input,
             target,

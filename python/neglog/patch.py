@@ -9,7 +9,7 @@ import torch.nn.functional
 from neglog.functional import cross_entropy, torch_cross_entropy
 
 
-class patch_torch:  # noqa: N801 - called like a function
+class patch_torch:
     """Make torch.nn.functional.cross_entropy neglog's, and with it nn.CrossEntropyLoss.
 
     As a plain call it lasts until `undo()`; as a context manager, until the end of the block:
@@ -31,7 +31,7 @@ class patch_torch:  # noqa: N801 - called like a function
                 f"got {current.__module__}.{current.__qualname__}"
             )
         self._before: Any = current
-        torch.nn.functional.cross_entropy = cross_entropy  # type: ignore[assignment]
+        torch.nn.functional.cross_entropy = cross_entropy
 
     def undo(self) -> None:
         """Put back what was there before this patch. A second call does nothing."""

@@ -55,8 +55,7 @@ def target_mass(
     for row in np.flatnonzero(counted):
         if not 0 <= target[row] < vocab:
             raise IndexError(
-                f"target {target[row]} at row {row} is out of range: "
-                f"expected 0 <= target < {vocab}"
+                f"target {target[row]} at row {row} is out of range: expected 0 <= target < {vocab}"
             )
     index = np.where(counted, target, 0).astype(np.int64)
     row_weight = np.where(counted, weight[index], 0.0)

@@ -32,6 +32,11 @@ def to_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(0, -2)
 
 
+def under_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
 
@@ -53,7 +58,7 @@ def check_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
     if input.dim() == 0:
-        raise RuntimeError("input: expected shape (C), (N, C) or (N, C, d1, ...), got a scalar")
+        raise IndexError("input: expected shape (C), (N, C) or (N, C, d1, ...), got a scalar")
     if input.device != target.device:
         raise RuntimeError(f"target: expected device {input.device}, got {target.device}")
     if not input.dtype.is_floating_point:
@@ -103,7 +108,7 @@ def _check_weight(input: Tensor, target: Tensor, weight: Any) -> None:
         raise RuntimeError(f"weight: expected shape [{classes}], got {_shape(weight)}")
     if weight.device != input.device:
         raise RuntimeError(f"weight: expected device {input.device}, got {weight.device}")
-    converts = is_probabilities(input, target) or torch.is_autocast_enabled(input.device.type)
+    converts = is_probabilities(input, target) or under_autocast(input)
     if not weight.dtype.is_floating_point or (weight.dtype != input.dtype and not converts):
         raise RuntimeError(f"weight: expected dtype {input.dtype}, got {weight.dtype}")
 
@@ -123,9 +128,7 @@ def check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
         )
 
 
-def check_extensions(
-    reduction: str, softcap: float | None, num_items: int | Tensor | None
-) -> None:
+def check_extensions(reduction: str, softcap: float | None, num_items: int | Tensor | None) -> None:
     """What neglog adds to torch's arguments."""
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a number above 0 or None, got {softcap}")

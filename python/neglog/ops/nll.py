@@ -106,9 +106,8 @@ def _threads(logits: Tensor) -> int:
 
 
 def _kernel(op: str, backend: str) -> Any:
-    backend = backend or dispatch.kernel_backend() or "numba"
-    dispatch.ran(op, backend)
-    return kernels.load("nll", backend)
+    dispatch.ran(op, backend or dispatch.kernel_backend() or "none")
+    return kernels.load("nll", backend or None)
 
 
 def _problem(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from neglog import dispatch
 from neglog.ops import nll_composite as composite
 from neglog.ops.nll import MEAN, Options, divides_late, library, run_backward, run_forward
 
@@ -24,7 +24,7 @@ NO_GRADIENTS = (None,) * ARGUMENTS
 
 def nll(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, lse, correct and entropy, by the door that fits. Arguments as the op neglog::nll."""
-    if torch.compiler.is_compiling() or _observed():
+    if torch.compiler.is_compiling() or _observed(arguments[0]):
         loss, lse, _, _, correct, entropy = torch.ops.neglog.nll.default(*arguments)
     elif torch._C._are_functorch_transforms_active():
         loss, lse, _, _, correct, entropy = FunctionalNLL.apply(*arguments)
@@ -36,9 +36,14 @@ def nll(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return loss, lse, correct, entropy
 
 
-def _observed() -> bool:
-    """Whether a tracer or a dispatch mode must see the op itself."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+def _observed(logits: Tensor) -> bool:
+    """Whether a tracer or a dispatch mode must see the op itself, or the logits have no memory."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or type(logits) in dispatch.TRACED
+        or logits.is_meta
+    )
 
 
 # Registered
@@ -46,7 +51,7 @@ def _observed() -> bool:
 
 def _setup(ctx, inputs, output):
     logits, target, weight, _, *options = inputs
-    loss, lse, lse_low, total_weight, correct, entropy = output
+    _, lse, lse_low, total_weight, correct, entropy = output
     ctx.mark_non_differentiable(lse_low, total_weight, correct, entropy)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target, weight, lse, lse_low, total_weight)
@@ -101,7 +106,7 @@ def _double_backward(ctx, grad):
             **named, weight=weight, total_weight=total_weight, options=ctx.options
         )
 
-    _, pullback = torch.func.vjp(gradient, *wanted.values())
+    pullback = torch.func.vjp(gradient, *wanted.values())[1]
     second = dict(zip(wanted, pullback(grad), strict=True))
     return tuple(second.get(name) for name in inputs) + (None,) * 11
 
@@ -198,7 +203,8 @@ def _total_weight(ctx: Any) -> Tensor:
 def _eager_backward(ctx, grad_loss, grad_lse, logits, target, weight):
     if not ctx.needs_input_grad[0]:
         return None
-    if torch.is_grad_enabled() or _observed():  # create_graph: the gradient has a graph of its own
+    # With create_graph the gradient has a graph of its own.
+    if torch.is_grad_enabled() or _observed(logits):
         return torch.ops.neglog.nll_backward.default(
             grad_loss, grad_lse, logits, target, weight, ctx.lse, ctx.lse_low, _total_weight(ctx),
             *ctx.options, ctx.backend,
@@ -242,8 +248,13 @@ class InplaceNLL(Function):
         return loss, lse, correct, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, *undefined):
+        if torch.is_grad_enabled():
+            # create_graph: the logits are gone, and a graph without them would be silently wrong.
+            raise RuntimeError(
+                "inplace_backward: the gradient has no derivative of its own: expected "
+                "inplace_backward=False with create_graph=True"
+            )
         if grad_loss is None:
             return NO_GRADIENTS
         (grad,) = ctx.saved_tensors
@@ -254,4 +265,3 @@ class InplaceNLL(Function):
         elif float(grad_loss) != 1:
             grad.mul_(grad_loss)
         return grad, *NO_GRADIENTS[1:]
-

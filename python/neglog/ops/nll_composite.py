@@ -76,9 +76,7 @@ def nll(
     return loss, lse, total_weight, correct, entropy
 
 
-def _statistics(
-    z: Tensor, target: Tensor, counted: Tensor, stats: bool
-) -> tuple[Tensor, Tensor]:
+def _statistics(z: Tensor, target: Tensor, counted: Tensor, stats: bool) -> tuple[Tensor, Tensor]:
     if not stats:
         return counted.new_empty(0), z.new_empty(0)
     log_p = torch.log_softmax(z, 1)

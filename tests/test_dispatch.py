@@ -1,0 +1,254 @@
+"""Which backend runs, what is said when one cannot, and the errors for bad input."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import neglog
+from neglog import dispatch, kernels
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run code in a new interpreter, in a folder where nothing of the checkout is importable."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd="/",
+        check=False,
+    )
+
+
+def draw(rows, vocab, dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(rows, vocab, dtype=dtype), torch.randint(0, vocab, (rows,))
+
+
+def ran_by(*arguments, **options):
+    with dispatch.record() as ran:
+        neglog.cross_entropy(*arguments, **options)
+    return ran
+
+
+def test_crossover():
+    best = dispatch.kernel_backend()
+    assert best == "cython"
+    assert ran_by(*draw(2, 10)) == ["nll:torch"]
+    assert ran_by(*draw(200, 1000)) == [f"nll:{best}"]
+    # What torch has no argument for goes to the kernels at any size.
+    assert ran_by(*draw(2, 10), z_loss=0.1) == [f"nll:{best}"]
+
+
+@pytest.mark.parametrize("backend", ["cython", "numba", "torch"])
+def test_forcing(backend):
+    assert ran_by(*draw(2, 10), backend=backend) == [f"nll:{backend}"]
+    with dispatch.use(backend):
+        assert ran_by(*draw(300, 1000)) == [f"nll:{backend}"]
+
+
+def test_environment():
+    code = (
+        "import torch, neglog\n"
+        "with neglog.dispatch.record() as ran:\n"
+        "    neglog.cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]))\n"
+        "print(ran)"
+    )
+    assert python(code, NEGLOG_BACKEND="cython").stdout == "['nll:cython']\n"
+    wrong = python(code, NEGLOG_BACKEND="cuda9000")
+    assert wrong.returncode == 1
+    assert "ValueError: NEGLOG_BACKEND: unknown backend: 'cuda9000'" in wrong.stderr
+    for line in ("cython: available, compiled for", "numba: available", "cuda: "):
+        assert line in wrong.stderr
+
+
+def test_backend_not_available(monkeypatch):
+    missing = kernels.Build("numba", False, "numba is not installed: pip install numba")
+    monkeypatch.setitem(dispatch._STATES, "numba", missing)
+    with pytest.raises(RuntimeError, match=r"(?s)backend not available here: 'numba'.*pip install"):
+        neglog.cross_entropy(*draw(2, 3), backend="numba")
+
+
+def test_a_forced_kernel_says_why_it_cannot():
+    x, t = draw(2, 3)
+    with pytest.raises(RuntimeError, match="logits of dtype"):
+        neglog.cross_entropy(x.to(torch.float8_e4m3fn), t, backend="cython")
+
+
+def test_subclasses_and_weights_with_gradient_go_to_torch():
+    class Mine(torch.Tensor):
+        pass
+
+    x, t = draw(200, 1000)
+    assert ran_by(x.as_subclass(Mine), t) == ["nll:torch"]
+    weight = torch.rand(1000, requires_grad=True)
+    probabilities = torch.rand(200, 1000)
+    pair = [
+        torch.autograd.grad(f(x, probabilities, weight), weight)[0]
+        for f in (neglog.cross_entropy, F.cross_entropy)
+    ]
+    torch.testing.assert_close(*pair)
+
+
+def test_meta_tensors():
+    x, t = (value.to("meta") for value in draw(200, 1000))
+    loss = neglog.cross_entropy(x, t, reduction="none")
+    assert loss.device.type == "meta"
+    assert loss.shape == (200,)
+
+
+def test_isa_levels_are_explained():
+    names = [build.name for build in kernels.builds()]
+    assert names == list(kernels.ISA_LEVELS)
+    assert all(build.why for build in kernels.builds())
+    result = python("import neglog.kernels as k; print(k.isa_level())", NEGLOG_ISA="x86_64_v2")
+    assert result.stdout == "x86_64_v2\n"
+    wrong = python("import neglog.kernels as k; print(k.isa_level())", NEGLOG_ISA="mmx")
+    assert "NEGLOG_ISA: expected one of" in wrong.stderr
+
+
+def test_kernels_import_no_torch():
+    code = (
+        "import sys, numpy as np\n"
+        "from neglog.kernels import nll_forward\n"
+        "result = nll_forward(np.zeros((2, 4), 'f'), [0, 1])\n"
+        "print(float(result.loss[0]), 'torch' in sys.modules)"
+    )
+    assert python(code).stdout == "1.3862943649291992 False\n"
+
+
+def test_without_torch_the_functions_say_what_to_install():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import neglog, numpy as np\n"
+        "print(neglog.kernels.nll_forward(np.zeros((1, 2), 'f'), [0]).loss)\n"
+        "print([state.why for state in neglog.dispatch.describe() if state.name == 'torch'])\n"
+        "neglog.cross_entropy"
+    )
+    result = python(code)
+    assert "0.6931" in result.stdout
+    assert "pip install torch" in result.stdout
+    assert "ImportError: neglog.cross_entropy needs PyTorch: pip install" in result.stderr
+
+
+def test_without_a_compiled_build_numba_runs_and_says_so_once():
+    code = (
+        "import sys\n"
+        "sys.modules['neglog.kernels.cpu'] = None\n"
+        "import warnings, torch, neglog\n"
+        "warnings.simplefilter('always')\n"
+        "x = torch.randn(4, 9)\n"
+        "with neglog.dispatch.record() as ran:\n"
+        "    for _ in range(3):\n"
+        "        neglog.cross_entropy(x, torch.tensor([1, 2, 3, 4]), z_loss=0.1)\n"
+        "print(ran)"
+    )
+    result = python(code)
+    assert result.stdout == f"{['nll:numba'] * 3}\n"
+    assert result.stderr.count("no compiled kernels here, so their Numba twins run") == 1
+
+
+def test_without_any_kernel_torch_runs_and_kernels_say_what_to_install():
+    code = (
+        "import sys\n"
+        "sys.modules['neglog.kernels.cpu'] = None\n"
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'numba' else find(name, *rest)\n"
+        "import torch, neglog, numpy as np\n"
+        "with neglog.dispatch.record() as ran:\n"
+        "    neglog.cross_entropy(torch.randn(400, 900), torch.arange(400))\n"
+        "    neglog.cross_entropy(torch.randn(400, 900), torch.arange(400), z_loss=1.0)\n"
+        "print(ran)\n"
+        "neglog.kernels.nll_forward(np.zeros((1, 2), 'f'), [0])"
+    )
+    result = python(code)
+    assert result.stdout == "['nll:torch', 'nll:torch']\n"
+    assert "ImportError: neglog: no kernels can run here" in result.stderr
+    assert "pip install numba" in result.stderr
+
+
+@pytest.mark.parametrize("first", ["torch", "neglog.kernels"])
+def test_one_openmp_runtime(first):
+    code = (
+        f"import {first}\n"
+        "import torch, neglog\n"
+        "neglog.cross_entropy(torch.randn(300, 1000), torch.arange(300), backend='cython')\n"
+        "torch.randn(500, 500) @ torch.randn(500, 500)\n"
+        "lines = open('/proc/self/maps').read().splitlines()\n"
+        "names = ('libgomp', 'libiomp', 'libomp')\n"
+        "print({line.split()[-1] for line in lines if any(name in line for name in names)})"
+    )
+    runtimes = eval(python(code).stdout)
+    assert len(runtimes) == 1, runtimes
+
+
+X, T = torch.zeros(3, 5), torch.tensor([0, 1, 2])
+BAD = {
+    "range": (IndexError, r"target 7 at row 2 is out of range: expected 0 <= target < 5",
+              (X, torch.tensor([0, 1, 7])), {}),
+    "negative": (IndexError, r"target -7 at row 0", (X, torch.tensor([-7, 1, 0])), {}),
+    "batch": (ValueError, r"target: expected shape \[3\].*got \[4\]", (X, T.new_zeros(4)), {}),
+    "multi-target": (RuntimeError, r"target: expected shape \[3\]", (X, T[:, None]), {}),
+    "K-dim": (RuntimeError, r"target: expected shape \[2, 3\].*got \[2, 4\]",
+              (torch.zeros(2, 5, 3), torch.zeros(2, 4, dtype=torch.int64)), {}),
+    "scalar": (IndexError, r"input: expected shape", (torch.zeros(()), torch.tensor([1])), {}),
+    "index dtype": (RuntimeError, r"target: expected dtype torch.int64 .*got torch.int32",
+                    (X, T.int()), {}),
+    "integer probabilities": (RuntimeError, r"target: expected a floating-point dtype",
+                              (X, torch.zeros(3, 5, dtype=torch.int64)), {}),
+    "input dtype": (NotImplementedError, r"input: expected a floating-point dtype",
+                    (X.long(), T), {}),
+    "weight length": (RuntimeError, r"weight: expected shape \[5\], got \[4\]",
+                      (X, T, torch.ones(4)), {}),
+    "weight dtype": (RuntimeError, r"weight: expected dtype torch.float32, got torch.float64",
+                     (X, T, torch.ones(5).double()), {}),
+    "smoothing": (RuntimeError, r"label_smoothing: expected 0 <= value <= 1, got 1.5",
+                  (X, T), {"label_smoothing": 1.5}),
+    "reduction": (ValueError, r"reduction: expected 'none', 'mean' or 'sum', got 'avg'",
+                  (X, T), {"reduction": "avg"}),
+    "ignored probabilities": (RuntimeError, r"ignore_index: expected none", (X, X),
+                              {"ignore_index": 1}),
+    "list input": (TypeError, r"input: expected a Tensor, got list", ([1.0], T), {}),
+    "list target": (TypeError, r"target: expected a Tensor, got list", (X, [1]), {}),
+    "backend": (ValueError, r"(?s)backend: unknown backend: 'gpu'.*cython: available",
+                (X, T), {"backend": "gpu"}),
+}  # fmt: skip
+OURS = {
+    "softcap": (ValueError, r"softcap: expected a number above 0", {"softcap": 0.0}),
+    "num_items none": (ValueError, r"num_items: expected reduction 'mean' or 'sum'",
+                       {"num_items": 3, "reduction": "none"}),
+    "num_items shape": (ValueError, r"num_items: expected one number, got shape \[2\]",
+                        {"num_items": torch.ones(2)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [None, "cython", "numba", "torch"])
+@pytest.mark.parametrize(("error", "message", "arguments", "options"), BAD.values(), ids=BAD.keys())
+def test_bad_input(error, message, arguments, options, backend):
+    options = {"backend": backend, **options}
+    with pytest.raises(error, match=message):
+        neglog.cross_entropy(*arguments, **options)
+    if "backend" in message:
+        return
+    options.pop("backend")
+    with pytest.raises(error):  # torch's own error is of the same type
+        F.cross_entropy(*arguments, **options)
+
+
+@pytest.mark.parametrize(("error", "message", "options"), OURS.values(), ids=OURS.keys())
+def test_bad_extension(error, message, options):
+    with pytest.raises(error, match=message):
+        neglog.cross_entropy(X, T, **options)
+
+
+def test_public_names():
+    assert set(neglog.__all__) <= set(dir(neglog))
+    for name in neglog.__all__:
+        assert getattr(neglog, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'crossentropy'"):
+        neglog.crossentropy  # noqa: B018
