@@ -24,8 +24,16 @@ _ARRAY_FUNCTIONS = ("NLL", "nll_forward", "nll_backward", "nll_fused")
 if TYPE_CHECKING:
     from neglog.kernels.arrays import NLL, nll_backward, nll_forward, nll_fused
 
-__all__ = ["BACKENDS", "ISA_LEVELS", "Build", "available", "builds", "isa_level", "load",
-           *_ARRAY_FUNCTIONS]
+__all__ = [
+    "BACKENDS",
+    "ISA_LEVELS",
+    "Build",
+    "available",
+    "builds",
+    "isa_level",
+    "load",
+    *_ARRAY_FUNCTIONS,
+]
 
 
 class Build(NamedTuple):

@@ -93,9 +93,10 @@ def _problem(
     total = kernel.total_weight(
         rows, vocab, _address(index), _address(probs), _address(w), ignore_index, code
     )
+    probs_stride = 0 if probs is None else probs.strides[0] // probs.itemsize
     arguments = (
         code, rows, vocab, _address(x), x.strides[0] // x.itemsize,
-        _address(index), _address(probs), 0 if probs is None else probs.strides[0] // probs.itemsize,
+        _address(index), _address(probs), probs_stride,
         _address(w), ignore_index, label_smoothing, logit_scale, softcap or 0.0, z_loss,
     )  # fmt: skip
     return _Problem(arguments, total, real, x, (x, t, w))

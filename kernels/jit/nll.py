@@ -13,7 +13,7 @@
 
 # mypy: ignore-errors
 
-from math import expm1, isnan
+from math import expm1, inf, isnan
 from typing import NamedTuple
 
 import numba
@@ -21,11 +21,11 @@ import numpy as np
 from numba import njit, prange
 
 from neglog.kernels.jit.numerics import (  # isort: skip
-    BLOCK, EXACT, INFINITY, UINT16, LogSumExp, Lse, absorb, block_affine, block_buffer,
+    BLOCK, EXACT, UINT16, Lse, absorb, block_affine, block_buffer,
     block_contains, block_copy, block_log_probability_dot, block_log_probability_sum,
     block_multiply, block_negative_entropy, block_scale, block_softcap, block_softcap_backward,
     block_softmax, block_subtract, block_sum, exp_nonpositive, finish, log_probability, narrow,
-    pointer, real, take, widen, zero_bytes,
+    pointer, real, take, widen,
 )  # fmt: skip
 
 FLOAT64 = 1
@@ -164,11 +164,11 @@ def score_at(p, row, column):
 @njit(**EXACT)
 def row_lse(p, row, buffer):
     """The row's log-sum-exp and its maximum."""
-    state = LogSumExp(real(-INFINITY, p.zero), p.zero)
+    state = (real(-inf, p.zero), p.zero)
     for block in range(p.blocks):
         at = span(p, block)
         state = absorb(state, scores(p, row, at, buffer), at.n)
-    return finish(state), state.maximum
+    return finish(state), state[0]
 
 
 @njit(**EXACT)
@@ -215,7 +215,7 @@ def row_entropy(p, row, lse, buffer):
 @njit(**EXACT)
 def row_correct(p, row, maximum, lse, buffer):
     """Whether the target is where argmax would look: the first of the maxima."""
-    nan_among_finite = isnan(lse.high) and maximum < INFINITY
+    nan_among_finite = isnan(lse.high) and maximum < inf
     if p.target == 0 or ignored(p, row) or nan_among_finite:
         return False
     target = pointer(p.target, INT64)[row]
@@ -317,7 +317,8 @@ def row_backward(p, g, row, lse, grad, grad_lse):
     buffer, second, result = block_buffer(p.zero), block_buffer(p.zero), block_buffer(p.zero)
     start = g.out + row * g.out_stride * p.itemsize
     if ignored(p, row) and grad_lse == 0:  # exactly zero, even where the logits are NaN
-        zero_bytes(start, p.vocab * p.itemsize)
+        for byte in range(p.vocab * p.itemsize):
+            pointer(start, UINT8)[byte] = 0
         return
     f = row_factors(p, row, lse, grad, grad_lse, second)
     for block in range(p.blocks):

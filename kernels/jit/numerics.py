@@ -12,7 +12,7 @@
 
 # mypy: ignore-errors
 
-from math import exp, log
+from math import exp, inf, log
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,6 @@ from numba.extending import intrinsic, overload
 BFLOAT16 = 2
 BLOCK = 2048
 LINE = 64  # bytes
-INFINITY = np.inf
 UINT16 = np.uint16(0)
 
 EXACT = {"error_model": "numpy", "fastmath": False}
@@ -83,15 +82,6 @@ def same_place(typingctx, block, other):
 
 
 @intrinsic
-def zero_bytes(typingctx, to, n):
-    def lower(context, builder, signature, args):
-        cgutils.memset(builder, builder.inttoptr(args[0], cgutils.voidptr_t), args[1], 0)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), lower
-
-
-@intrinsic
 def take(typingctx, counter, amount):
     """Add to the counter at once for all threads; its value before."""
 
@@ -141,7 +131,7 @@ def order_key(typingctx, x):
         # Before the bits are moved: a select after them would merge with the maximum's own, into
         # a form that LLVM does not vectorise.
         is_number = builder.fcmp_ordered("ord", args[0], args[0])
-        number = builder.select(is_number, args[0], context.get_constant(x, -INFINITY))
+        number = builder.select(is_number, args[0], context.get_constant(x, -inf))
         return _flip_negative(builder, builder.bitcast(number, context.get_value_type(key)))
 
     return key(x), lower
@@ -254,12 +244,7 @@ def tanh_any(y):
     return small if magnitude < real(0.625, y) else large
 
 
-# The online (maximum, sum) state of a log-sum-exp
-
-
-class LogSumExp(NamedTuple):
-    maximum: float
-    sum: float
+# The online state of a log-sum-exp is (maximum, sum)
 
 
 class Lse(NamedTuple):
@@ -273,7 +258,7 @@ class Lse(NamedTuple):
 def block_maximum(z, n):
     """The block's maximum but for NaN, over integers: a float max that LLVM may vectorise must
     assume NaN away."""
-    best = order_key(real(-INFINITY, z))
+    best = order_key(real(-inf, z))
     for j in range(n):
         key = order_key(z[j])
         best = key if key > best else best
@@ -290,20 +275,22 @@ def block_exp_sum(z, n, shift):
 
 @njit(**FUSED)
 def absorb(state, z, n):
+    previous, total = state
     block = block_maximum(z, n)
-    maximum = block if block > state.maximum else state.maximum
+    maximum = block if block > previous else previous
     # With every logit at -inf so far, -inf - -inf would poison a finite logit further on.
-    shift = real(0, maximum) if maximum == -INFINITY else maximum
-    kept = state.sum * exp_nonpositive(state.maximum - shift)
-    return LogSumExp(maximum, kept + block_exp_sum(z, n, shift))
+    shift = real(0, maximum) if maximum == -inf else maximum
+    kept = total * exp_nonpositive(previous - shift)
+    return maximum, kept + block_exp_sum(z, n, shift)
 
 
 @njit(**EXACT)
 def finish(state):
-    log_sum = real(log(state.sum), state.sum)
-    high = state.maximum + log_sum
-    back = high - state.maximum
-    return Lse(high, (state.maximum - (high - back)) + (log_sum - back))  # Knuth's two-sum
+    maximum, total = state
+    log_sum = real(log(total), total)
+    high = maximum + log_sum
+    back = high - maximum
+    return Lse(high, (maximum - (high - back)) + (log_sum - back))  # Knuth's two-sum
 
 
 @njit(**EXACT)
