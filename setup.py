@@ -61,10 +61,11 @@ class BuildKernels(build_ext):
             from Cython.Build import cythonize
 
             # Each in a directory of its own: Cython writes the full module name into the C++.
-            self.distribution.ext_modules = [
-                cythonize([extension], include_path=["kernels"], build_dir=f"build/cython/{extension.name}")[0]
-                for extension in self.distribution.ext_modules
-            ]
+            def translated(extension):
+                where = f"build/cython/{extension.name}"
+                return cythonize([extension], include_path=["kernels"], build_dir=where)[0]
+
+            self.distribution.ext_modules = list(map(translated, self.distribution.ext_modules))
         super().finalize_options()
 
     def run(self):

@@ -7,3 +7,7 @@ machine, files, figure and terminal serve the demo too. Each op that can be meas
 
 class Refusal(Exception):
     """What was asked cannot be done; the message says why, and what can."""
+
+
+class Mismatch(Exception):
+    """A contender's loss or gradient is not that of the float64 oracle."""

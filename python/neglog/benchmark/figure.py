@@ -53,7 +53,6 @@ def bars(
     axes.set_title(title)
     axes.barh(range(len(values)), values, color=colors, height=0.62)
     axes.set_yticks(range(len(names)), names, color=INK)
-    axes.invert_yaxis()
     label_bars(axes, values, unit)
 
 
@@ -61,8 +60,9 @@ def label_bars(axes: Any, values: list[float], unit: str) -> None:
     """The number at the end of each bar, and no axis: the numbers say it."""
     widest = max(values, default=0) or 1
     for index, value in enumerate(values):
-        number = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+        number = f"{value:,.0f}" if value >= 100 or value < 0.05 else f"{value:.1f}"
         axes.text(value + widest * 0.02, index, f"{number} {unit}", va="center", fontsize=9.5)
     axes.set_xlim(0, widest * 1.28)
+    axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xticks([])
     axes.spines[["bottom", "left"]].set_visible(False)

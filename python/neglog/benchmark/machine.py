@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from neglog.kernels import memory
+
 _OPENMP = re.compile(r"/(lib[a-z]*omp[^/]*\.so[^/]*|libiomp5[^/]*|vcomp[^/]*)$")
 
 
@@ -37,8 +39,8 @@ def openmp_runtimes() -> list[str] | None:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count(" ") >= 5}
-    return sorted(path for path in map(str.strip, paths) if _OPENMP.search(path))
+    fields = (line.split(maxsplit=5) for line in maps.splitlines())  # the sixth is the file, if any
+    return sorted({field[5] for field in fields if len(field) == 6 and _OPENMP.search(field[5])})
 
 
 def versions() -> dict[str, str | None]:
@@ -72,9 +74,26 @@ def _reset_peak() -> bool:
     return True
 
 
+def drop_kept_memory() -> None:
+    """Give the system the buffer that neglog keeps for the next gradient.
+
+    Asking for a buffer takes or drops the one that waits; NEGLOG_KEEP_MEMORY=0 when the new one
+    dies keeps it from waiting in turn.
+    """
+    before = os.environ.get("NEGLOG_KEEP_MEMORY")
+    os.environ["NEGLOG_KEEP_MEMORY"] = "0"
+    try:
+        memory.large_buffer(memory.LARGE)
+    finally:
+        del os.environ["NEGLOG_KEEP_MEMORY"]
+        if before is not None:
+            os.environ["NEGLOG_KEEP_MEMORY"] = before
+
+
 def _return_free_memory() -> None:
-    """Give what is free back to the system: a call served from the pool would look like no cost."""
+    """Give what is free back to the system: a call served from a pool would seem to cost none."""
     gc.collect()
+    drop_kept_memory()
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
         if trim is not None:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from neglog.benchmark.figure import COMPILE, COPY, INK, MUTED, NEGLOG, TORCH, bars, new_figure
-from neglog.benchmark.figure import label_bars
+from neglog.benchmark.figure import (
+    COMPILE,
+    COPY,
+    INK,
+    MUTED,
+    NEGLOG,
+    TORCH,
+    bars,
+    label_bars,
+    new_figure,
+)
 from neglog.benchmark.measure import Measurement, SmallResult
 from neglog.benchmark.report import shape_text
 
 PURPOSE = "bench --plot"
+LABELS = {"eager": "torch eager", "neglog": "neglog"}
 COLORS = {"eager": TORCH, "compile": COMPILE}
 
 
@@ -30,26 +40,25 @@ def large_figure(op: str, measurements: list[Measurement], subtitle: str) -> Any
 
 
 def _times(axes: Any, measured: Measurement) -> None:
-    names = [r.contender.label for r in measured.results]
+    names = [r.contender.label.strip() for r in measured.results]
     colors = [COLORS.get(r.contender.name, NEGLOG) for r in measured.results]
     forward = [median(r.forward) * 1e3 for r in measured.results]
     total = [median(r.total) * 1e3 for r in measured.results]
     places = range(len(names))
-    axes.set_title(f"{shape_text(measured.problem.shape)}, {measured.problem.dtype}")
+    axes.set_title(f"{shape_text(measured.spec.shape)}, {measured.spec.dtype}")
     axes.barh(places, total, color=colors, alpha=0.55, height=0.62)
     axes.barh(places, forward, color=colors, height=0.62)
     axes.set_yticks(places, names, color=INK)
-    axes.invert_yaxis()
     label_bars(axes, total, "ms")
     stick = median(measured.yardstick) * 1e3
     axes.axvline(stick, color=COPY, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.text(
-        stick, len(names) - 0.42, f" {measured.problem.yardstick.label}, {stick:.1f} ms",
+        stick, len(names) - 0.42, f" {measured.spec.yardstick}, {stick:.1f} ms",
         color=MUTED, fontsize=8.5, va="top",
     )  # fmt: skip
     axes.text(
-        1, 1.02, "dark: forward, light: backward", transform=axes.transAxes, ha="right",
-        va="bottom", fontsize=8.5, color=MUTED,
+        1, 0, "dark: forward, light: backward", transform=axes.transAxes, ha="right", va="top",
+        fontsize=8.5, color=MUTED,
     )  # fmt: skip
 
 
@@ -58,7 +67,7 @@ def _memory(axes: Any, measured: Measurement) -> None:
     bars(
         axes,
         "Peak extra memory",
-        [r.contender.label for r in known],
+        [r.contender.label.strip() for r in known],
         [(r.extra or 0) / 1e6 for r in known],
         [COLORS.get(r.contender.name, NEGLOG) for r in known],
         "MB",
@@ -74,12 +83,14 @@ def small_figure(op: str, results: list[SmallResult], subtitle: str) -> Any:
     for offset, name, color in ((-0.19, "eager", TORCH), (0.19, "neglog", NEGLOG)):
         values = [median(result.seconds[name]) * 1e6 for result in results]
         places = [index + offset for index in range(len(names))]
-        axes.barh(places, values, color=color, height=0.34, label={"eager": "torch"}.get(name))
+        axes.barh(places, values, color=color, height=0.34, label=LABELS[name])
         for place, value in zip(places, values, strict=True):
-            axes.text(value, place, f"  {value:.1f} us", va="center", fontsize=9, color=color)
+            axes.text(value, place, f"  {value:,.1f} us", va="center", fontsize=9, color=color)
     axes.set_yticks(range(len(names)), names, color=INK)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(right=axes.get_xlim()[1] * 3)
+    axes.legend(loc="upper right", labelcolor=INK)
     axes.set_xticks([], minor=True)
     axes.set_xticks([])
     axes.spines[["bottom", "left"]].set_visible(False)

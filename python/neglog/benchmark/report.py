@@ -46,14 +46,12 @@ def _baselines(measured: Measurement) -> list[Result]:
 
 def large_table(op: str, measured: Measurement) -> Any:
     """One row a contender, and the yardstick last."""
-    problem = measured.problem
-    size = megabytes(sum(leaf.nbytes for leaf in problem.leaves))
-    title = f"{op}, {shape_text(problem.shape)}, {problem.dtype} ({size})"
+    spec = measured.spec
+    size = megabytes(spec.nbytes)
+    title = f"{op}, {shape_text(spec.shape)}, {spec.dtype} ({size})"
     baselines = _baselines(measured)
     ratios = [f"x {b.contender.label.removeprefix('torch').strip(' .')}" for b in baselines]
-    made = table(
-        title, "", "forward", "fwd + bwd", *ratios, problem.unit, "copies", "peak extra memory"
-    )
+    made = table(title, "", "forward", "fwd + bwd", *ratios, spec.unit, "copies", "extra memory")
     stick = median(measured.yardstick)
     for result in measured.results:
         total = median(result.total)
@@ -62,15 +60,15 @@ def large_table(op: str, measured: Measurement) -> Any:
             f"{median(result.forward) * 1e3:.1f} ms",
             f"{total * 1e3:.1f} ms",
             *(f"{result.over(baseline):.2f}" for baseline in baselines),
-            f"{result.contender.work * problem.unit_work / total / 1e9:.1f}",
+            f"{result.contender.work * spec.unit_work / total / 1e9:.1f}",
             f"{total / stick:.2f}",
             megabytes(result.extra),
             style="bold" if result.contender.name == "neglog" else None,
         )
-    rate = problem.yardstick.work * problem.unit_work / stick / 1e9
+    rate = spec.yardstick_work * spec.unit_work / stick / 1e9
     made.add_section()
     made.add_row(
-        problem.yardstick.label, "", f"{stick * 1e3:.1f} ms", *("" for _ in baselines),
+        spec.yardstick, "", f"{stick * 1e3:.1f} ms", *("" for _ in baselines),
         f"{rate:.1f}", "1.00", "", style="dim",
     )  # fmt: skip
     return made
@@ -78,13 +76,17 @@ def large_table(op: str, measured: Measurement) -> Any:
 
 def notes(measured: Measurement) -> str:
     """What the table's columns mean, and who is missing from it."""
+    stick = measured.spec.yardstick
     worst = max(measured.results, key=lambda result: result.error)
     lines = [
         f"Every loss and gradient agrees with the float64 oracle (largest relative error "
         f"{worst.error:.1e}, {worst.contender.label}).",
         "x: how many times faster; median of the rounds' own ratios, "
         f"{len(measured.yardstick)} rounds in turn.",
-        f"{measured.problem.unit}: {measured.problem.model}",
+        "In new memory: without the pages of the last gradient, which neglog keeps for the next.",
+        "Extra memory: at the peak, nothing kept from before; the gradient itself is in it.",
+        f"{measured.spec.unit}: {measured.spec.model}",
+        f"Copies: time in units of the {stick}.",
     ]
     if any(result.extra is None for result in measured.results):
         lines.append("Memory: not available, this system does not let a process reset its peak.")
@@ -94,16 +96,16 @@ def notes(measured: Measurement) -> str:
 
 def large_json(measured: Measurement) -> dict[str, Any]:
     """Every round of every contender, and what the table derives from them."""
-    problem = measured.problem
+    spec = measured.spec
     baselines = _baselines(measured)
     stick = median(measured.yardstick)
     return {
-        "shape": problem.shape,
-        "dtype": problem.dtype,
-        "unit": problem.unit,
-        "model": problem.model,
-        "yardstick": {"label": problem.yardstick.label, "seconds": measured.yardstick,
-                      "rate": problem.yardstick.work * problem.unit_work / stick / 1e9},
+        "shape": spec.shape,
+        "dtype": spec.dtype,
+        "unit": spec.unit,
+        "model": spec.model,
+        "yardstick": {"label": spec.yardstick, "seconds": measured.yardstick,
+                      "rate": spec.yardstick_work * spec.unit_work / stick / 1e9},
         "left_out": measured.left_out,
         "contenders": [
             {
@@ -114,7 +116,7 @@ def large_json(measured: Measurement) -> dict[str, Any]:
                 "forward_ms": median(r.forward) * 1e3,
                 "total_ms": median(r.total) * 1e3,
                 "times_faster": {b.contender.name: r.over(b) for b in baselines},
-                "rate": r.contender.work * problem.unit_work / median(r.total) / 1e9,
+                "rate": r.contender.work * spec.unit_work / median(r.total) / 1e9,
                 "yardsticks": median(r.total) / stick,
                 "peak_extra_bytes": r.extra,
                 "largest_relative_error": r.error,

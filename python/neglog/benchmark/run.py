@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=("large", "small"), help="a set of shapes instead")
     parser.add_argument("--repeat", type=positive, metavar="N",
                         help=f"rounds (9; with --suite small {SMALL_ROUNDS})")  # fmt: skip
-    parser.add_argument("--threads", type=positive, metavar="N", help="torch's own choice if not given")
+    parser.add_argument("--threads", type=positive, metavar="N", help="as torch chooses")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (0)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--json", metavar="FILE", help="every round and all versions")

@@ -42,7 +42,7 @@ def table(title: str, *columns: str) -> Table:
         title=title, box=box, title_justify="left", title_style="bold", pad_edge=False
     )
     for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index else "left")
+        made.add_column(column, justify="right" if index else "left", no_wrap=not index)
     return made
 
 

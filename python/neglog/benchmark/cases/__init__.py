@@ -46,8 +46,9 @@ OPS = {
 class Contender(NamedTuple):
     """One implementation. `loss(*leaves, *fixed)` gives a scalar tensor with a graph.
 
-    work: what a forward and backward must move at the least, as a multiple of Problem.unit_work.
+    work: what a forward and backward must move at the least, as a multiple of Spec.unit_work.
     in_place: the loss overwrites its leaves, so each call gets a copy that no timer sees.
+    new_memory: the memory that neglog keeps for its next gradient is dropped before each call.
     backend: the neglog backend it must run by, None if it is not neglog's.
     """
 
@@ -56,6 +57,7 @@ class Contender(NamedTuple):
     loss: Callable[..., Tensor]
     work: float
     in_place: bool = False
+    new_memory: bool = False
     backend: str | None = None
 
 
@@ -66,12 +68,22 @@ class Truth(NamedTuple):
     grads: tuple[np.ndarray, ...]
 
 
-class Yardstick(NamedTuple):
-    """The least that any implementation must do, timed beside them."""
+class Spec(NamedTuple):
+    """What the report needs to know of a problem.
 
-    label: str
-    run: Callable[[], Any]
-    work: float
+    nbytes: of the inputs. yardstick: the least that any implementation must do, timed beside them.
+    unit_work, unit: what one multiple of `work` is, and what 1e9 of it a second are called.
+    model: how `work` is counted, in words.
+    """
+
+    shape: Shape
+    dtype: str
+    nbytes: int
+    yardstick: str
+    yardstick_work: float
+    unit_work: float
+    unit: str
+    model: str
 
 
 class Problem(NamedTuple):
@@ -80,20 +92,15 @@ class Problem(NamedTuple):
     leaves: require gradients. fixed: the other arguments. check_fixed: those for verifying, where
     all but a slice is ignored, so that the full shape runs and the oracle stays small.
     compared: the part of the gradients that `truth` holds.
-    unit_work, unit: what one multiple of `work` is, as 1e9 of it a second are named.
     """
 
-    shape: Shape
-    dtype: str
+    spec: Spec
     leaves: tuple[Tensor, ...]
     fixed: tuple[Any, ...]
     check_fixed: tuple[Any, ...]
     truth: Truth
     compared: Callable[[tuple[Tensor, ...]], tuple[np.ndarray, ...]]
-    yardstick: Yardstick
-    unit_work: float
-    unit: str
-    model: str
+    yardstick: Callable[[], Any]
 
 
 def load(op: str) -> Any:

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 import neglog
 from neglog import dispatch, reference
-from neglog.benchmark.cases import Contender, Problem, Shape, Truth, Yardstick
+from neglog.benchmark.cases import Contender, Problem, Shape, Spec, Truth
 
 IGNORED = -100
 # Rows the oracle sees: enough to hit every thread, few enough for float64 at any vocabulary.
 CHECKED_ROWS = 64
 MODEL = (
-    "forward reads the logits; backward reads them and writes the gradient: 3 passes. "
-    "In place: 1 read, 1 write."
+    "forward reads the logits, backward reads them and writes the gradient: 3 passes; "
+    "in place 1 read, 1 write."
 )
 
 
@@ -38,17 +38,15 @@ def problem(shape: Shape, dtype: str, seed: int) -> Problem:
         return (grads[0][picked].double().numpy(),)
 
     return Problem(
-        shape=shape,
-        dtype=dtype,
+        spec=Spec(
+            shape, dtype, logits.nbytes, "copy of the logits", 2, logits.nbytes, "GB/s", MODEL
+        ),
         leaves=(logits.requires_grad_(),),
         fixed=(target,),
         check_fixed=(check_target,),
         truth=Truth(float(oracle.loss), (oracle.grad,)),
         compared=compared,
-        yardstick=Yardstick("copy of the logits", lambda: buffer.copy_(logits.detach()), 2),
-        unit_work=logits.nbytes,
-        unit="GB/s",
-        model=MODEL,
+        yardstick=lambda: buffer.copy_(logits.detach()),
     )
 
 
@@ -71,14 +69,16 @@ def contenders(compiled: bool) -> list[Contender]:
     if compiled:
         compiled_loss = torch.compile(_eager, fullgraph=True, dynamic=False)
         found.append(Contender("compile", "torch.compile", compiled_loss, 3))
-    found.append(
-        Contender("neglog", f"neglog ({runs})", neglog.cross_entropy, 3, backend=runs)
-    )
+    own = neglog.cross_entropy
+    found.append(Contender("neglog", f"neglog ({runs})", own, 3, backend=runs))
     if runs != "torch":
-        found.append(Contender("inplace", "neglog in place", _in_place, 2, True, backend=runs))
+        found += [
+            Contender("new_memory", "  in new memory", own, 3, new_memory=True, backend=runs),
+            Contender("inplace", "  in place", _in_place, 2, in_place=True, backend=runs),
+        ]
     numba = next(state for state in dispatch.describe() if state.name == "numba")
     if numba.usable and runs != "numba":
-        found.append(Contender("numba", "neglog (numba)", _numba, 3, backend="numba"))
+        found.append(Contender("numba", "  by numba", _numba, 3, backend="numba"))
     return found
 
 

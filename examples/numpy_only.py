@@ -1,0 +1,39 @@
+"""Softmax regression on NumPy arrays: neglog's kernels without torch.
+
+python examples/numpy_only.py
+"""
+
+import sys
+
+import numpy as np
+
+from neglog import kernels
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    samples, features, classes = 512, 64, 1000
+    truth = rng.normal(size=(features, classes)).astype(np.float32)
+    x = rng.normal(size=(samples, features)).astype(np.float32)
+    target = (x @ truth).argmax(axis=1)
+
+    weight = np.zeros((features, classes), np.float32)
+    for step in range(51):
+        logits = x @ weight
+        result = kernels.nll_forward(logits, target, stats=True)
+        # For a mean, each row's loss has a gradient of 1 / total_weight.
+        grad = kernels.nll_backward(1 / result.total_weight, result, logits, target)
+        weight -= 20 * x.T @ grad
+        if step % 10 == 0:
+            loss = result.loss.sum() / result.total_weight
+            print(f"step {step:2}  loss {loss:.4f}  correct {result.correct.mean():.0%}")
+
+    # Loss and gradient in one pass over the logits, which the gradient overwrites.
+    logits = x @ weight
+    result, grad = kernels.nll_fused(logits, target, out=logits)
+    assert grad is logits
+    print(f"fused:   loss {result.loss.mean():.4f}; torch imported: {'torch' in sys.modules}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The losses at work: a small model trained on real text, once by torch's loss, once by neglog's.
+
+text: the words. gpt: the model. train: one run. run: the command. plot: the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from neglog.benchmark.run import positive
+
+# Each objective that can be shown, and the function that draws its batches (in train.py).
+TASKS = {"clm": "causal language model: the next token, maximum likelihood"}
+STEPS = 160
+QUICK_STEPS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `demo`."""
+    tasks = "; ".join(f"{name}: {what}" for name, what in TASKS.items())
+    parser.add_argument("--task", choices=tuple(TASKS), default="clm", help=tasks)
+    parser.add_argument("--steps", type=positive, metavar="N",
+                        help=f"of each run ({STEPS}, fewer on a slow machine)")  # fmt: skip
+    parser.add_argument("--out", default="demo.png", metavar="FILE", help="the picture (demo.png)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, to see it run")
+    parser.add_argument("--force", action="store_true", help="overwrite a file of another maker")
