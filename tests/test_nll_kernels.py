@@ -167,8 +167,8 @@ def test_bits_do_not_depend_on_threads(build, rng, probabilities, vocab):
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
-def test_streamed_gradient_is_the_same(build, rng):
-    """Above 32 MB the gradient goes past the caches, through another store, at any alignment."""
+def test_large_gradient_is_the_same(build, rng):
+    """Above 32 MB the gradient lies on huge pages that an earlier one may have used."""
     rows, vocab = 300, 32_001
     logits, target = draw(rng, rows, vocab, "float32")
     assert rows * vocab * 4 > 32 << 20

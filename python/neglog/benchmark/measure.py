@@ -69,8 +69,10 @@ def verify(contender: Contender, problem: Problem) -> float:
     """The largest relative error of loss and gradient. Raises Mismatch if it is too large."""
     with dispatch.record() as ran:
         loss, grads = step(contender, _fresh(contender, problem), problem.check_fixed)
-    if contender.backend and not all(note.endswith(f":{contender.backend}") for note in ran):
-        raise Mismatch(f"{contender.label}: ran by {', '.join(ran)} instead")
+    if contender.backend and {note.partition(":")[2] for note in ran} != {contender.backend}:
+        raise Mismatch(
+            f"{contender.label}: expected {contender.backend}, ran by {', '.join(ran) or 'none'}"
+        )
     tolerance, floor = TOLERANCE[problem.spec.dtype], FLOOR[problem.spec.dtype]
     errors = [_error(np.float64(loss), np.float64(problem.truth.loss), floor)]
     for got, want in zip(problem.compared(grads), problem.truth.grads, strict=True):

@@ -10,7 +10,7 @@ import torch
 from neglog import dispatch, kernels
 from neglog.benchmark import machine
 from neglog.benchmark.measure import Measurement, Result, SmallResult
-from neglog.benchmark.terminal import megabytes, table
+from neglog.benchmark.terminal import duration, megabytes, table
 
 
 def environment() -> dict[str, Any]:
@@ -57,8 +57,8 @@ def large_table(op: str, measured: Measurement) -> Any:
         total = median(result.total)
         made.add_row(
             result.contender.label,
-            f"{median(result.forward) * 1e3:.1f} ms",
-            f"{total * 1e3:.1f} ms",
+            duration(median(result.forward)),
+            duration(total),
             *(f"{result.over(baseline):.2f}" for baseline in baselines),
             f"{result.contender.work * spec.unit_work / total / 1e9:.1f}",
             f"{total / stick:.2f}",
@@ -68,7 +68,7 @@ def large_table(op: str, measured: Measurement) -> Any:
     rate = spec.yardstick_work * spec.unit_work / stick / 1e9
     made.add_section()
     made.add_row(
-        spec.yardstick, "", f"{stick * 1e3:.1f} ms", *("" for _ in baselines),
+        spec.yardstick, "", duration(stick), *("" for _ in baselines),
         f"{rate:.1f}", "1.00", "", style="dim",
     )  # fmt: skip
     return made
@@ -80,14 +80,18 @@ def notes(measured: Measurement) -> str:
     worst = max(measured.results, key=lambda result: result.error)
     lines = [
         f"Every loss and gradient agrees with the float64 oracle (largest relative error "
-        f"{worst.error:.1e}, {worst.contender.label}).",
+        f"{worst.error:.1e}, {worst.contender.label.strip()}).",
         "x: how many times faster; median of the rounds' own ratios, "
         f"{len(measured.yardstick)} rounds in turn.",
-        "In new memory: without the pages of the last gradient, which neglog keeps for the next.",
         "Extra memory: at the peak, nothing kept from before; the gradient itself is in it.",
         f"{measured.spec.unit}: {measured.spec.model}",
         f"Copies: time in units of the {stick}.",
     ]
+    if any(result.contender.new_memory for result in measured.results):
+        lines.append(
+            "In new memory: without the pages of the last gradient, which neglog keeps for the "
+            "next."
+        )
     if any(result.extra is None for result in measured.results):
         lines.append("Memory: not available, this system does not let a process reset its peak.")
     lines += [f"Left out: {name}: {why}" for name, why in measured.left_out.items()]

@@ -46,6 +46,13 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
+def duration(seconds: float) -> str:
+    """Milliseconds, below one of them microseconds."""
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+
+
 def megabytes(count: int | None) -> str:
-    """Bytes as megabytes, "n/a" for None."""
-    return "n/a" if count is None else f"{count / 1e6:,.0f} MB"
+    """Bytes as megabytes, below ten of them with a decimal; "n/a" for None."""
+    if count is None:
+        return "n/a"
+    return f"{count / 1e6:,.0f} MB" if count >= 1e7 or not count else f"{count / 1e6:.1f} MB"

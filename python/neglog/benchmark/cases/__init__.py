@@ -2,8 +2,8 @@
 
 A case is the module of its op's name with three functions:
   problem(shape, dtype, seed) -> Problem    the inputs, and the truth to verify against
-  contenders(compiled) -> list[Contender]   the implementations, the one to compare with first
-  small_contenders() -> list[Contender]     the two that `--suite small` compares
+  contenders(compiled, shape) -> list[Contender]   the implementations, the baseline first
+  small_contenders() -> list[Contender]            the two that `--suite small` compares
 and its line in OPS below. Nothing here imports torch: the command line reads it.
 """
 

@@ -62,9 +62,15 @@ def _eager(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
-def contenders(compiled: bool) -> list[Contender]:
+def _default_backend(shape: Shape) -> str:
+    """What runs neglog.cross_entropy of such logits."""
+    small = shape["rows"] * shape["vocab"] < dispatch.CROSSOVER
+    return dispatch.forced() or (None if small else dispatch.kernel_backend()) or "torch"
+
+
+def contenders(compiled: bool, shape: Shape) -> list[Contender]:
     """Everything that can run here, torch eager first."""
-    runs = dispatch.forced() or dispatch.kernel_backend() or "torch"
+    runs = _default_backend(shape)
     found = [Contender("eager", "torch eager", _eager, 3)]
     if compiled:
         compiled_loss = torch.compile(_eager, fullgraph=True, dynamic=False)

@@ -1,0 +1,74 @@
+"""An install from the sources alone, where no kernel can be compiled: the Numba twins take over."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels", "python")
+# An editable install of the tree would lend its compiled modules to the one that has none.
+CODE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+import numpy, neglog
+from neglog import kernels
+print(neglog.__file__)
+print(kernels.isa_level(), kernels.available("cython").why)
+for _ in range(2):
+    print(kernels.nll_forward(numpy.zeros((2, 4), "f"), [0, 1]).loss)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"NEGLOG_COMPILE": "0"}, ""),
+        ({"CC": "false", "CXX": "false"}, "neglog: the kernels were not compiled"),
+    ],
+    ids=["not asked", "no compiler"],
+)
+def test_install_without_a_compiler(tmp_path, environment, said):
+    tree, target = tmp_path / "tree", tmp_path / "site"
+    tree.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "x86_64_*")
+            shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, tree / name)
+    command = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps",
+               "--target", str(target), str(tree)]  # fmt: skip
+    installed = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment
+    )
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    assert said in installed.stdout + installed.stderr
+    assert not list(target.rglob("*.so"))
+    assert (target / "neglog" / "py.typed").exists()
+
+    ran = subprocess.run(
+        [sys.executable, "-c", CODE], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(target)},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    where, level, *losses = ran.stdout.splitlines()
+    assert where.startswith(str(target))
+    assert level.startswith(("None x86_64_v4: not built", "None generic"))
+    assert losses == ["[1.3862944 1.3862944]"] * 2
+    assert ran.stderr.count("no compiled kernels here, so their Numba twins run") == 1
+
+
+def test_a_failing_compiler_is_an_error_where_compiling_is_demanded(tmp_path):
+    build = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"),
+             "--build-temp", str(tmp_path / "temp")]  # fmt: skip
+    demanded = {"NEGLOG_COMPILE": "1", "CC": "false", "CXX": "false"}
+    failed = subprocess.run(
+        build, capture_output=True, text=True, cwd=ROOT, env=os.environ | demanded
+    )
+    assert failed.returncode != 0
+    assert "error: " in failed.stderr
+    assert "false" in failed.stderr
