@@ -1,6 +1,6 @@
 """Train a small causal language model with neglog.cross_entropy, on a text file of your own.
 
-    python examples/train_gpt.py [FILE] [STEPS]
+    python examples/train_gpt.py [STEPS] [FILE]
 
 Words that are not among the most frequent become ignore_index: they are read, never asked for.
 """
@@ -53,7 +53,7 @@ def read_words(name: str | None) -> torch.Tensor:
     return torch.tensor([ids.get(word, 0) for word in words])
 
 
-def main(name: str | None = None, steps: str = "200") -> None:
+def main(steps: str = "200", name: str | None = None) -> None:
     torch.manual_seed(0)
     words = read_words(name)
     model = CausalLM()

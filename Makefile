@@ -1,0 +1,51 @@
+# Every target sets up what it needs: a virtual environment, torch, the compiled kernels.
+#
+#   make demo | test | lint | bench | cuda | clean
+#
+# PYTHON   the interpreter to begin with            make test PYTHON=python3.12
+# TORCH    what pip is asked for as torch           make demo TORCH=torch==2.10.0
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+KERNELS := $(wildcard kernels/*.pyx kernels/*.pxd kernels/*.hpp)
+
+.PHONY: demo test lint bench cuda examples clean
+
+demo: $(READY)
+	$(BIN)/python -m neglog demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m neglog bench cross_entropy
+
+# Compiles and links; says so and goes on where there is no nvcc.
+cuda: $(READY)
+	PYTHON=$(BIN)/python csrc/compile.sh --if-available
+
+examples: $(READY)
+	$(BIN)/python examples/numpy_only.py
+	$(BIN)/python examples/train_gpt.py
+
+# torch first and alone, in the version it is asked for; then no build environment of its own for
+# neglog, which would fetch a second torch.
+$(READY): setup.py pyproject.toml $(KERNELS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip 'setuptools>=77' 'cython>=3.1' numpy
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kernels -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
