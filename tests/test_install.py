@@ -27,7 +27,10 @@ for _ in range(2):
     ("environment", "said"),
     [
         ({"NEGLOG_COMPILE": "0"}, ""),
-        ({"NEGLOG_COMPILE": "", "CC": "false", "CXX": "false"}, "neglog: the kernels were not compiled"),
+        (
+            {"NEGLOG_COMPILE": "", "CC": "false", "CXX": "false"},
+            "neglog: the kernels were not compiled",
+        ),
     ],
     ids=["not asked", "no compiler"],
 )
