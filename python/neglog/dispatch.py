@@ -29,7 +29,7 @@ BACKENDS = (*kernels.BACKENDS, "torch")
 
 # Logits, in numbers, up to which torch's own function is the faster: there the fixed cost of two
 # custom ops outweighs its slower arithmetic (docs/performance.md, "Small shapes").
-CROSSOVER = 131072
+CROSSOVER = 196608
 
 # Found once, at import: torch.compile would otherwise trace the search.
 _STATES = {name: kernels.available(name) for name in kernels.BACKENDS}
