@@ -21,7 +21,7 @@ SMALL = (
     "bench",
     "cross_entropy",
     "--rows",
-    "160",
+    "200",
     "--vocab",
     "1000",
     "--no-compile",

@@ -21,7 +21,7 @@ def backend(request):
         yield request.param
 
 
-def large(dtype=torch.float32, rows=150, vocab=1000, seed=3):
+def large(dtype=torch.float32, rows=200, vocab=1000, seed=3):
     """Logits above the crossover, so that the default choice is a kernel."""
     assert rows * vocab >= dispatch.CROSSOVER
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +84,7 @@ def test_compile_fullgraph(backend, dynamic, stats):
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
     logits, target = large()
-    for rows in (150, 149):
+    for rows in (200, 199):
         pair = []
         for function in (loss, compiled):
             x = logits[:rows].detach().requires_grad_()
@@ -272,7 +272,7 @@ def test_large_gradients_can_be_copied_and_changed():
 # In place
 
 
-def head(dtype=torch.float32, rows=150, vocab=1000):
+def head(dtype=torch.float32, rows=200, vocab=1000):
     torch.manual_seed(5)
     hidden = torch.randn(rows, 8, dtype=dtype)
     weight = torch.randn(8, vocab, dtype=dtype, requires_grad=True)
