@@ -6,8 +6,7 @@ from typing import Any
 
 from neglog.benchmark.figure import INK, MUTED, NEGLOG, TORCH, bars, new_figure
 from neglog.benchmark.machine import processor
-from neglog.demo.run import NAMES, facts, largest_difference
-from neglog.demo.train import Run
+from neglog.demo.train import NAMES, Run, facts, largest_difference
 
 PURPOSE = "demo"
 

@@ -7,22 +7,25 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+import neglog
 from neglog.benchmark import files, terminal
 from neglog.demo import QUICK_STEPS, STEPS, TASKS
+from neglog.demo.gpt import CONTEXT
+from neglog.demo.plot import draw
+from neglog.demo.text import load
+from neglog.demo.train import NAMES, Run, Watch, facts, largest_difference, train
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from neglog.demo.train import Run, Watch
 
 # Seconds for the first run where no number of steps is asked; the second makes as many steps.
 DEADLINE = 40.0
 QUICK_HELD_OUT = 4097
 PROMPT = "The"
-NAMES = ("torch", "neglog")
 
 
 @contextmanager
@@ -57,12 +60,6 @@ def _print_now_and_then(
 
 
 def _train_both(screen: Console, data: Any, options: argparse.Namespace) -> tuple[Run, Run]:
-    import torch
-
-    import neglog
-    from neglog.demo.gpt import CONTEXT
-    from neglog.demo.train import train
-
     steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
     deadline = math.inf if options.steps else DEADLINE
     losses = (torch.nn.functional.cross_entropy, neglog.cross_entropy)
@@ -79,17 +76,6 @@ def _train_both(screen: Console, data: Any, options: argparse.Namespace) -> tupl
             screen.print(f"[dim]stopped at {steps} steps, to end in time; --steps asks for more[/]")
         deadline = math.inf
     return runs[0], runs[1]
-
-
-def facts(run: Run) -> dict[str, float]:
-    """Milliseconds a step in the loss and in all (medians), and the loss's share."""
-    in_loss, in_step = median(run.in_loss), median(run.in_step)
-    return {"loss_ms": in_loss * 1e3, "step_ms": in_step * 1e3, "share": in_loss / in_step}
-
-
-def largest_difference(first: Run, second: Run) -> float:
-    """Between the two curves, at the same step."""
-    return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=True))
 
 
 def _table(runs: tuple[Run, Run]) -> Any:
@@ -110,7 +96,6 @@ def _table(runs: tuple[Run, Run]) -> Any:
 
 
 def _conclude(screen: Console, runs: tuple[Run, Run], data: Any, seed: int) -> None:
-    import torch
     from rich.markup import escape
 
     first, second = (facts(run) for run in runs)
@@ -133,11 +118,6 @@ def run(options: argparse.Namespace) -> None:
     path = files.check_output(options.out, ".png", options.force)
     screen = terminal.console("demo")
     terminal.need("matplotlib", "demo")
-    torch = terminal.need("torch", "demo")
-
-    from neglog.demo.plot import draw
-    from neglog.demo.text import load
-
     data = load()
     if options.quick:
         data = data._replace(held_out=data.held_out[:QUICK_HELD_OUT])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from neglog.demo.text import Data
 BATCH = 16
 RATE = 2e-3
 WARMUP = 20
+NAMES = ("torch", "neglog")  # of the two runs
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 # Called after each step: its number from 1, its loss, seconds in the loss.
@@ -33,6 +35,17 @@ class Run(NamedTuple):
     extra: int | None
     perplexity: float
     model: GPT
+
+
+def facts(run: Run) -> dict[str, float]:
+    """Milliseconds a step in the loss and in all (medians), and the loss's share."""
+    in_loss, in_step = median(run.in_loss), median(run.in_step)
+    return {"loss_ms": in_loss * 1e3, "step_ms": in_step * 1e3, "share": in_loss / in_step}
+
+
+def largest_difference(first: Run, second: Run) -> float:
+    """Between the two curves, at the same step."""
+    return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=True))
 
 
 def batches(tokens: Tensor, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
