@@ -164,6 +164,23 @@ def test_confident_bfloat16_gradient(backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("logit_scale", [1.0, 2.0])  # read where they lie, and through a buffer
+def test_bfloat16_gradients_round_to_nearest_even(backend, logit_scale):
+    """One class has p = 1, so the gradient is the upstream of logsumexp, whatever that is."""
+    halfway = (torch.arange(0x80, 0x7F7F, 5, dtype=torch.int32) << 16) | 0x8000
+    beside = torch.cat([halfway - 1, halfway, halfway + 1]).view(torch.float32)
+    upstream = torch.cat([beside, -beside, torch.tensor([0.0, torch.inf, torch.nan])]) / logit_scale
+    logits = torch.zeros(len(upstream), 1, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros(len(upstream), dtype=torch.int64)
+    stats = neglog.cross_entropy(
+        logits, target, logit_scale=logit_scale, return_stats=True, backend=backend
+    )
+    stats.logsumexp.backward(upstream)
+    expected = (upstream * logit_scale).bfloat16()
+    torch.testing.assert_close(logits.grad[:, 0], expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -398,7 +415,7 @@ def test_module_is_torchs():
 
 def test_patch_torch_and_back():
     own = F.cross_entropy
-    logits, target = draw((400, 400), torch.float32)
+    logits, target = draw((500, 400), torch.float32)
     assert logits.numel() >= dispatch.CROSSOVER
     expected = own(logits, target)
     with dispatch.record() as ran:
