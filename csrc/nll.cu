@@ -330,8 +330,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 template <class S>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    fused_rows(Problem<S> p, Output<real_of<S>> o, const real_of<S>* divisor, S* logits) {
-    const double scale = divisor ? 1 / double(*divisor) : 1;
+    fused_rows(Problem<S> p, Output<real_of<S>> o, const real_of<S>* divisor, bool late, S* logits) {
+    const double scale = divisor && !(late && *divisor != 0) ? 1 / double(*divisor) : 1;
     const double weights = weight_sum(p);
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const auto lse = row_forward(p, o, row);
@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
             const int64_t target = class_of(p, row);
             sum += p.weight ? p.weight[target] : 1;
         }
-    const double total = p.target ? block_sum(sum) : double(p.rows);
+    const double total = p.target ? block_sum(sum) : p.vocab ? double(p.rows) : double(NAN);
     if (threadIdx.x == 0) *total_weight = num_items ? *num_items : real_of<S>(total);
 }
 
@@ -537,11 +537,12 @@ void run_forward(const Call& call, const Inputs& in, const MaybeTensor& num_item
     T* const total_weight = pointer<T>(r.total_weight);
     const T* const divisor = in.reduction == kMean ? total_weight : nullptr;
     // In float16 a gradient divided by thousands of rows is below the smallest number, and a loss
-    // scale that comes after cannot bring it back: there the autograd formula divides later.
-    const T* const divide_now = std::is_same_v<S, __half> ? nullptr : divisor;
+    // scale that comes after cannot bring it back: there the autograd formula divides later, but by
+    // 0 now, so that an ignored row's 0 does not become 0 / 0.
+    const bool late = std::is_same_v<S, __half>;
     launch_one_block(sum_weights<S>, call, p, pointer<const T>(num_items), total_weight);
     if (in_place)
-        launch_rows(fused_rows<S>, call, p, output<S>(r), divide_now, pointer<S>(in.logits));
+        launch_rows(fused_rows<S>, call, p, output<S>(r), divisor, late, pointer<S>(in.logits));
     else
         launch_rows(forward_rows<S>, call, p, output<S>(r));
     if (in.reduction == kNone)

@@ -52,8 +52,8 @@ def _rows(name: str, array: ArrayLike) -> tuple[NDArray, int]:
         raise TypeError(f"{name}: expected one of {', '.join(DTYPE_CODES)}, got {a.dtype}")
     if not a.flags.aligned or (a.shape[1] > 1 and a.strides[1] != a.itemsize):
         a = np.ascontiguousarray(a)
-    if a.strides[0] % a.itemsize:
-        a = np.ascontiguousarray(a)
+    if a.strides[0] % a.itemsize or not a.dtype.isnative:
+        a = np.ascontiguousarray(a, a.dtype.newbyteorder("="))
     return a, code
 
 

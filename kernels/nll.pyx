@@ -16,7 +16,7 @@ be torch or NumPy. The Numba twin, jit/nll.py, has the same names and signatures
 """
 
 from cython.parallel cimport prange
-from libc.math cimport INFINITY, expm1, isnan
+from libc.math cimport INFINITY, NAN, expm1, isnan
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from libc.string cimport memset
 
@@ -467,7 +467,7 @@ def total_weight(Py_ssize_t rows, Py_ssize_t vocab, uintptr_t target, uintptr_t 
     cdef int64_t t
     cdef double total = 0
     if probs != 0:
-        return float(rows)
+        return float(rows) if vocab else NAN  # as torch, whose rows are numbers / classes
     for row in range(rows):
         t = targets[row]
         if t == ignore_index:

@@ -163,6 +163,18 @@ def test_confident_bfloat16_gradient(backend):
     assert relative.max() < 2**-8
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_empty_probabilities(backend, shape, reduction):
+    logits, target = torch.zeros(shape, requires_grad=True), torch.zeros(shape)
+    options = {"reduction": reduction, "label_smoothing": 0.1 if shape[1] else 0.0}
+    ours = neglog.cross_entropy(logits, target, backend=backend, **options)
+    theirs = F.cross_entropy(logits, target, **options)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert torch.autograd.grad(ours.sum(), logits)[0].shape == shape
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("logit_scale", [1.0, 2.0])  # read where they lie, and through a buffer
 def test_bfloat16_gradients_round_to_nearest_even(backend, logit_scale):
@@ -430,6 +442,18 @@ def test_patch_torch_and_back():
         patch.undo()
     assert F.cross_entropy is own
     assert len(ran) == 2
+
+
+def test_patches_end_in_any_order():
+    own = F.cross_entropy
+    first, second = neglog.patch_torch(), neglog.patch_torch()
+    first.undo()
+    first.undo()
+    assert F.cross_entropy is neglog.cross_entropy
+    with neglog.patch_torch():
+        second.undo()
+        assert F.cross_entropy is neglog.cross_entropy
+    assert F.cross_entropy is own
 
 
 def test_patch_torch_refuses_a_stranger(monkeypatch):

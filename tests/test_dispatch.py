@@ -209,6 +209,11 @@ BAD = {
                      (X, T, torch.ones(5).double()), {}),
     "smoothing": (RuntimeError, r"label_smoothing: expected 0 <= value <= 1, got 1.5",
                   (X, T), {"label_smoothing": 1.5}),
+    "smoothing of text": (TypeError, r"label_smoothing: expected a float, got str",
+                          (X, T), {"label_smoothing": "0.1"}),
+    "ignore_index": (TypeError, r"ignore_index: expected an int, got float",
+                     (X, T), {"ignore_index": 1.5}),
+    "one row": (ValueError, r"target: expected shape \[\]", (X[0], T[:2]), {}),
     "reduction": (ValueError, r"reduction: expected 'none', 'mean' or 'sum', got 'avg'",
                   (X, T), {"reduction": "avg"}),
     "ignored probabilities": (RuntimeError, r"ignore_index: expected none", (X, X),
@@ -219,6 +224,10 @@ BAD = {
                 (X, T), {"backend": "gpu"}),
 }  # fmt: skip
 OURS = {
+    "smoothing below 0": (RuntimeError, r"label_smoothing: expected 0 <= value <= 1, got -0.1",
+                          {"label_smoothing": -0.1}),
+    "smoothing NaN": (RuntimeError, r"label_smoothing: expected 0 <= value <= 1, got nan",
+                      {"label_smoothing": float("nan")}),
     "softcap": (ValueError, r"softcap: expected a number above 0", {"softcap": 0.0}),
     "num_items none": (ValueError, r"num_items: expected reduction 'mean' or 'sum'",
                        {"num_items": 3, "reduction": "none"}),

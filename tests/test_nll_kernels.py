@@ -181,6 +181,17 @@ def test_large_gradient_is_the_same(build, rng):
         np.testing.assert_array_equal(gradient[one], small)
 
 
+def test_bytes_in_another_order(build, rng):
+    logits, target = draw(rng, 5, 31, "float32")
+    swapped = logits.astype(logits.dtype.newbyteorder())
+    result, other = (nll_forward(x, target, backend=build) for x in (logits, swapped))
+    np.testing.assert_array_equal(result.loss, other.loss)
+    gradient = nll_backward(1.0, other, swapped, target, backend=build)
+    np.testing.assert_array_equal(
+        gradient, nll_backward(1.0, result, logits, target, backend=build)
+    )
+
+
 def test_float16_conversions_are_exact(build):
     """All 65536 halves go in and come out: widened, they are the lse of a one-class row."""
     halves = np.arange(65536, dtype=np.uint16).view(np.float16)[:, None]

@@ -343,6 +343,30 @@ def test_in_place_refuses_a_leaf(backend):
     assert torch.equal(logits, kept)
 
 
+def test_in_place_refuses_rows_that_overlap(backend):
+    row = torch.randn(1, 1000, requires_grad=True)
+    with pytest.raises(RuntimeError, match="expected an input whose rows lie apart in memory"):
+        neglog.cross_entropy((row * 1).expand(20, 1000), torch.arange(20), inplace_backward=True)
+
+
+def test_in_place_of_all_ignored_rows_is_zero(backend):
+    for dtype in (torch.float16, torch.float32):
+        logits = torch.randn(20, 1000, dtype=dtype, requires_grad=True)
+        target = torch.full((20,), -100)
+        loss = neglog.cross_entropy(logits * 1, target, inplace_backward=True)
+        assert loss.isnan()
+        assert not torch.autograd.grad(loss, logits)[0].any()
+
+
+def test_in_place_with_a_target_that_wants_a_gradient(backend):
+    logits, target = torch.randn(20, 1000), torch.rand(20, 1000, requires_grad=True)
+    hidden = logits.clone().requires_grad_()
+    loss = neglog.cross_entropy(hidden * 1, target, inplace_backward=True)
+    ours = torch.autograd.grad(loss, (hidden, target))
+    theirs = torch.autograd.grad(F.cross_entropy(hidden, target), (hidden, target))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_in_place_leaves_the_logits_alone_without_a_gradient(backend):
     logits, target = large()
     kept = logits.detach().clone()

@@ -13,7 +13,7 @@
 
 # mypy: ignore-errors
 
-from math import expm1, inf, isnan
+from math import expm1, inf, isnan, nan
 from typing import NamedTuple
 
 import numba
@@ -441,7 +441,7 @@ def total_weight(rows, vocab, target, probs, weight, ignore_index, dtype):
     Raises IndexError for the first target that is neither ignored nor in [0, vocab).
     """
     if probs != 0:
-        return float(rows)
+        return float(rows) if vocab else nan  # as torch, whose rows are numbers / classes
     total, row, t = sum_target_weights(_zero(dtype), rows, vocab, target, weight, ignore_index)
     if row >= 0:
         raise IndexError(f"target {t} at row {row} is out of range: expected 0 <= target < {vocab}")

@@ -17,6 +17,7 @@ from neglog.ops.nll_autograd import InplaceNLL, nll
 from neglog.validation import (
     check_cross_entropy,
     check_extensions,
+    check_options,
     check_range,
     is_probabilities,
     row_shape,
@@ -133,11 +134,13 @@ def cross_entropy(
 
 
 def _torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    _, ignore_index, _, reduction, label_smoothing = options
     try:
+        if not 0.0 <= label_smoothing <= 1.0:  # torch lets NaN and negative ones pass
+            check_options(ignore_index, reduction, label_smoothing)
         loss = torch_cross_entropy(input, target, weight, *options)
     except (IndexError, RuntimeError, TypeError, ValueError):
         # Our check names argument, expected and got. Where it finds nothing, torch's word stands.
-        _, ignore_index, _, reduction, label_smoothing = options
         check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
         check_range(input, target, ignore_index)
         raise
@@ -167,31 +170,50 @@ def _nll(
     problem: tuple, options: tuple, inplace_backward: bool, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, lse, correct and entropy of rows, by the kernels or by torch's differentiable ops."""
-    logits, _, weight, _ = problem
+    logits, target, weight, _ = problem
     refusal = dispatch.kernels_refuse(logits, weight)
     if backend not in (None, "torch") and refusal:
         raise RuntimeError(f"backend={backend!r} cannot take this call: {refusal}")
     if backend == "torch" or refusal or (backend is None and not dispatch.kernel_backend()):
         dispatch.ran("nll", "torch")
+        if target.dim() == 1 and not torch.compiler.is_compiling():
+            check_range(logits, target, options[1])
         loss, lse, _, correct, entropy = nll_composite.nll(*problem, *options)
-    elif inplace_backward and _may_overwrite(logits):
+    elif inplace_backward and _may_overwrite(logits, target):
         loss, lse, correct, entropy = InplaceNLL.apply(*problem, *options, backend or "")
     else:
         loss, lse, correct, entropy = nll(*problem, *options, backend or "")
     return loss, lse, correct, entropy
 
 
-def _may_overwrite(logits: Tensor) -> bool:
+def _may_overwrite(logits: Tensor, target: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if not (torch.is_grad_enabled() and logits.requires_grad):
+        return False
+    if target.requires_grad:  # its gradient is made of the logits
         return False
     if logits.is_leaf:
         raise RuntimeError(
             "inplace_backward: input is a leaf that requires grad, and overwriting it would lose "
             "the values being trained: expected the output of an operation"
         )
+    if _rows_overlap(logits):
+        raise RuntimeError(
+            "inplace_backward: expected an input whose rows lie apart in memory, got strides "
+            f"{logits.stride()} for shape {list(logits.shape)}; clone() it first"
+        )
     return True
+
+
+def _rows_overlap(rows: Tensor) -> bool:
+    """Whether two of the numbers are one in memory, as after expand."""
+    reach = 0  # of the dimensions so far, from the first number to the last
+    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _loss_dtype(input: Tensor, logits: Tensor) -> torch.dtype:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional
 
 from neglog.functional import cross_entropy, torch_cross_entropy
@@ -23,6 +21,8 @@ class patch_torch:
     torch's. Raises RuntimeError if something else has replaced torch's function already.
     """
 
+    _active = 0  # patches not undone; torch's function comes back with the last of them
+
     def __init__(self) -> None:
         current = torch.nn.functional.cross_entropy
         if current not in (torch_cross_entropy, cross_entropy):
@@ -30,14 +30,18 @@ class patch_torch:
                 "patch_torch: expected torch.nn.functional.cross_entropy to be torch's own, "
                 f"got {current.__module__}.{current.__qualname__}"
             )
-        self._before: Any = current
         torch.nn.functional.cross_entropy = cross_entropy
+        patch_torch._active += 1
+        self._undone = False
 
     def undo(self) -> None:
-        """Put back what was there before this patch. A second call does nothing."""
-        if self._before is not None:
-            torch.nn.functional.cross_entropy = self._before
-            self._before = None
+        """End this patch; with the last of them torch's function is back. Once is enough."""
+        if self._undone:
+            return
+        self._undone = True
+        patch_torch._active -= 1
+        if patch_torch._active == 0:
+            torch.nn.functional.cross_entropy = torch_cross_entropy
 
     def __enter__(self) -> patch_torch:
         return self

@@ -53,22 +53,30 @@ def check_cross_entropy(
     for name, value in (("input", input), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
-    if input.dim() == 0:
-        raise IndexError("input: expected shape (C), (N, C) or (N, C, d1, ...), got a scalar")
+    check_options(ignore_index, reduction, label_smoothing)
     if input.device != target.device:
         raise RuntimeError(f"target: expected device {input.device}, got {target.device}")
     if not input.dtype.is_floating_point:
         raise NotImplementedError(f"input: expected a floating-point dtype, got {input.dtype}")
     if is_probabilities(input, target):
         _check_probabilities(target, ignore_index)
-    else:
+    if input.dim() == 0:
+        raise IndexError("input: expected shape (C), (N, C) or (N, C, d1, ...), got a scalar")
+    if not is_probabilities(input, target):
         _check_indices(input, target)
     if weight is not None:
         _check_weight(input, target, weight)
+
+
+def check_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> None:
+    if not isinstance(ignore_index, int | torch.SymInt):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    if not isinstance(label_smoothing, float | int | torch.SymFloat):
+        raise TypeError(f"label_smoothing: expected a float, got {type(label_smoothing).__name__}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
 
 
 def _check_probabilities(target: Tensor, ignore_index: int) -> None:
@@ -88,7 +96,7 @@ def _check_indices(input: Tensor, target: Tensor) -> None:
     accepted = (expected, [1]) if input.dim() == 1 else (expected,)
     if _shape(target) not in accepted:
         # torch has a ValueError for batches that differ and a RuntimeError for all other shapes.
-        batches_differ = input.dim() == 2 and target.dim() <= 1
+        batches_differ = input.dim() <= 2 and target.dim() <= input.dim() and target.dim() <= 1
         raise (ValueError if batches_differ else RuntimeError)(
             f"target: expected shape {expected} (class indices) or {_shape(input)} (class "
             f"probabilities) for input of shape {_shape(input)}, got {_shape(target)}"

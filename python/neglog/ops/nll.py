@@ -93,7 +93,8 @@ def quotient(numerator: float, divisor: float) -> float:
 
 
 def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """0 for "not given"; an empty tensor has no address, and is given one that nobody reads."""
+    return 0 if tensor is None else tensor.data_ptr() or 1
 
 
 def _adjacent(rows: Tensor) -> Tensor:
@@ -195,7 +196,7 @@ def run_fused(
     real = real_dtype(rows.dtype)
     row_loss, lse = (torch.empty(len(rows), dtype=real) for _ in range(2))
     correct, entropy = _empty_stats(rows, stats)
-    now = options.reduction == MEAN and not divides_late(logits)
+    now = options.reduction == MEAN and not (divides_late(logits) and divisor)
     total = kernel.fused(
         *problem, row_loss.data_ptr(), lse.data_ptr(),
         correct.data_ptr() if stats else 0, entropy.data_ptr() if stats else 0,

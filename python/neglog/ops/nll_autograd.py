@@ -244,7 +244,9 @@ class InplaceNLL(Function):
         # Saved after the write, so that any later one, by us or by the user, is caught. Detached,
         # which shares the version: a view that was written has no history to restore.
         ctx.save_for_backward(logits.detach())
-        ctx.late = total_weight if options[0] == MEAN and divides_late(logits) else None
+        # A divisor of 0 was not put off: an ignored row's 0 must not become 0 / 0.
+        late = options[0] == MEAN and divides_late(logits)
+        ctx.late = torch.where(total_weight == 0, 1, total_weight) if late else None
         return loss, lse, correct, entropy
 
     @staticmethod

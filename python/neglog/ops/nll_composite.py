@@ -27,8 +27,8 @@ def _mass(
     z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What multiplies each -log p (N, V); each row's weight (N,); which rows count (N,) bool."""
-    vocab = z.shape[1]
-    w = z.new_ones(vocab) if weight is None else weight
+    vocab = max(1, z.shape[1])  # nothing is spread over no classes
+    w = z.new_ones(z.shape[1]) if weight is None else weight
     if target.dim() == 2:
         smoothed = target.to(z.dtype) * (1 - label_smoothing) + label_smoothing / vocab
         return w * smoothed, z.new_ones(len(z)), torch.ones_like(z[:, 0], dtype=torch.bool)
