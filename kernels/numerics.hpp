@@ -179,7 +179,7 @@ inline uint16_t narrow_float16(float x) {
 template <class T>
 struct LogSumExp {
     T maximum = -std::numeric_limits<T>::infinity();
-    T sum = 0;
+    double sum = 0;
 
     // With every logit at -inf so far there is nothing to shift by: 0 keeps -inf - 0 = -inf, where
     // -inf - -inf would poison rows that have a finite logit further on.
@@ -201,12 +201,30 @@ inline T block_maximum(const Logit* z, ptrdiff_t n) {
     return maximum;
 }
 
-template <class T, class Logit>
-inline T block_exp_sum(const Logit* z, ptrdiff_t n, T shift) {
-    T sum = 0;
+template <class T>
+inline double block_sum(const T* x, ptrdiff_t n) {
+    double sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (ptrdiff_t j = 0; j < n; ++j) sum += exp_for(Logit(), widen(z[j]) - shift);
+    for (ptrdiff_t j = 0; j < n; ++j) sum += x[j];
     return sum;
+}
+
+// In 64 partial sums that meet in double. The maximum's own exp is 1, and next to it small terms lose
+// their digits: of a sure target's 1 - p, 1e-6 where a float sum over the block was left. Here that
+// befalls one partial sum of 64.
+template <class T, class Logit>
+inline double block_exp_sum(const Logit* z, ptrdiff_t n, T shift) {
+    constexpr int lanes = 64;
+    T sums[lanes] = {};
+    ptrdiff_t j = 0;
+    for (; j + lanes <= n; j += lanes) {
+#pragma omp simd
+        for (int i = 0; i < lanes; ++i) sums[i] += exp_for(Logit(), widen(z[j + i]) - shift);
+    }
+    const int rest = int(n - j);
+#pragma omp simd
+    for (int i = 0; i < rest; ++i) sums[i] += exp_for(Logit(), widen(z[j + i]) - shift);
+    return block_sum(sums, lanes);
 }
 
 template <class T, class Logit>
@@ -214,7 +232,8 @@ inline void absorb(LogSumExp<T>& state, const Logit* z, ptrdiff_t n) {
     const T block = block_maximum<T>(z, n);
     const T maximum = block > state.maximum ? block : state.maximum;
     const T shift = LogSumExp<T>::shift_for(maximum);
-    state.sum = state.sum * exp_nonpositive(state.maximum - shift) + block_exp_sum(z, n, shift);
+    const double kept = state.sum * exp_nonpositive(state.maximum - shift);
+    state.sum = kept + block_exp_sum(z, n, shift);
     state.maximum = maximum;
 }
 
@@ -227,11 +246,11 @@ struct Lse {
 
 template <class T>
 inline Lse<T> finish(const LogSumExp<T>& state) {
-    const T log_sum = std::log(state.sum);
-    const T high = state.maximum + log_sum;
-    const T back = high - state.maximum;
-    const T low = (state.maximum - (high - back)) + (log_sum - back);  // Knuth's two-sum
-    return {high, low};
+    const double maximum = state.maximum, log_sum = std::log(state.sum);
+    const double sum = maximum + log_sum, back = sum - maximum;
+    const double lost = (maximum - (sum - back)) + (log_sum - back);  // Knuth's two-sum
+    const T high = T(sum);
+    return {high, T((sum - high) + lost)};
 }
 
 template <class T>
@@ -254,14 +273,6 @@ inline T block_log_probability_dot(const T* z, const T* coefficient, ptrdiff_t n
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (ptrdiff_t j = 0; j < n; ++j) sum += coefficient[j] * log_probability(z[j], lse);
-    return sum;
-}
-
-template <class T>
-inline T block_sum(const T* x, ptrdiff_t n) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (ptrdiff_t j = 0; j < n; ++j) sum += x[j];
     return sum;
 }
 

@@ -3,7 +3,7 @@
 cdef extern from "numerics.hpp" namespace "neglog" nogil:
     cdef cppclass LogSumExp[T]:
         T maximum
-        T sum
+        double sum
 
     cdef cppclass Lse[T]:
         T high
@@ -22,7 +22,7 @@ cdef extern from "numerics.hpp" namespace "neglog" nogil:
     T exp_nonpositive[T](T x)
     T block_log_probability_sum[T](const T* z, Py_ssize_t n, Lse[T] lse)
     T block_log_probability_dot[T](const T* z, const T* coefficient, Py_ssize_t n, Lse[T] lse)
-    T block_sum[T](const T* x, Py_ssize_t n)
+    double block_sum[T](const T* x, Py_ssize_t n)
     T block_negative_entropy[T](const T* z, Py_ssize_t n, Lse[T] lse)
     bint block_contains[T](const T* z, Py_ssize_t n, T value)
 

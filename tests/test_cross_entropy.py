@@ -163,6 +163,24 @@ def test_confident_bfloat16_gradient(backend):
     assert relative.max() < 2**-8
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("vocab", [50, 1000, 50257])
+def test_sure_targets_keep_their_digits(backend, vocab):
+    """Terms of e^-10 beside the maximum's 1: each rounds the same way, and so do their sums."""
+    logits = torch.zeros(6, vocab)
+    logits[:, 3] = torch.tensor([5.0, 10.0, 12.0, 15.0, 17.0, 18.0])
+    logits.requires_grad_()
+    target = torch.full((6,), 3)
+    _, expected = truth(logits, target, reduction="sum")
+
+    def error(function, **options):
+        gradient = loss_and_gradient(function, logits, target, reduction="sum", **options)[1]
+        return (gradient[:, 3].double() - expected[:, 3]).abs().max()
+
+    one_rounding = 1.2e-7
+    assert error(neglog.cross_entropy, backend=backend) <= error(F.cross_entropy) + one_rounding
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

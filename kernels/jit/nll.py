@@ -164,7 +164,7 @@ def score_at(p, row, column):
 @njit(**EXACT)
 def row_lse(p, row, buffer):
     """The row's log-sum-exp and its maximum."""
-    state = (real(-inf, p.zero), p.zero)
+    state = (real(-inf, p.zero), 0.0)
     for block in range(p.blocks):
         at = span(p, block)
         state = absorb(state, scores(p, row, at, buffer), at.n)
