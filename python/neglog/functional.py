@@ -83,8 +83,8 @@ def cross_entropy(
         num_items: if given, the loss is the sum over this number, for gradient accumulation over
             batches of unequal length. Not with reduction="none".
         inplace_backward: the gradient of the logits overwrites `input` during the forward, which
-            needs no memory beyond O(N). `input` must not be a leaf that requires grad. It must not be
-            read afterwards: autograd raises if an operation before this one needs it for its
+            needs no memory beyond O(N). `input` must not be a leaf that requires grad. It must not
+            be read afterwards: autograd raises if an operation before this one needs it for its
             backward, but one after it gets wrong numbers. Without a gradient to compute, with a
             target that requires grad, under torch.compile and torch.func, nothing is overwritten.
         return_stats: return LossStats(loss, logsumexp, correct, entropy) instead of the loss.
