@@ -18,19 +18,19 @@ be torch or NumPy. The Numba twin, jit/nll.py, has the same names and signatures
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, expm1, isnan
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
-from libc.string cimport memset
 
 from numerics cimport (
     LogSumExp, Lse, absorb, bfloat16, block_affine, block_contains, block_log_probability_dot,
     block_log_probability_sum, block_multiply, block_negative_entropy, block_scale, block_softcap,
     block_softcap_backward, block_softmax, block_subtract, block_sum, exp_nonpositive, finish,
-    log_probability, narrow, narrow_block, widen, widen_block,
+    log_probability, narrow, narrow_block, widen, widen_block, zero_bytes,
 )
 
 cdef enum:
     FLOAT64 = 1
     BFLOAT16 = 2
     BLOCK = 2048
+    LARGEST_CACHE = 64 << 20
 
 ctypedef fused real:
     float
@@ -51,6 +51,7 @@ cdef struct Problem:
     double weight_sum       # over the vocabulary; the vocabulary's size without weights
     int itemsize
     bint plain_bfloat16     # scores are the logits as they lie
+    bint past_caches        # the gradient is larger than any cache
     Py_ssize_t blocks
 
 
@@ -349,7 +350,7 @@ cdef void row_backward(const Problem* p, const Gradient* g, Py_ssize_t row, Lse[
     cdef real* written
     cdef Factors f = row_factors(p, row, lse, grad, grad_lse, &second[0])
     if ignored(p, row) and grad_lse == 0:  # exactly zero, even where the logits are NaN
-        memset(g.out + row * g.stride * p.itemsize, 0, p.vocab * p.itemsize)
+        zero_bytes(g.out + row * g.stride * p.itemsize, p.vocab * p.itemsize, p.past_caches)
         return
     if p.plain_bfloat16 and p.probs == NULL and f.spread == 0:
         if real is float:
@@ -447,6 +448,7 @@ cdef Problem problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t log
     p.softcap = softcap
     p.z_loss = z_loss
     p.plain_bfloat16 = dtype == BFLOAT16 and logit_scale == 1 and softcap == 0
+    p.past_caches = <double>rows * vocab * p.itemsize > LARGEST_CACHE
     p.weight_sum = vocab
     if weight != 0 and label_smoothing != 0:
         if dtype == FLOAT64:

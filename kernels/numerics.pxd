@@ -36,3 +36,4 @@ cdef extern from "numerics.hpp" namespace "neglog" nogil:
 
     void widen_block(const void* source, int dtype, Py_ssize_t n, float* to)
     void narrow_block(const float* source, int dtype, Py_ssize_t n, void* to)
+    void zero_bytes(char* to, Py_ssize_t n, bint past_caches)

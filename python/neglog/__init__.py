@@ -16,6 +16,7 @@ _HOMES = {
     "cross_entropy": "functional",
     "dispatch": None,
     "kernels": None,
+    "masked_cross_entropy": "functional",
     "nn": None,
     "patch_torch": "patch",
     "reference": None,
@@ -26,7 +27,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from neglog import dispatch, kernels, nn, reference
-    from neglog.functional import LossStats, cross_entropy
+    from neglog.functional import LossStats, cross_entropy, masked_cross_entropy
     from neglog.patch import patch_torch
 
 

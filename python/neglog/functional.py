@@ -17,6 +17,7 @@ from neglog.ops.nll_autograd import InplaceNLL, nll
 from neglog.validation import (
     check_cross_entropy,
     check_extensions,
+    check_masked,
     check_options,
     check_range,
     is_probabilities,
@@ -26,6 +27,8 @@ from neglog.validation import (
 )
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+# The ignore_index of positions outside a mask: no data can hold it by accident.
+MASKED = -(2**63)
 
 
 class LossStats(NamedTuple):
@@ -132,6 +135,76 @@ def cross_entropy(
     if not return_stats:
         return loss
     return LossStats(loss, lse.view(shape), correct.view(shape), entropy.view(shape))
+
+
+def masked_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    num_items: int | Tensor | None = None,
+    inplace_backward: bool = False,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Cross-entropy of the positions that a mask counts: the loss of masked language models.
+
+    Only their logits are read; the gradient of all others is exactly zero. Their targets may be
+    anything.
+
+    Args:
+        input: logits (..., C), the class axis last.
+        target: class indices (...), int64 or uint8, or probabilities (..., C).
+        mask: bool, True where a position counts; of shape (...) or one that broadcasts to it.
+        weight, reduction, label_smoothing and the rest: as in `cross_entropy`. "mean" divides by
+            what is counted: NaN for an empty mask, while "sum" and "none" give 0. "none" has the
+            shape (...), 0 where the mask is False.
+
+    Raises:
+        As `cross_entropy`, and RuntimeError for a mask of another dtype, device or shape.
+    """
+    check_masked(input, target, mask)
+    options: dict[str, Any] = {
+        "reduction": reduction, "label_smoothing": label_smoothing, "logit_scale": logit_scale,
+        "softcap": softcap, "z_loss": z_loss, "num_items": num_items,
+        "inplace_backward": inplace_backward, "return_stats": return_stats, "backend": backend,
+    }  # fmt: skip
+    shape, logits = input.shape[:-1], input.reshape(-1, input.shape[-1])
+    counted = mask.expand(shape).reshape(-1)
+    if is_probabilities(input, target):
+        return _masked_probabilities(
+            logits, target.reshape_as(logits), counted, shape, weight, options
+        )
+    labels = torch.where(counted, target.reshape(-1).long(), MASKED)
+    result = cross_entropy(logits, labels, weight, ignore_index=MASKED, **options)
+    return _in_shape(result, lambda x: x.view(shape), reduction)
+
+
+def _masked_probabilities(
+    logits: Tensor, target: Tensor, counted: Tensor, shape: Any, weight: Any, options: dict
+) -> Any:
+    """Rows with a distribution as target have no ignore_index: those that count are taken out."""
+    rows = counted.nonzero().squeeze(1)
+    result = cross_entropy(logits[rows], target[rows], weight, **options)
+
+    def put_back(x: Tensor) -> Tensor:
+        return x.new_zeros(len(counted)).index_put((rows,), x).view(shape)
+
+    return _in_shape(result, put_back, options["reduction"])
+
+
+def _in_shape(result: Any, reshape: Any, reduction: str) -> Any:
+    """What has a number for each row, in the shape of the target."""
+    if not isinstance(result, LossStats):
+        return reshape(result) if reduction == "none" else result
+    loss = reshape(result.loss) if reduction == "none" else result.loss
+    return LossStats(loss, *(reshape(x) for x in result[1:]))
 
 
 def _torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:

@@ -101,6 +101,10 @@ def _check_indices(input: Tensor, target: Tensor) -> None:
             f"target: expected shape {expected} (class indices) or {_shape(input)} (class "
             f"probabilities) for input of shape {_shape(input)}, got {_shape(target)}"
         )
+    _check_index_dtype(target)
+
+
+def _check_index_dtype(target: Tensor) -> None:
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(
             f"target: expected dtype torch.int64 or torch.uint8 for class indices, "
@@ -119,6 +123,39 @@ def _check_weight(input: Tensor, target: Tensor, weight: Any) -> None:
     converts = is_probabilities(input, target) or under_autocast(input)
     if not weight.dtype.is_floating_point or (weight.dtype != input.dtype and not converts):
         raise RuntimeError(f"weight: expected dtype {input.dtype}, got {weight.dtype}")
+
+
+def check_masked(input: Any, target: Any, mask: Any) -> None:
+    """Shapes and dtypes of a loss whose class axis is the last and whose positions are masked."""
+    for name, value in (("input", input), ("target", target), ("mask", mask)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if input.dim() < 1:
+        raise IndexError("input: expected shape (..., C), got a scalar")
+    positions = list(input.shape[:-1])
+    if target.shape != input.shape and _shape(target) != positions:
+        raise RuntimeError(
+            f"target: expected shape {positions} (class indices) or {_shape(input)} (class "
+            f"probabilities) for input of shape {_shape(input)}, got {_shape(target)}"
+        )
+    if target.shape != input.shape:
+        _check_index_dtype(target)
+    if mask.dtype != torch.bool:
+        raise RuntimeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
+    if mask.device != input.device:
+        raise RuntimeError(f"mask: expected device {input.device}, got {mask.device}")
+    check_mask_shape(mask, positions)
+
+
+def check_mask_shape(mask: Tensor, positions: list[int]) -> None:
+    fits = mask.dim() <= len(positions) and all(
+        size in (1, whole)
+        for size, whole in zip(reversed(mask.shape), reversed(positions), strict=False)
+    )
+    if not fits:
+        raise RuntimeError(
+            f"mask: expected shape {positions} or one that broadcasts to it, got {_shape(mask)}"
+        )
 
 
 def check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:

@@ -62,7 +62,7 @@ def _eager(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
-def _default_backend(shape: Shape) -> str:
+def default_backend(shape: Shape) -> str:
     """What runs neglog.cross_entropy of such logits."""
     small = shape["rows"] * shape["vocab"] < dispatch.CROSSOVER
     return dispatch.forced() or (None if small else dispatch.kernel_backend()) or "torch"
@@ -70,7 +70,7 @@ def _default_backend(shape: Shape) -> str:
 
 def contenders(compiled: bool, shape: Shape) -> list[Contender]:
     """Everything that can run here, torch eager first."""
-    runs = _default_backend(shape)
+    runs = default_backend(shape)
     found = [Contender("eager", "torch eager", _eager, 3)]
     if compiled:
         compiled_loss = torch.compile(_eager, fullgraph=True, dynamic=False)

@@ -1,0 +1,160 @@
+"""neglog.masked_cross_entropy against torch's loss of the counted rows alone, and the oracle."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import neglog
+from neglog import dispatch
+
+BACKENDS = [state.name for state in dispatch.describe() if state.usable]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with dispatch.use(request.param):
+        yield request.param
+
+
+def draw(*shape, dtype=torch.float64, probabilities=False, seed=0):
+    """Logits (..., C), a target whose uncounted half is nonsense, and the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    mask = torch.rand(shape[:-1], generator=generator) < 0.4
+    if probabilities:
+        target = torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+    else:
+        target = torch.randint(shape[-1], shape[:-1], generator=generator)
+        target = torch.where(mask, target, 10**9)
+    return logits.requires_grad_(), target, mask
+
+
+def gradient(loss, *inputs):
+    upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return torch.autograd.grad(loss, inputs, upstream)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 31), (2, 3, 2, 257), (9,)], ids=str)
+def test_against_torch_on_the_counted_rows(backend, shape, probabilities, reduction):
+    logits, target, mask = draw(*shape, probabilities=probabilities)
+    if len(shape) == 1:
+        mask = torch.tensor(True)
+        target = target if probabilities else torch.tensor(3)
+    with dispatch.record() as ran:
+        ours = neglog.masked_cross_entropy(
+            logits, target, mask, reduction=reduction, label_smoothing=0.1
+        )
+    assert set(ran) == {f"nll:{backend}"}
+    counted = F.cross_entropy(logits[mask], target[mask], reduction=reduction, label_smoothing=0.1)
+    if reduction == "none":
+        theirs = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, counted)
+    else:
+        theirs = counted
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradient(ours, logits), gradient(theirs, logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_large_batch_reads_counted_rows_only(backend, dtype):
+    logits, target, mask = draw(40, 16, 1000, dtype=dtype)
+    with torch.no_grad():
+        logits[~mask] = torch.nan
+    ours = neglog.masked_cross_entropy(logits, target, mask, z_loss=0.0, return_stats=True)
+    kept = logits.detach().float()[mask].requires_grad_()
+    theirs = F.cross_entropy(kept, target[mask])
+    tolerance = {"rtol": 2e-2, "atol": 1e-5} if dtype != torch.float32 else {}
+    torch.testing.assert_close(ours.loss.float(), theirs, **tolerance)
+    (grad,) = torch.autograd.grad(ours.loss, logits)
+    torch.testing.assert_close(
+        grad[mask].float(), torch.autograd.grad(theirs, kept)[0], **tolerance
+    )
+    if backend != "torch":
+        assert not grad[~mask].any()
+    assert ours.entropy.shape == ours.correct.shape == mask.shape
+
+
+@pytest.mark.parametrize(("reduction", "value"), [("mean", torch.nan), ("sum", 0.0), ("none", 0.0)])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_an_empty_mask(backend, reduction, value, probabilities):
+    logits, target, mask = draw(3, 4, 31, probabilities=probabilities)
+    loss = neglog.masked_cross_entropy(logits, target, torch.zeros_like(mask), reduction=reduction)
+    torch.testing.assert_close(loss, torch.full_like(loss, value), equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 1), (1, 4)], ids=str)
+def test_the_mask_broadcasts(backend, shape):
+    logits, target, _ = draw(3, 4, 31)
+    target = target.clamp(max=30)
+    mask = (torch.arange(torch.Size(shape).numel()) % 2 == 0).view(shape)
+    ours = neglog.masked_cross_entropy(logits, target, mask, reduction="sum")
+    theirs = neglog.masked_cross_entropy(logits, target, mask.expand(3, 4).clone(), reduction="sum")
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_options_pass_through(backend):
+    logits, target, mask = draw(3, 40, 31)
+    weight = torch.rand(31, dtype=torch.float64)
+    options = {"logit_scale": 0.7, "softcap": 5.0, "z_loss": 0.1, "num_items": 17}
+    ours = neglog.masked_cross_entropy(logits, target, mask, weight, **options)
+    theirs = neglog.cross_entropy(logits[mask], target[mask], weight, **options)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradient(ours, logits), gradient(theirs, logits))
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_derivatives(backend, probabilities):
+    logits, target, mask = draw(3, 4, 7, probabilities=probabilities)
+
+    def function(x):
+        return neglog.masked_cross_entropy(x, target, mask, label_smoothing=0.1)
+
+    assert torch.autograd.gradcheck(function, logits)
+    assert torch.autograd.gradgradcheck(function, logits)
+
+
+def test_compiles_whole():
+    logits, target, mask = draw(20, 16, 1000, dtype=torch.float32)
+    compiled = torch.compile(neglog.masked_cross_entropy, fullgraph=True)
+    ours = compiled(logits, target, mask)
+    theirs = neglog.masked_cross_entropy(logits, target, mask)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradient(ours, logits), gradient(theirs, logits))
+
+
+def test_in_place(backend):
+    logits, target, mask = draw(20, 16, 1000)
+    copy = logits * 1
+    loss = neglog.masked_cross_entropy(copy, target, mask, inplace_backward=True)
+    expected = gradient(neglog.masked_cross_entropy(logits, target, mask), logits)
+    torch.testing.assert_close(gradient(loss, logits), expected)
+
+
+def test_module():
+    logits, target, mask = draw(3, 4, 31)
+    module = neglog.nn.MaskedCrossEntropyLoss(reduction="sum", label_smoothing=0.2, z_loss=0.1)
+    expected = neglog.masked_cross_entropy(
+        logits, target, mask, reduction="sum", label_smoothing=0.2, z_loss=0.1
+    )
+    torch.testing.assert_close(module(logits, target, mask), expected)
+
+
+X, T, M = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3) > 0
+BAD = {
+    "mask dtype": (RuntimeError, r"mask: expected dtype torch.bool, got torch.int64", (X, T, T)),
+    "mask shape": (RuntimeError, r"mask: expected shape \[2, 3\] or .* got \[2\]", (X, T, M[:, 0])),
+    "mask list": (TypeError, r"mask: expected a Tensor, got list", (X, T, [True])),
+    "mask device": (RuntimeError, r"mask: expected device cpu, got meta", (X, T, M.to("meta"))),
+    "target shape": (RuntimeError, r"target: expected shape \[2, 3\]", (X, T[0], M)),
+    "target dtype": (RuntimeError, r"target: expected dtype torch.int64", (X, T.int(), M)),
+    "target range": (IndexError, r"target 5 at row 0 is out of range", (X, T + 5, M)),
+    "smoothing": (RuntimeError, r"label_smoothing", (X, T, M, None, "mean", 2.0)),
+    "reduction": (ValueError, r"reduction: expected", (X, T, M, None, "avg")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "arguments"), BAD.values(), ids=BAD.keys())
+def test_bad_input(backend, error, message, arguments):
+    with pytest.raises(error, match=message):
+        neglog.masked_cross_entropy(*arguments)
