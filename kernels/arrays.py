@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from neglog.kernels import load
 from neglog.kernels.memory import large_buffer
+from neglog.kernels.threads import checked
 
+INT64_MAX = 2**63 - 1
 DTYPE_CODES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 
 
@@ -80,6 +82,8 @@ def _problem(
         raise ValueError(f"target: expected shape {(rows,)} or {x.shape}, got {t.shape}")
     elif t.dtype.kind not in "iu":
         raise TypeError(f"target: expected integers for shape (N,), got {t.dtype}")
+    elif t.dtype == np.uint64 and (t > INT64_MAX).any():  # would turn negative
+        raise IndexError(f"target {t.max()} is out of range: expected 0 <= target < {vocab}")
     else:
         t = np.ascontiguousarray(t, np.int64)
     w = None if weight is None else np.ascontiguousarray(weight, real)
@@ -87,8 +91,12 @@ def _problem(
         raise ValueError(f"weight: expected shape {(vocab,)}, got {w.shape}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a number above 0 or None, got {softcap}")
+    if softcap is not None and not 0 < softcap < np.inf:
+        raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
+    try:
+        ignore_index = operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}") from None
     index, probs = (t, None) if t.ndim == 1 else (None, t)
     total = kernel.total_weight(
         rows, vocab, _address(index), _address(probs), _address(w), ignore_index, code
@@ -102,19 +110,19 @@ def _problem(
     return _Problem(arguments, total, real, x, (x, t, w))
 
 
-def _threads(threads: int | None) -> int:
-    if threads is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if threads < 1:
-        raise ValueError(f"threads: expected at least 1, got {threads}")
-    return threads
-
-
 def _new_gradient(logits: NDArray) -> NDArray:
     buffer = large_buffer(logits.size * logits.itemsize)
     if buffer is None:
         return np.empty(logits.shape, logits.dtype)
     return np.ndarray(logits.shape, logits.dtype, buffer=buffer)
+
+
+def _overlaps_inputs(out: NDArray, problem: _Problem) -> bool:
+    logits, *others = problem.keep_alive
+    if any(array is not None and np.may_share_memory(out, array) for array in others):
+        return True
+    same = out.ctypes.data == logits.ctypes.data and out.strides == logits.strides
+    return not same and np.may_share_memory(out, logits)
 
 
 def _stats(problem: _Problem, wanted: bool) -> tuple[NDArray | None, NDArray | None]:
@@ -156,7 +164,7 @@ def nll_forward(
     correct, entropy = _stats(problem, stats)
     kernel.forward(
         *problem.arguments, _address(loss), _address(lse), _address(low), _address(correct),
-        _address(entropy), _threads(threads),
+        _address(entropy), checked(threads),
     )  # fmt: skip
     return NLL(loss, lse, low, problem.total_weight, correct, entropy)
 
@@ -187,6 +195,12 @@ def nll_backward(
         kernel, logits, target, weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
     )
     rows, vocab = problem.arguments[1:3]
+    for name, kept in (("lse", result.lse), ("lse_low", result.lse_low)):
+        if kept.shape != (rows,) or kept.dtype != problem.real:
+            raise ValueError(
+                f"result.{name}: expected shape {(rows,)} and {np.dtype(problem.real)}, those of "
+                f"these logits, got {kept.shape} and {kept.dtype}"
+            )
     upstream = np.ascontiguousarray(np.broadcast_to(np.asarray(grad, problem.real), (rows,)))
     through_lse = None if grad_lse is None else np.ascontiguousarray(grad_lse, problem.real)
     if through_lse is not None and through_lse.shape != (rows,):
@@ -194,7 +208,7 @@ def nll_backward(
     out = _new_gradient(problem.logits)
     kernel.backward(
         *problem.arguments, _address(result.lse), _address(result.lse_low), _address(upstream), 1,
-        1.0, _address(through_lse), _address(out), vocab, _threads(threads),
+        1.0, _address(through_lse), _address(out), vocab, checked(threads),
     )  # fmt: skip
     return out
 
@@ -227,14 +241,21 @@ def nll_fused(
     x = problem.logits
     if out is None:
         out = _new_gradient(x)
+    elif not isinstance(out, np.ndarray):
+        raise TypeError(f"out: expected an array, got {type(out).__name__}")
     elif out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(f"out: expected {x.shape} {x.dtype}, got {out.shape} {out.dtype}")
     elif not (out.flags.c_contiguous and out.flags.writeable):
         raise ValueError("out: expected a writeable array with contiguous rows")
+    elif _overlaps_inputs(out, problem):
+        raise ValueError(
+            "out: expected an array of its own or the logits themselves, got one that "
+            "shares memory with an input"
+        )
     loss, lse = (np.empty(len(x), problem.real) for _ in range(2))
     correct, entropy = _stats(problem, stats)
     kernel.fused(
         *problem.arguments, _address(loss), _address(lse), _address(correct), _address(entropy),
-        grad_scale, _address(out), x.shape[1], _threads(threads),
+        grad_scale, _address(out), x.shape[1], checked(threads),
     )  # fmt: skip
     return NLL(loss, lse, np.zeros_like(lse), problem.total_weight, correct, entropy), out

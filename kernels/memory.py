@@ -12,22 +12,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import sys
 import threading
 import weakref
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 HUGE_PAGE = 2 << 20
 # Smaller gradients come from the allocator, whose own pages were written before.
 LARGE = 4 << 20
-
-
-class _Lease(np.ndarray):
-    """The bytes of a buffer in use. When the last array or tensor on them dies, so does this."""
 
 
 class _Shelf:
@@ -63,10 +58,11 @@ def _keeps_memory() -> bool:
     return os.environ.get("NEGLOG_KEEP_MEMORY", "1") != "0"
 
 
-def large_buffer(nbytes: int) -> NDArray[np.uint8] | None:
+def large_buffer(nbytes: int) -> Any:
     """At least `nbytes` writable bytes on huge pages, with any content, aligned to a huge page.
 
-    None where the ordinary allocator should serve: small sizes, and systems other than Linux.
+    They are free again when the last array or tensor on them dies. None where the ordinary
+    allocator should serve: small sizes, and systems other than Linux.
     """
     if nbytes < LARGE or not sys.platform.startswith("linux"):
         return None
@@ -79,8 +75,10 @@ def large_buffer(nbytes: int) -> NDArray[np.uint8] | None:
             pages.madvise(mmap.MADV_HUGEPAGE)
         except OSError:  # no memory, which the allocator says better; or no huge pages
             return None
-    whole = np.frombuffer(pages, np.uint8)
-    start = -whole.ctypes.data % HUGE_PAGE
-    lease = whole[start : start + nbytes].view(_Lease)
+    whole = ctypes.c_char.from_buffer(pages)
+    start = -ctypes.addressof(whole) % HUGE_PAGE
+    # Not an array: NumPy lets a view's base be the first of a chain of arrays, and the link that
+    # tells of its death would be dropped while the memory is in use.
+    lease = (ctypes.c_char * nbytes).from_buffer(pages, start)
     weakref.finalize(lease, _shelf.put, pages).atexit = False
     return lease

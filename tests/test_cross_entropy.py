@@ -474,6 +474,30 @@ def test_patches_end_in_any_order():
     assert F.cross_entropy is own
 
 
+def test_a_patch_can_be_entered_again():
+    patch = neglog.patch_torch()
+    patch.undo()
+    for _ in range(2):
+        with patch:
+            assert F.cross_entropy is neglog.cross_entropy
+        assert F.cross_entropy is not neglog.cross_entropy
+
+
+def test_the_deprecated_name_of_mean():
+    logits, target = draw((500, 400), torch.float32)
+    with pytest.warns(UserWarning, match="'elementwise_mean' is deprecated"):
+        ours = neglog.cross_entropy(logits, target, reduction="elementwise_mean")
+    torch.testing.assert_close(ours, F.cross_entropy(logits, target))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64], ids=str)
+def test_weights_of_another_dtype_with_probabilities(dtype):
+    logits, target = draw((500, 400), torch.float32, True)
+    weight = torch.arange(1, 401, dtype=dtype)
+    ours, theirs = (f(logits, target, weight) for f in (neglog.cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_patch_torch_refuses_a_stranger(monkeypatch):
     monkeypatch.setattr(F, "cross_entropy", F.nll_loss)
     with pytest.raises(RuntimeError, match=r"patch_torch: .* got torch.nn.functional.nll_loss"):

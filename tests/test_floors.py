@@ -13,10 +13,12 @@ FLOORS = (
     ("kernels",),
     ("kernels.arrays",),
     ("reference",),
-    ("dispatch", "validation"),
+    ("dispatch", "validation", "tiling", "matmul"),
     ("ops.nll", "ops.nll_composite"),
-    ("ops.nll_autograd",),
+    ("ops.nll_autograd", "ops.linear_nll"),
+    ("ops.linear_nll_autograd",),
     ("functional",),
+    ("linear",),
     ("nn", "patch"),
     ("benchmark",),
     ("demo",),
@@ -24,7 +26,7 @@ FLOORS = (
     ("__main__",),
 )
 # Two that look up, by name, when they are first asked for: the lazy faces of the packages.
-LAZY = {"": {"dispatch", "kernels", "nn", "reference", "functional", "patch"},
+LAZY = {"": {"dispatch", "kernels", "nn", "reference", "functional", "linear", "patch"},
         "kernels": {"kernels.arrays"}}  # fmt: skip
 
 

@@ -1,5 +1,9 @@
 """Every build of the nll kernels, on NumPy arrays, against the float64 oracle."""
 
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 
@@ -183,6 +187,37 @@ def test_large_gradient_is_the_same(build, rng):
         np.testing.assert_array_equal(gradient[one], small)
 
 
+def test_gradients_never_share_memory(build, rng):
+    """At 4 MB they lie in memory that is used again, but not before its last view is gone."""
+    logits, target = draw(rng, 1024, 2048, "float32")
+    result = nll_forward(logits, target, backend=build)
+    kept = []
+    for scale in (1.0, 2.0, 3.0):
+        gradient = nll_backward(scale, result, logits, target, backend=build)
+        kept += [gradient.reshape(-1)[::7], nll_fused(logits, target, backend=build)[1].T[5:]]
+        del gradient
+    np.testing.assert_allclose(kept[2], 2 * kept[0], rtol=1e-6)
+    np.testing.assert_allclose(kept[4], 3 * kept[0], rtol=1e-6)
+    np.testing.assert_array_equal(kept[1], kept[5])
+    assert not any(np.shares_memory(kept[0], other) for other in kept[1:])
+
+
+def test_a_forked_child_does_not_hang(rng):
+    logits, target = draw(rng, 64, 2048, "float32")
+    expected = nll_forward(logits, target, threads=2).loss
+    child = os.fork()
+    if child == 0:
+        same = np.array_equal(nll_forward(logits, target, threads=2).loss, expected)
+        os._exit(0 if same else 1)
+    deadline = time.monotonic() + 20
+    while (status := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if status == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert status == (child, 0)
+
+
 def test_bytes_in_another_order(build, rng):
     logits, target = draw(rng, 5, 31, "float32")
     swapped = logits.astype(logits.dtype.newbyteorder())
@@ -237,9 +272,41 @@ BAD = {
     "weight": (ValueError, r"weight: expected shape \(4,\), got \(3,\)", {"weight": np.ones(3)}),
     "smoothing": (ValueError, r"label_smoothing: expected", {"label_smoothing": 1.5}),
     "softcap": (ValueError, r"softcap: expected", {"softcap": -1.0}),
+    "softcap inf": (ValueError, r"softcap: expected a finite", {"softcap": np.inf}),
     "threads": (ValueError, r"threads: expected", {"threads": 0}),
+    "half a thread": (TypeError, r"threads: expected a whole number", {"threads": 1.5}),
+    "ignore_index": (TypeError, r"ignore_index: expected an integer", {"ignore_index": 1.5}),
+    "uint64": (
+        IndexError,
+        r"target 18446744073709551516 is out of range",
+        {"target": np.array([1, 2**64 - 100], np.uint64)},
+    ),
     "backend": (ValueError, r"backend: expected one of cython, numba", {"backend": "gpu"}),
 }
+
+
+def test_result_of_other_logits(build):
+    logits, target = np.zeros((5, 4), np.float32), np.zeros(5, int)
+    result = nll_forward(logits[:3], target[:3], backend=build)
+    with pytest.raises(ValueError, match=r"result.lse: expected shape \(5,\)"):
+        nll_backward(1.0, result, logits, target, backend=build)
+    result = nll_forward(logits.astype(np.float64), target, backend=build)
+    with pytest.raises(ValueError, match=r"result\.lse: expected .* float32, .* got .* float64"):
+        nll_backward(1.0, result, logits, target, backend=build)
+
+
+def test_out_that_shares_memory(build):
+    memory, target = np.zeros((6, 4), np.float32), np.zeros(5, int)
+    probabilities = np.full((5, 4), 0.25, np.float32)
+    for logits, target_, out in (
+        (memory[:-1], target, memory[1:]),
+        (memory[:5][::-1], target, memory[:5]),
+        (memory[:5], probabilities, probabilities),
+    ):
+        with pytest.raises(ValueError, match="out: expected an array of its own"):
+            nll_fused(logits, target_, out=out, backend=build)
+    with pytest.raises(TypeError, match="out: expected an array, got list"):
+        nll_fused(memory[:5], target, out=[], backend=build)
 
 
 @pytest.mark.parametrize(("error", "message", "change"), BAD.values(), ids=BAD.keys())

@@ -343,6 +343,31 @@ def test_in_place_refuses_a_leaf(backend):
     assert torch.equal(logits, kept)
 
 
+def test_in_place_refuses_a_view_of_a_leaf(backend):
+    leaf = torch.randn(20, 1000, requires_grad=True)
+    kept = leaf.detach().clone()
+    for view in (leaf.view(-1, 1000), leaf[:], leaf.t().t()):
+        with pytest.raises(RuntimeError, match="a leaf that requires grad or a view of one"):
+            neglog.cross_entropy(view, torch.arange(20), inplace_backward=True)
+    assert torch.equal(leaf, kept)
+
+
+def test_in_place_refuses_a_target_in_the_same_memory(backend):
+    logits = torch.rand(20, 1000, requires_grad=True) * 1
+    with pytest.raises(RuntimeError, match="expected a target in memory of its own"):
+        neglog.cross_entropy(logits, logits.detach(), inplace_backward=True)
+
+
+def test_batched_upstream(backend):
+    logits, target = large()
+    loss = neglog.cross_entropy(logits, target, reduction="none")
+    upstream = torch.eye(len(target))[[0, 7, 3]]
+    (ours,) = torch.autograd.grad(loss, logits, upstream, is_grads_batched=True)
+    theirs = F.cross_entropy(logits, target, reduction="none")
+    (theirs,) = torch.autograd.grad(theirs, logits, upstream, is_grads_batched=True)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_in_place_refuses_rows_that_overlap(backend):
     row = torch.randn(1, 1000, requires_grad=True)
     with pytest.raises(RuntimeError, match="expected an input whose rows lie apart in memory"):

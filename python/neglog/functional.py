@@ -108,8 +108,8 @@ def cross_entropy(
             return_stats=return_stats, backend=backend,
         )  # fmt: skip
     extended = (
-        logit_scale != 1.0 or softcap is not None or z_loss != 0.0 or num_items is not None
-        or return_stats or inplace_backward
+        isinstance(logit_scale, Tensor) or logit_scale != 1.0 or softcap is not None
+        or z_loss != 0.0 or num_items is not None or return_stats or inplace_backward
     )  # fmt: skip
     chosen = dispatch.forced(backend)
     if not extended and (chosen == "torch" or (chosen is None and dispatch.prefers_torch(input))):
@@ -118,8 +118,11 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = torch_reduction.legacy_get_string(size_average, reduce)
+    if reduction == "elementwise_mean":
+        torch_reduction.get_enum(reduction)  # torch's warning that the name is deprecated
+        reduction = "mean"
     check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-    check_extensions(reduction, softcap, num_items)
+    check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
     problem = _rows_problem(input, target, weight, num_items)
     # The sum over num_items is a mean whose divisor is given.
     reduced = "mean" if num_items is not None else reduction
@@ -227,8 +230,10 @@ def _rows_problem(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Logits (N, V), target (N,) or (N, V), weight and num_items as the op wants them."""
     if is_probabilities(input, target):
-        # torch multiplies the two, so that the wider dtype of them is the result's.
+        # torch multiplies them, so that the widest dtype is the result's.
         common = torch.promote_types(input.dtype, target.dtype)
+        if weight is not None:
+            common = torch.promote_types(common, weight.dtype)
         input, target = input.to(common), to_rows(target.to(common))
     else:
         target = target.reshape(-1).long()
@@ -267,10 +272,16 @@ def _may_overwrite(logits: Tensor, target: Tensor) -> bool:
         return False
     if target.requires_grad:  # its gradient is made of the logits
         return False
-    if logits.is_leaf:
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
         raise RuntimeError(
-            "inplace_backward: input is a leaf that requires grad, and overwriting it would lose "
-            "the values being trained: expected the output of an operation"
+            "inplace_backward: input is a leaf that requires grad or a view of one, and "
+            "overwriting it would lose the values being trained: expected the output of an "
+            "operation"
+        )
+    if target.dim() == 2 and _storage(target) == _storage(logits):
+        raise RuntimeError(
+            "inplace_backward: expected a target in memory of its own, got the input's"
         )
     if _rows_overlap(logits):
         raise RuntimeError(
@@ -278,6 +289,10 @@ def _may_overwrite(logits: Tensor, target: Tensor) -> bool:
             f"{logits.stride()} for shape {list(logits.shape)}; clone() it first"
         )
     return True
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _rows_overlap(rows: Tensor) -> bool:

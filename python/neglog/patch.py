@@ -24,6 +24,9 @@ class patch_torch:
     _active = 0  # patches not undone; torch's function comes back with the last of them
 
     def __init__(self) -> None:
+        self._apply()
+
+    def _apply(self) -> None:
         current = torch.nn.functional.cross_entropy
         if current not in (torch_cross_entropy, cross_entropy):
             raise RuntimeError(
@@ -44,6 +47,8 @@ class patch_torch:
             torch.nn.functional.cross_entropy = torch_cross_entropy
 
     def __enter__(self) -> patch_torch:
+        if self._undone:
+            self._apply()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import torch
@@ -65,7 +67,7 @@ def check_cross_entropy(
     if not is_probabilities(input, target):
         _check_indices(input, target)
     if weight is not None:
-        _check_weight(input, target, weight)
+        check_weight(weight, input.shape[class_dim(input)], input, is_probabilities(input, target))
 
 
 def check_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> None:
@@ -101,10 +103,10 @@ def _check_indices(input: Tensor, target: Tensor) -> None:
             f"target: expected shape {expected} (class indices) or {_shape(input)} (class "
             f"probabilities) for input of shape {_shape(input)}, got {_shape(target)}"
         )
-    _check_index_dtype(target)
+    check_index_dtype(target)
 
 
-def _check_index_dtype(target: Tensor) -> None:
+def check_index_dtype(target: Tensor) -> None:
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(
             f"target: expected dtype torch.int64 or torch.uint8 for class indices, "
@@ -112,16 +114,18 @@ def _check_index_dtype(target: Tensor) -> None:
         )
 
 
-def _check_weight(input: Tensor, target: Tensor, weight: Any) -> None:
+def check_weight(weight: Any, classes: int, input: Tensor, converts: bool = False) -> None:
+    """Class weights (C,); `converts` where torch takes them in any dtype."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
-    classes = input.shape[class_dim(input)]
     if weight.dim() != 1 or weight.shape[0] != classes:
         raise RuntimeError(f"weight: expected shape [{classes}], got {_shape(weight)}")
     if weight.device != input.device:
         raise RuntimeError(f"weight: expected device {input.device}, got {weight.device}")
-    converts = is_probabilities(input, target) or under_autocast(input)
-    if not weight.dtype.is_floating_point or (weight.dtype != input.dtype and not converts):
+    if converts:
+        return
+    autocast = weight.dtype.is_floating_point and under_autocast(input)
+    if weight.dtype != input.dtype and not autocast:
         raise RuntimeError(f"weight: expected dtype {input.dtype}, got {weight.dtype}")
 
 
@@ -139,11 +143,72 @@ def check_masked(input: Any, target: Any, mask: Any) -> None:
             f"probabilities) for input of shape {_shape(input)}, got {_shape(target)}"
         )
     if target.shape != input.shape:
-        _check_index_dtype(target)
+        check_index_dtype(target)
     if mask.dtype != torch.bool:
         raise RuntimeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
     if mask.device != input.device:
         raise RuntimeError(f"mask: expected device {input.device}, got {mask.device}")
+    check_mask_shape(mask, positions)
+
+
+def check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> None:
+    """Shapes, dtypes and devices of a projection to logits."""
+    tensors = {"input": input, "linear_weight": linear_weight, "target": target}
+    if linear_bias is not None:
+        tensors["linear_bias"] = linear_bias
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        if value.device != input.device:
+            raise RuntimeError(f"{name}: expected device {input.device}, got {value.device}")
+        if name != "target" and value.dtype != input.dtype and not under_autocast(input):
+            raise RuntimeError(f"{name}: expected dtype {input.dtype}, got {value.dtype}")
+    if not input.dtype.is_floating_point:
+        raise RuntimeError(f"input: expected a floating-point dtype, got {input.dtype}")
+    if input.dim() < 1:
+        raise RuntimeError("input: expected shape (..., in_features), got a scalar")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(
+            f"linear_weight: expected shape (C, [d1, ..., dK,] in_features), "
+            f"got {_shape(linear_weight)}"
+        )
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            f"linear_weight: expected in_features {input.shape[-1]}, that of input, as the last "
+            f"dimension, got {_shape(linear_weight)}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"linear_bias: expected shape {_shape(linear_weight)[:-1]}, got {_shape(linear_bias)}"
+        )
+    if linear_weight.dim() > 2 and input.dim() != 2:
+        raise RuntimeError(
+            f"input: expected shape (N, in_features) with a K-dimensional linear_weight, "
+            f"got {_shape(input)}"
+        )
+
+
+def check_linear_target(
+    positions: list[int], logits: list[int], target: Tensor, mask: Any, shift: bool
+) -> None:
+    """Index targets (...) and mask of a projection with shape (..., C)."""
+    if _shape(target) not in (positions, logits):
+        raise RuntimeError(
+            f"target: expected shape {positions} (class indices) or {logits} (class "
+            f"probabilities), got {_shape(target)}"
+        )
+    if shift and not positions:
+        raise RuntimeError(
+            "shift: expected an input of shape (..., T, in_features), got one vector"
+        )
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a Tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise RuntimeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
+    if mask.device != target.device:
+        raise RuntimeError(f"mask: expected device {target.device}, got {mask.device}")
     check_mask_shape(mask, positions)
 
 
@@ -173,13 +238,32 @@ def check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
         )
 
 
-def check_extensions(reduction: str, softcap: float | None, num_items: int | Tensor | None) -> None:
+def check_extensions(
+    reduction: str, logit_scale: Any, softcap: Any, z_loss: Any, num_items: Any
+) -> None:
     """What neglog adds to torch's arguments."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a number above 0 or None, got {softcap}")
+    _check_number("logit_scale", logit_scale)
+    _check_number("z_loss", z_loss)
+    if softcap is not None:
+        _check_number("softcap", softcap)
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
     if num_items is None:
         return
+    _check_number("num_items", num_items)
     if reduction == "none":
         raise ValueError("num_items: expected reduction 'mean' or 'sum', got 'none'")
-    if isinstance(num_items, Tensor) and num_items.numel() != 1:
-        raise ValueError(f"num_items: expected one number, got shape {_shape(num_items)}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    """A number or a tensor of one; not one whose gradient would be lost."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got shape {_shape(value)}")
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: expected a number without gradient, got a tensor that requires grad; "
+                "multiply by it outside the loss, or detach() it"
+            )
+    elif not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

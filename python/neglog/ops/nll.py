@@ -20,24 +20,25 @@ from torch import Tensor
 
 from neglog import dispatch, kernels
 from neglog.kernels.memory import large_buffer
+from neglog.kernels.threads import allowed
 
 NONE, MEAN, SUM = 0, 1, 2
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Numbers a thread must have before another is worth waking: 9 microseconds of work.
 GRAIN = 32768
 
-_OPTIONS = (
+OPTIONS = (
     "int reduction, int ignore_index, float label_smoothing, float logit_scale, float softcap, "
     "float z_loss"
 )
 _SCHEMAS = (
-    f"nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, {_OPTIONS}, bool stats, "
+    f"nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, "
     "str backend) -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor total_weight, "
     "Tensor correct, Tensor entropy)",
     "nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, "
-    f"Tensor? weight, Tensor lse, Tensor lse_low, Tensor total_weight, {_OPTIONS}, str backend)"
+    f"Tensor? weight, Tensor lse, Tensor lse_low, Tensor total_weight, {OPTIONS}, str backend)"
     " -> Tensor",
-    f"nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, {_OPTIONS}, "
+    f"nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, "
     "bool stats, str backend) -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, "
     "Tensor entropy)",
 )
@@ -103,7 +104,7 @@ def _adjacent(rows: Tensor) -> Tensor:
 
 
 def _threads(logits: Tensor) -> int:
-    return max(1, min(torch.get_num_threads(), logits.numel() // GRAIN))
+    return allowed(max(1, min(torch.get_num_threads(), logits.numel() // GRAIN)))
 
 
 def _kernel(op: str, backend: str) -> Any:

@@ -141,7 +141,7 @@ def _vmap_by_loop(function: Any) -> Any:
     return vmap
 
 
-def _as_function(name: str, op: Any, setup_context: Any, backward: Any) -> Any:
+def as_function(name: str, op: Any, setup_context: Any, backward: Any) -> Any:
     members = {
         "forward": staticmethod(lambda *inputs: op(*inputs)),
         "setup_context": staticmethod(setup_context),
@@ -152,8 +152,8 @@ def _as_function(name: str, op: Any, setup_context: Any, backward: Any) -> Any:
     return function
 
 
-FunctionalNLL = _as_function("FunctionalNLL", torch.ops.neglog.nll.default, _setup, _backward)
-FunctionalBackward = _as_function(
+FunctionalNLL = as_function("FunctionalNLL", torch.ops.neglog.nll.default, _setup, _backward)
+FunctionalBackward = as_function(
     "FunctionalBackward", torch.ops.neglog.nll_backward.default, _setup_backward, _double_backward
 )
 
@@ -203,9 +203,11 @@ def _total_weight(ctx: Any) -> Tensor:
 def _eager_backward(ctx, grad_loss, grad_lse, logits, target, weight):
     if not ctx.needs_input_grad[0]:
         return None
+    # is_grads_batched=True: an upstream without memory, which the dispatcher takes apart.
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)
     # With create_graph the gradient has a graph of its own.
-    if torch.is_grad_enabled() or _observed(logits):
-        return torch.ops.neglog.nll_backward.default(
+    if batched or torch.is_grad_enabled() or _observed(logits):
+        return _differentiable_backward(
             grad_loss, grad_lse, logits, target, weight, ctx.lse, ctx.lse_low, _total_weight(ctx),
             *ctx.options, ctx.backend,
         )  # fmt: skip
