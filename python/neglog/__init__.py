@@ -16,18 +16,20 @@ _HOMES = {
     "cross_entropy": "functional",
     "dispatch": None,
     "kernels": None,
+    "linear_cross_entropy": "linear",
     "masked_cross_entropy": "functional",
     "nn": None,
     "patch_torch": "patch",
     "reference": None,
 }
-_NEED_TORCH = ("functional", "nn", "patch")
+_NEED_TORCH = ("functional", "linear", "nn", "patch")
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from neglog import dispatch, kernels, nn, reference
     from neglog.functional import LossStats, cross_entropy, masked_cross_entropy
+    from neglog.linear import linear_cross_entropy
     from neglog.patch import patch_torch
 
 

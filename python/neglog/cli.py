@@ -40,6 +40,14 @@ def _backend_rows() -> Rows:
     return rows
 
 
+def _matmul_rows() -> Rows:
+    try:
+        from neglog import matmul
+    except ImportError:
+        return []
+    return [("matmul", f"{matmul.describe()} (measured now)")]
+
+
 def _torch_rows() -> Rows:
     try:
         import torch
@@ -67,7 +75,7 @@ def _openmp_rows() -> Rows:
 
 def _info_rows() -> Rows:
     rows = [("neglog", __version__), ("processor", machine.processor())]
-    return rows + _kernel_rows() + _backend_rows() + _torch_rows() + _openmp_rows()
+    return rows + _kernel_rows() + _backend_rows() + _torch_rows() + _matmul_rows() + _openmp_rows()
 
 
 def info(options: argparse.Namespace) -> None:

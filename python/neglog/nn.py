@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from neglog.functional import cross_entropy, masked_cross_entropy
+from neglog.linear import linear_cross_entropy
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -77,3 +78,56 @@ class MaskedCrossEntropyLoss(CrossEntropyLoss):
         self, input: Tensor, target: Tensor, mask: Tensor, num_items: int | Tensor | None = None
     ) -> Any:
         return masked_cross_entropy(input, target, mask, **self._options(num_items))
+
+
+class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
+    """torch.nn.LinearCrossEntropyLoss by neglog.linear_cross_entropy; its parameter is `linear`.
+
+    Called with input (..., in_features) and target; `mask` and `num_items` by keyword.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        shift: bool = False,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        return_stats: bool = False,
+        backend: str | None = None,
+        options: Any = None,
+        **torch_options: Any,
+    ) -> None:
+        super().__init__(in_features, num_classes, **torch_options)
+        self.options = options
+        self.further: dict[str, Any] = {
+            "shift": shift, "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss,
+            "return_stats": return_stats, "backend": backend,
+        }  # fmt: skip
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        mask: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Any:
+        classes = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.view(*classes, -1),
+            target,
+            linear_bias=None if bias is None else bias.view(classes),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            mask=mask,
+            num_items=num_items,
+            **self.further,
+        )

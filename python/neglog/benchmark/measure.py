@@ -76,7 +76,7 @@ def verify(contender: Contender, problem: Problem) -> float:
     tolerance, floor = TOLERANCE[problem.spec.dtype], FLOOR[problem.spec.dtype]
     errors = [_error(np.float64(loss), np.float64(problem.truth.loss), floor)]
     for got, want in zip(problem.compared(grads), problem.truth.grads, strict=True):
-        errors.append(_error(got, want, floor))
+        errors.append(_norm_error(got, want) if problem.by_norm else _error(got, want, floor))
     worst = max(errors)
     if not worst <= tolerance:  # NaN is no match either
         where = "loss" if errors[0] == worst else "gradient"
@@ -93,6 +93,10 @@ def _error(got: Any, want: Any, floor: float) -> float:
     excess = np.maximum(np.abs(got - want) - floor, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.max(np.where(excess == 0, 0.0, excess / np.abs(want))))
+
+
+def _norm_error(got: Any, want: Any) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def verified(

@@ -9,6 +9,7 @@ import torch
 
 from neglog import dispatch, kernels
 from neglog.benchmark import machine
+from neglog.benchmark.cases import Spec
 from neglog.benchmark.measure import Measurement, Result, SmallResult
 from neglog.benchmark.terminal import duration, megabytes, table
 
@@ -44,6 +45,10 @@ def _baselines(measured: Measurement) -> list[Result]:
     return [r for r in measured.results if r.contender.name in ("eager", "compile")]
 
 
+def _units(spec: Spec) -> str:
+    return "copies" if spec.yardstick.startswith("copy") else "tiles"
+
+
 def large_table(op: str, measured: Measurement) -> Any:
     """One row a contender, and the yardstick last."""
     spec = measured.spec
@@ -51,7 +56,9 @@ def large_table(op: str, measured: Measurement) -> Any:
     title = f"{op}, {shape_text(spec.shape)}, {spec.dtype} ({size})"
     baselines = _baselines(measured)
     ratios = [f"x {b.contender.label.removeprefix('torch').strip(' .')}" for b in baselines]
-    made = table(title, "", "forward", "fwd + bwd", *ratios, spec.unit, "copies", "extra memory")
+    made = table(
+        title, "", "forward", "fwd + bwd", *ratios, spec.unit, _units(spec), "extra memory"
+    )
     stick = median(measured.yardstick)
     for result in measured.results:
         total = median(result.total)
@@ -85,7 +92,7 @@ def notes(measured: Measurement) -> str:
         f"{len(measured.yardstick)} rounds in turn.",
         "Extra memory: at the peak, nothing kept from before; the gradient itself is in it.",
         f"{measured.spec.unit}: {measured.spec.model}",
-        f"Copies: time in units of the {stick}.",
+        f"{_units(measured.spec).capitalize()}: time in units of the {stick}.",
     ]
     if any(result.contender.new_memory for result in measured.results):
         lines.append(

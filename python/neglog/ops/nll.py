@@ -13,6 +13,7 @@ entropy (N,), or both (0,) without stats. reduction: 0 none, 1 mean, 2 sum, as i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -139,11 +140,13 @@ def _empty_stats(logits: Tensor, stats: bool) -> tuple[Tensor, Tensor]:
     return logits.new_empty(rows, dtype=torch.bool), logits.new_empty(rows, dtype=real)
 
 
-def _new_gradient(logits: Tensor) -> Tensor:
-    buffer = large_buffer(logits.nbytes)
+def new_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """torch.empty on huge pages, where it is large (kernels/memory.py)."""
+    count = math.prod(shape)
+    buffer = large_buffer(count * dtype.itemsize)
     if buffer is None:
-        return torch.empty(logits.shape, dtype=logits.dtype)
-    return torch.frombuffer(buffer, dtype=logits.dtype, count=logits.numel()).view(logits.shape)
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
 
 
 def run_forward(
@@ -175,7 +178,7 @@ def run_backward(
     logits = _adjacent(logits)
     problem, _alive = _problem(logits, target, weight, options)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    out = _new_gradient(logits)
+    out = new_memory(logits.shape, logits.dtype)
     kernel.backward(
         *problem, lse.data_ptr(), lse_low.data_ptr(),
         grad_loss.data_ptr(), grad_loss.stride(0) if grad_loss.dim() else 0,

@@ -33,12 +33,18 @@ def _shapes(names: tuple[str, ...], *sizes: tuple[int, ...]) -> tuple[Shape, ...
 
 
 _ROWS = ("rows", "vocab")
+_HEAD = ("rows", "features", "vocab")
 
 OPS = {
     "cross_entropy": Op(
         {"rows": 2048, "vocab": 32000},
         _shapes(_ROWS, (8192, 8192), (2048, 32000), (2048, 50257), (1024, 128256)),
         _shapes(_ROWS, (1, 2), (8, 10), (32, 100), (64, 1000), (128, 1000), (512, 1000)),
+    ),
+    "linear_cross_entropy": Op(
+        {"rows": 2048, "features": 768, "vocab": 32000},
+        _shapes(_HEAD, (2048, 768, 32000), (8192, 256, 65536)),
+        _shapes(_HEAD, (8, 16, 10), (64, 64, 1000), (512, 64, 1000)),
     ),
     "masked_cross_entropy": Op(
         {"rows": 4096, "vocab": 30522},
@@ -97,6 +103,8 @@ class Problem(NamedTuple):
     leaves: require gradients. fixed: the other arguments. check_fixed: those for verifying, where
     all but a slice is ignored, so that the full shape runs and the oracle stays small.
     compared: the part of the gradients that `truth` holds.
+    by_norm: gradients are sums in which terms cancel, so that an error is small beside their norm,
+    not beside each number.
     """
 
     spec: Spec
@@ -106,6 +114,7 @@ class Problem(NamedTuple):
     truth: Truth
     compared: Callable[[tuple[Tensor, ...]], tuple[np.ndarray, ...]]
     yardstick: Callable[[], Any]
+    by_norm: bool = False
 
 
 def load(op: str) -> Any:

@@ -1,0 +1,92 @@
+"""linear_cross_entropy: torch eager, torch.compile, torch's own chunks, and neglog's tiles."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import neglog
+from neglog import matmul, reference
+from neglog.benchmark.cases import Contender, Problem, Shape, Spec, Truth
+from neglog.benchmark.cases.cross_entropy import CHECKED_ROWS, IGNORED, default_backend
+
+MODEL = "3 matmuls of rows x features x vocab, 2 operations each"
+
+
+def problem(shape: Shape, dtype: str, seed: int) -> Problem:
+    """Random input, weight and target; the gradients of a slice of the rows are verified."""
+    rows, features, vocab = shape["rows"], shape["features"], shape["vocab"]
+    kind = getattr(torch, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, features, generator=generator).to(kind)
+    weight = torch.randn(vocab, features, generator=generator).div_(features**0.5).to(kind)
+    target = torch.randint(vocab, (rows,), generator=generator)
+    picked = torch.linspace(0, rows - 1, min(rows, CHECKED_ROWS)).round().long()
+    check_target = torch.full_like(target, IGNORED)
+    check_target[picked] = target[picked]
+    x, w = hidden[picked].double(), weight.double()
+    # The logits are rounded as every contender's are: from there on the oracle is exact.
+    logits = (x @ w.t()).to(kind).double()
+    oracle = reference.nll(logits.numpy(), check_target[picked].numpy())
+    dz = torch.from_numpy(oracle.grad)
+    some = target[picked]
+
+    def compared(grads: tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
+        return grads[0][picked].double().numpy(), grads[1][some].double().numpy()
+
+    left, right = torch.empty_like(hidden), torch.empty(rows, min(vocab, matmul.COLUMNS)).to(kind)
+    part = weight[: right.shape[1]].clone()
+
+    def yardstick() -> None:
+        matmul.product(right, part, left)
+
+    return Problem(
+        spec=Spec(
+            shape, dtype, hidden.nbytes + weight.nbytes, "matmul of a tile",
+            part.shape[0] / vocab / 3, 6 * rows * features * vocab, "GFLOP/s", MODEL,
+        ),
+        leaves=(hidden.requires_grad_(), weight.requires_grad_()),
+        fixed=(target,),
+        check_fixed=(check_target,),
+        truth=Truth(float(oracle.loss), ((dz @ w).numpy(), (dz.t() @ x)[some].numpy())),
+        compared=compared,
+        yardstick=yardstick,
+        by_norm=True,
+    )  # fmt: skip
+
+
+def _eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), target)
+
+
+def _chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(hidden, weight, target, options=options)
+
+
+def contenders(compiled: bool, shape: Shape) -> list[Contender]:
+    """Logits in memory first; each does the same three matmuls."""
+    runs = default_backend(shape)
+    found = [Contender("eager", "torch eager", _eager, 1)]
+    if compiled:
+        compiled_loss = torch.compile(_eager, fullgraph=True, dynamic=False)
+        found.append(Contender("compile", "torch.compile", compiled_loss, 1))
+    return [
+        *found,
+        Contender("chunked", "torch, chunked", _chunked, 1),
+        Contender("neglog", f"neglog ({runs})", neglog.linear_cross_entropy, 1, backend=runs),
+    ]
+
+
+def small_contenders() -> list[Contender]:
+    """Logits in memory, by torch and by whatever neglog chooses."""
+    return [
+        Contender("eager", "torch eager", _eager, 1),
+        Contender("neglog", "neglog", neglog.linear_cross_entropy, 1),
+    ]

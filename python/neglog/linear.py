@@ -1,0 +1,233 @@
+"""linear_cross_entropy: validation, and the choice between tiles and logits in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from neglog import dispatch, tiling
+from neglog.functional import REDUCTIONS, LossStats, cross_entropy, masked_cross_entropy
+from neglog.ops.linear_nll_autograd import linear_nll
+from neglog.ops.nll import real_dtype
+from neglog.validation import (
+    check_extensions,
+    check_index_dtype,
+    check_linear,
+    check_linear_target,
+    check_options,
+    check_weight,
+    under_autocast,
+)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    mask: Tensor | None = None,
+    shift: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    num_items: int | Tensor | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """cross_entropy(linear(input, linear_weight, linear_bias), target), without its logits.
+
+    Rows of logits are made, turned into their gradient and used up a tile at a time, in a workspace
+    of fixed size; rows that do not count are left out before the first matmul. With "mean" and
+    "sum" the gradients are formed in the forward: 3 matmuls in all; with "none", 4.
+
+    Args:
+        input: (..., in_features).
+        linear_weight: (C, in_features), or (C, d1, ..., dK, in_features) for an input
+            (N, in_features), whose logits are (N, C, d1, ..., dK).
+        target: class indices (...), or (N, d1, ..., dK); or probabilities of the logits' shape.
+        linear_bias: linear_weight's shape without in_features.
+        weight, reduction, label_smoothing: as in `cross_entropy`.
+        ignore_index: None means -100; not with probabilities.
+        options: None, {"workspace_mb": number} for the logits of one tile (otherwise
+            NEGLOG_WORKSPACE_MB, else 64), or a torch.nn.LinearCrossEntropyOptions, which changes
+            nothing here.
+        mask: bool, broadcast to the targets' shape (...): True where a position counts.
+        shift: position t of the next to last axis is held against target t + 1, as causal language
+            models are trained; the last position does not count, and "none" is one shorter.
+        logit_scale, softcap, z_loss, num_items, backend: as in `cross_entropy`.
+        return_stats: LossStats(loss, logsumexp, correct, entropy); all 0 where a row is ignored.
+
+    Probabilities, a K-dimensional linear_weight, few logits and devices other than the CPU take the
+    ordinary way: the logits are made in memory.
+
+    Raises:
+        As `cross_entropy`, and RuntimeError for in_features, linear_bias or mask that do not fit.
+
+    Source: torch.nn.functional.linear_cross_entropy; arXiv:2411.09009 for the idea.
+    """
+    if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
+        return handle_torch_function(
+            linear_cross_entropy, (input, linear_weight, target, linear_bias, weight), input,
+            linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, options=options, mask=mask,
+            shift=shift, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss,
+            num_items=num_items, return_stats=return_stats, backend=backend,
+        )  # fmt: skip
+    check_options(-100 if ignore_index is None else ignore_index, reduction, label_smoothing)
+    check_linear(input, linear_weight, linear_bias, target)
+    check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
+    workspace = tiling.workspace_bytes(_workspace_mb(options))
+    if under_autocast(input):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
+        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+    head = (input, linear_weight, linear_bias)
+    common: dict[str, Any] = {
+        "weight": weight, "reduction": reduction, "label_smoothing": label_smoothing,
+        "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss, "num_items": num_items,
+        "return_stats": return_stats, "backend": backend,
+    }  # fmt: skip
+    if linear_weight.dim() > 2:
+        return _of_many_dimensions(head, target, ignore_index, mask, shift, common)
+    positions = list(input.shape[:-1])
+    check_linear_target(positions, [*positions, len(linear_weight)], target, mask, shift)
+    if target.dim() == input.dim():  # one more than the positions
+        return _of_probabilities(head, target, ignore_index, mask, shift, common)
+    ignored = -100 if ignore_index is None else ignore_index
+    labels = _labels(target, mask, shift, ignored)
+    result = _of_labels(head, labels.reshape(-1), ignored, workspace, common)
+
+    def in_place_of_targets(x: Tensor) -> Tensor:
+        x = x.view(positions)
+        return x[..., :-1] if shift else x
+
+    if not isinstance(result, LossStats):
+        return in_place_of_targets(result) if reduction == "none" else result
+    loss = in_place_of_targets(result.loss) if reduction == "none" else result.loss
+    return LossStats(loss, *(in_place_of_targets(x) for x in result[1:]))
+
+
+def _workspace_mb(options: Any) -> float | None:
+    if options is None or isinstance(options, torch.nn.LinearCrossEntropyOptions):
+        return None
+    if isinstance(options, dict) and set(options) <= {"workspace_mb"}:
+        return options.get("workspace_mb")
+    raise TypeError(
+        "options: expected None, {'workspace_mb': number} or a "
+        f"torch.nn.LinearCrossEntropyOptions, got {options!r}"
+    )
+
+
+def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> Tensor:
+    """The class that each position is held against; `ignored` where there is none."""
+    if mask is not None:
+        target = torch.where(mask, target, ignored)
+    if shift:  # the input stays as it lies: only its labels move
+        target = F.pad(target[..., 1:], (0, 1), value=ignored)
+    return target
+
+
+def _of_labels(head: tuple, labels: Tensor, ignored: int, workspace: int, common: dict) -> Any:
+    """Rows against their labels, by tiles if a kernel can and it is worth it."""
+    input, linear_weight, linear_bias = head
+    rows = input.reshape(-1, input.shape[-1])
+    weight, backend = common["weight"], dispatch.forced(common["backend"])
+    check_index_dtype(labels)
+    if weight is not None:
+        check_weight(weight, len(linear_weight), rows)
+    refusal = dispatch.kernels_refuse(rows, weight) or dispatch.kernels_refuse(linear_weight)
+    if backend not in (None, "torch") and refusal:
+        raise RuntimeError(f"backend={backend!r} cannot take this call: {refusal}")
+    few = len(labels) * len(linear_weight) < dispatch.CROSSOVER
+    if (
+        refusal
+        or backend == "torch"
+        or (backend is None and (few or not dispatch.kernel_backend()))
+    ):
+        logits = F.linear(rows, linear_weight, linear_bias)
+        result = cross_entropy(logits, labels, ignore_index=ignored, **common)
+        return _without_ignored(result, labels != ignored)
+    return _tiled((rows, linear_weight, linear_bias), labels, ignored, workspace, common)
+
+
+def _without_ignored(result: Any, counted: Tensor) -> Any:
+    """Statistics as the tiles give them, which make no logits of ignored rows."""
+    if not isinstance(result, LossStats):
+        return result
+    _, lse, correct, entropy = result
+    return LossStats(
+        result.loss, torch.where(counted, lse, 0), correct, torch.where(counted, entropy, 0)
+    )
+
+
+def _tiled(head: tuple, labels: Tensor, ignored: int, workspace: int, common: dict) -> Any:
+    rows = head[0]
+    real = real_dtype(rows.dtype)
+    weight, num_items, reduction = common["weight"], common["num_items"], common["reduction"]
+    if weight is not None:
+        weight = weight.to(real)
+    if num_items is not None:
+        num_items = torch.as_tensor(num_items, dtype=real, device=rows.device).reshape(())
+    # The upstream of "none" is not known yet, so its gradients wait for the backward.
+    early = torch.is_grad_enabled() and reduction != "none"
+    wanted = [early and part is not None and part.requires_grad for part in head]
+    loss, lse, correct, entropy = linear_nll(
+        *head, labels.long(), weight, num_items,
+        REDUCTIONS["mean" if num_items is not None else reduction], ignored,
+        float(common["label_smoothing"]), float(common["logit_scale"]),
+        float(common["softcap"] or 0.0), float(common["z_loss"]), common["return_stats"], wanted,
+        workspace, common["backend"] or dispatch.forced() or "",
+    )  # fmt: skip
+    loss = loss.to(real if under_autocast(rows) else rows.dtype)
+    return LossStats(loss, lse, correct, entropy) if common["return_stats"] else loss
+
+
+def _of_probabilities(
+    head: tuple, target: Tensor, ignore_index: int | None, mask: Tensor | None, shift: bool,
+    common: dict,
+) -> Any:  # fmt: skip
+    """A distribution for each position is as large as the logits, which are made beside it."""
+    _refuse_ignore_index(ignore_index)
+    input, linear_weight, linear_bias = head
+    if shift:
+        input, target = input[..., :-1, :], target[..., 1:, :]
+        mask = mask if mask is None or mask.dim() == 0 else mask.expand(*mask.shape)[..., 1:]
+    logits = F.linear(input, linear_weight, linear_bias)
+    if mask is None:
+        mask = torch.ones((), dtype=torch.bool, device=logits.device)
+    return masked_cross_entropy(logits, target, mask, **common)
+
+
+def _of_many_dimensions(
+    head: tuple, target: Tensor, ignore_index: int | None, mask: Tensor | None, shift: bool,
+    common: dict,
+) -> Any:  # fmt: skip
+    """Logits (N, C, d1, ..., dK)."""
+    for name, given in (("mask", mask is not None), ("shift", shift)):
+        if given:
+            raise RuntimeError(f"{name}: expected none with a K-dimensional linear_weight")
+    input, linear_weight, linear_bias = head
+    flat = linear_weight.reshape(-1, linear_weight.shape[-1])
+    bias = None if linear_bias is None else linear_bias.reshape(-1)
+    logits = F.linear(input, flat, bias).view(len(input), *linear_weight.shape[:-1])
+    if target.shape == logits.shape:
+        _refuse_ignore_index(ignore_index)
+    ignored = -100 if ignore_index is None else ignore_index
+    return cross_entropy(logits, target, ignore_index=ignored, **common)
+
+
+def _refuse_ignore_index(ignore_index: int | None) -> None:
+    if ignore_index is not None:
+        raise RuntimeError(
+            f"ignore_index: expected none with class probabilities as target, got {ignore_index}"
+        )

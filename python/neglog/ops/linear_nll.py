@@ -1,0 +1,330 @@
+"""linear_nll: the negative log-likelihood of linear(input), whose logits never lie in memory whole.
+
+neglog::linear_nll            forward, and the gradients for upstream 1 where they are wanted
+neglog::linear_nll_backward   those gradients times the upstream; formed anew where the upstream is
+                              not one number (reduction "none", a gradient of the lse)
+
+(a) A tile of rows against the whole vocabulary: its logits are made in a workspace, turned into
+    their gradient where they lie by the fused nll kernel, and used for both gradients: 3 GEMMs.
+(b) Ignored rows leave before the first of them.
+(c) The gradient of the weight is accumulated over tiles in float32 or wider.
+
+Shapes: input (N, D), linear_weight (V, D), linear_bias (V,), target (N,) int64; weight (V,) and
+num_items () in the accumulation dtype. Returned: loss () or (N,), lse (N,), total_weight ();
+correct and entropy (N,), or (0,) without stats; and gradients of input, linear_weight and
+linear_bias, or (0,) where not wanted. Rows that are ignored have lse, entropy and gradient 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neglog import dispatch, kernels, matmul, tiling
+from neglog.kernels.threads import allowed
+from neglog.ops.nll import (
+    DTYPE_CODES,
+    MEAN,
+    NONE,
+    OPTIONS,
+    Options,
+    divides_late,
+    library,
+    new_memory,
+    quotient,
+    real_dtype,
+)
+
+library.define(
+    "linear_nll(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
+    f"Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, bool[3] wanted, int workspace, "
+    "str backend) -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, "
+    "Tensor entropy, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "linear_nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor input, Tensor linear_weight, "
+    "Tensor? linear_bias, Tensor target, Tensor? weight, Tensor total_weight, Tensor grad_input, "
+    f"Tensor grad_weight, Tensor grad_bias, {OPTIONS}, bool[3] wanted, int workspace, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class Head(NamedTuple):
+    """The projection to the vocabulary, and what is projected."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+
+class Rows(NamedTuple):
+    """Numbers by row: of those that count while tiles are at work, of all in the end."""
+
+    loss: Tensor
+    lse: Tensor
+    lse_low: Tensor
+    correct: Tensor | None
+    entropy: Tensor | None
+
+
+class Upstream(NamedTuple):
+    """Gradients of loss and lse, (N,) each."""
+
+    loss: Tensor
+    lse: Tensor | None
+
+
+class Gradients:
+    """What the tiles add up to. Those not wanted stay empty."""
+
+    def __init__(self, head: Head, wanted: list[bool]) -> None:
+        real = real_dtype(head.input.dtype)
+        new = head.input.new_zeros
+        self.input = new(head.input.shape if wanted[0] else 0)
+        self.weight = new_memory(head.weight.shape if wanted[1] else (0,), real)
+        self.bias = new(head.vocab if wanted[2] else 0, dtype=real)
+        self.wanted = wanted
+        self._first = True
+
+    def add(self, s: Tensor, x: Tensor, weight: Tensor, rows: Tensor | slice) -> None:
+        """A tile: s is the gradient of its logits, x the input that made them."""
+        if self.wanted[0] and isinstance(rows, slice):
+            matmul.product(s, weight, self.input[rows])
+        elif self.wanted[0]:
+            part = torch.empty_like(x)
+            matmul.product(s, weight, part)
+            self.input[rows] = part
+        if self.wanted[1]:
+            matmul.add_outer(s, x, self.weight, self._first)
+        if self.wanted[2]:
+            self.bias += s.sum(0, dtype=self.bias.dtype)
+        self._first = False
+
+    def finished(self, late: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """In the dtype of the parameters, but for float16, whose division comes later."""
+        if self._first:  # no tile: nothing was written over what the memory held
+            self.weight.zero_()
+        if late:
+            return self.input, self.weight, self.bias
+        dtype = self.input.dtype
+        return self.input, self.weight.to(dtype), self.bias.to(dtype)
+
+
+class Tiles:
+    """The rows that count, tile by tile: their input, and a workspace that holds their logits."""
+
+    def __init__(self, head: Head, target: Tensor, ignore_index: int, workspace: int) -> None:
+        self.head = head
+        counted = (target != ignore_index).nonzero().squeeze(1)
+        self.rows = None if len(counted) == len(target) else counted
+        self.target = (target if self.rows is None else target[counted]).contiguous()
+        row = head.vocab * head.input.itemsize
+        self.height = tiling.rows_per_tile(len(self.target), row, workspace)
+        self.logits = new_memory((self.height, head.vocab), head.input.dtype)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor | slice, Tensor, Tensor]]:
+        """Which of the counted rows, which of all, their input, their logits."""
+        for part in tiling.row_tiles(len(self.target), self.height):
+            everywhere = part if self.rows is None else self.rows[part]
+            x = self.head.input[everywhere]
+            logits = self.logits[: len(x)]
+            matmul.linear(x, self.head.weight, self.head.bias, logits)
+            yield part, everywhere, x, logits
+
+    def spread(self, of_counted: Tensor, rows: int) -> Tensor:
+        """Numbers of the counted rows among all rows; 0 for the others."""
+        if self.rows is None:
+            return of_counted
+        return of_counted.new_zeros(rows).index_copy_(0, self.rows, of_counted)
+
+
+def _pointer(tensor: Tensor | None, start: int = 0) -> int:
+    return 0 if tensor is None else tensor.data_ptr() + start * tensor.itemsize
+
+
+def _problem(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple:
+    return (
+        DTYPE_CODES[logits.dtype], *logits.shape, logits.data_ptr(), logits.stride(0),
+        target.data_ptr() or 1, 0, 0, _pointer(weight), *options[1:],
+    )  # fmt: skip
+
+
+def _kernel(op: str, backend: str) -> Any:
+    dispatch.ran(op, backend or dispatch.kernel_backend() or "none")
+    return kernels.load("nll", backend or None)
+
+
+def _empty_rows(head: Head, count: int, stats: bool) -> Rows:
+    real = real_dtype(head.input.dtype)
+    loss, lse, low = (head.input.new_empty(count, dtype=real) for _ in range(3))
+    if not stats:
+        return Rows(loss, lse, low, None, None)
+    return Rows(loss, lse, low, loss.new_empty(count, dtype=torch.bool), torch.empty_like(loss))
+
+
+def _outputs(rows: Rows, start: int) -> tuple[int, ...]:
+    return tuple(_pointer(tensor, start) for tensor in rows)
+
+
+def _contiguous(head: Head, weight: Tensor | None) -> tuple[Head, Tensor | None]:
+    bias = head.bias
+    ready = Head(head.input.contiguous(), head.weight.contiguous(), bias)
+    return ready, None if weight is None else weight.contiguous()
+
+
+def _sweep(
+    kernel: Any, tiles: Tiles, weight: Tensor | None, options: Options, rows: Rows,
+    gradients: Gradients | None, scale: float, upstream: Upstream | None,
+) -> None:  # fmt: skip
+    """All tiles once: their rows' numbers and, if asked for, what they add to the gradients.
+
+    Without upstream the gradient is that of `scale` times the sum of the losses.
+    """
+    threads = allowed(torch.get_num_threads())
+    for part, everywhere, x, logits in tiles:
+        target = tiles.target[part]
+        problem = _problem(logits, target, weight, options)
+        written = _outputs(rows, part.start)
+        in_place = (logits.data_ptr(), logits.stride(0), threads)
+        if gradients is not None and upstream is None:
+            kernel.fused(*problem, *written[:2], *written[3:], scale, *in_place)
+        else:
+            kernel.forward(*problem, *written, threads)
+        if gradients is not None and upstream is not None:
+            grad = upstream.loss[everywhere].contiguous()
+            grad_lse = None if upstream.lse is None else upstream.lse[everywhere].contiguous()
+            kernel.backward(
+                *problem, *written[1:3], _pointer(grad), 1, 1.0, _pointer(grad_lse), *in_place
+            )
+        if gradients is not None:
+            gradients.add(logits, x, tiles.head.weight, everywhere)
+
+
+def _total_weight(kernel: Any, head: Head, target: Tensor, weight: Tensor | None, ignored: int):
+    target = target.contiguous()
+    code = DTYPE_CODES[head.input.dtype]
+    return kernel.total_weight(
+        len(target), head.vocab, target.data_ptr() or 1, 0, _pointer(weight), ignored, code
+    )
+
+
+def _linear_nll_cpu(
+    input, linear_weight, linear_bias, target, weight, num_items, *rest
+) -> tuple[Tensor, ...]:
+    *values, stats, wanted, workspace, backend = rest
+    options = Options(*values)
+    kernel = _kernel("linear_nll", backend)
+    head, weight = _contiguous(Head(input, linear_weight, linear_bias), weight)
+    divisor = _total_weight(kernel, head, target, weight, options.ignore_index)
+    divisor = divisor if num_items is None else float(num_items)
+    tiles = Tiles(head, target, options.ignore_index, workspace)
+    rows = _empty_rows(head, len(tiles.target), stats)
+    gradients = Gradients(head, wanted) if any(wanted) else None
+    late = divides_late(input)
+    now = options.reduction == MEAN and not (late and divisor)
+    scale = quotient(1.0, divisor) if now else 1.0
+    _sweep(kernel, tiles, weight, options, rows, gradients, scale, None)
+    total = float(rows.loss.sum(dtype=torch.float64))
+    loss = tiles.spread(rows.loss, len(target))
+    if options.reduction != NONE:
+        value = quotient(total, divisor) if options.reduction == MEAN else total
+        loss = torch.scalar_tensor(value, dtype=loss.dtype)
+    nothing = loss.new_empty(0)
+    correct, entropy = (
+        default if made is None else tiles.spread(made, len(target))
+        for made, default in ((rows.correct, nothing.bool()), (rows.entropy, nothing))
+    )
+    formed = gradients.finished(late) if gradients else tuple(input.new_empty(0) for _ in range(3))
+    return (
+        loss, tiles.spread(rows.lse, len(target)), torch.scalar_tensor(divisor, dtype=loss.dtype),
+        correct, entropy, *formed,
+    )  # fmt: skip
+
+
+def _linear_nll_backward_cpu(
+    grad_loss, grad_lse, input, linear_weight, linear_bias, target, weight, total_weight,
+    grad_input, grad_weight, grad_bias, *rest,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *values, wanted, workspace, backend = rest
+    options = Options(*values)
+    formed = (grad_input, grad_weight, grad_bias)
+    likes = (input, linear_weight, input)
+    ready = all(not want or kept.numel() for want, kept in zip(wanted, formed, strict=True))
+    if grad_lse is None and options.reduction != NONE and ready:
+        factor = _late_factor(grad_loss, total_weight, options, input)
+        return tuple(
+            _times(kept, factor, like.dtype) if want else input.new_empty(0)
+            for want, kept, like in zip(wanted, formed, likes, strict=True)
+        )
+    kernel = _kernel("linear_nll_backward", backend)
+    head, weight = _contiguous(Head(input, linear_weight, linear_bias), weight)
+    tiles = Tiles(head, target, options.ignore_index, workspace)
+    rows = _empty_rows(head, len(tiles.target), False)
+    upstream = grad_loss / total_weight if options.reduction == MEAN else grad_loss
+    upstream = Upstream(upstream.expand(len(target)), grad_lse)
+    gradients = Gradients(head, wanted)
+    _sweep(kernel, tiles, weight, options, rows, gradients, 1.0, upstream)
+    return gradients.finished(False)
+
+
+def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In new memory: the graph may be walked again."""
+    if kept.dtype != dtype:
+        return (kept * factor).to(dtype)
+    return torch.mul(kept, factor.to(dtype), out=new_memory(kept.shape, dtype))
+
+
+def _late_factor(
+    grad_loss: Tensor, total_weight: Tensor, options: Options, input: Tensor
+) -> Tensor:
+    if options.reduction == MEAN and divides_late(input):
+        return grad_loss / torch.where(total_weight == 0, 1, total_weight)
+    return grad_loss
+
+
+library.impl("linear_nll", _linear_nll_cpu, "CPU")
+library.impl("linear_nll_backward", _linear_nll_backward_cpu, "CPU")
+
+
+# Shapes alone
+
+
+def _formed_shapes(input: Tensor, linear_weight: Tensor, wanted: list[bool], dtype: Any):
+    shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
+    dtypes = (input.dtype, dtype, dtype)
+    return tuple(
+        input.new_empty(shape if want else 0, dtype=kept if want else input.dtype)
+        for shape, want, kept in zip(shapes, wanted, dtypes, strict=True)
+    )
+
+
+@torch.library.register_fake("neglog::linear_nll", lib=library)
+def _linear_nll_fake(
+    input, linear_weight, linear_bias, target, weight, num_items, reduction, *rest
+):
+    *_, stats, wanted, _, _ = rest
+    real = real_dtype(input.dtype)
+    rows = input.shape[0]
+    loss = input.new_empty((rows,) if reduction == NONE else (), dtype=real)
+    correct = input.new_empty(rows if stats else 0, dtype=torch.bool)
+    entropy = input.new_empty(rows if stats else 0, dtype=real)
+    kept = real if any(wanted) and divides_late(input) else input.dtype
+    return (
+        loss, input.new_empty(rows, dtype=real), input.new_empty((), dtype=real), correct, entropy,
+        *_formed_shapes(input, linear_weight, wanted, kept),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("neglog::linear_nll_backward", lib=library)
+def _linear_nll_backward_fake(grad_loss, grad_lse, input, linear_weight, *others):
+    wanted = others[-3]
+    return _formed_shapes(input, linear_weight, wanted, input.dtype)

@@ -1,0 +1,110 @@
+"""Autograd of linear_nll: by the registered op, and as a Function for torch.func."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neglog.ops import nll_composite as composite
+from neglog.ops.linear_nll import library
+from neglog.ops.nll import Options
+from neglog.ops.nll_autograd import as_function
+
+NO_GRADIENTS = (None,) * 16
+
+
+def linear_nll(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, correct and entropy. Arguments as the op neglog::linear_nll."""
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        outputs = FunctionalLinearNLL.apply(*arguments)
+    else:
+        outputs = torch.ops.neglog.linear_nll.default(*arguments)
+    loss, lse, _, correct, entropy, *_ = outputs
+    return loss, lse, correct, entropy
+
+
+def _setup(ctx, inputs, output):
+    input, linear_weight, linear_bias, target, weight, _, *rest = inputs
+    _, _, total_weight, correct, entropy, *formed = output
+    ctx.mark_non_differentiable(total_weight, correct, entropy, *formed)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, total_weight, *formed)
+    ctx.options = Options(*rest[:6])
+    ctx.workspace, ctx.backend = rest[-2:]
+
+
+def _backward(ctx, grad_loss, grad_lse, *undefined):
+    if grad_loss is None and grad_lse is None:
+        return NO_GRADIENTS
+    *problem, total_weight, grad_input, grad_weight, grad_bias = ctx.saved_tensors
+    if grad_loss is None:
+        grad_loss = total_weight.new_zeros(())
+    wanted = list(ctx.needs_input_grad[:3])
+    arguments = (
+        grad_loss, grad_lse, *problem, total_weight, grad_input, grad_weight, grad_bias,
+        *ctx.options, wanted, ctx.workspace, ctx.backend,
+    )  # fmt: skip
+    if torch._C._are_functorch_transforms_active():
+        grads = FunctionalLinearBackward.apply(*arguments)
+    else:
+        grads = torch.ops.neglog.linear_nll_backward.default(*arguments)
+    kept = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    return (*kept, *NO_GRADIENTS[3:])
+
+
+def _setup_backward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = Options(*inputs[11:17])
+    ctx.count = len(inputs)
+
+
+def _gradient(
+    grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, linear_weight: Tensor,
+    linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, total_weight: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As the op neglog::linear_nll_backward, differentiable and with the logits in memory."""
+    logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
+    if grad_lse is not None:  # the op computes no lse of ignored rows
+        grad_lse = torch.where(target == options.ignore_index, 0, grad_lse)
+    dz = composite.gradient(grad_loss, grad_lse, logits, target, weight, total_weight, options)
+    return dz @ linear_weight, dz.t() @ input, dz.sum(0)
+
+
+def _double_backward(ctx, *grads):
+    names = ("grad_loss", "grad_lse", "input", "linear_weight", "linear_bias")
+    *saved, target, weight, total_weight = ctx.saved_tensors
+    inputs = dict(zip(names, saved, strict=True))
+    wanted = {name: value for name, value in inputs.items() if value is not None}
+    # Which of the three came with an upstream; an empty one stands for a gradient nobody wanted.
+    used = [index for index, grad in enumerate(grads) if grad is not None and grad.numel()]
+
+    def chosen(*values: Tensor) -> tuple[Tensor, ...]:
+        named: dict[str, Any] = dict.fromkeys(names) | dict(zip(wanted, values, strict=True))
+        made = _gradient(
+            **named, target=target, weight=weight, total_weight=total_weight, options=ctx.options
+        )
+        return tuple(made[index] for index in used)
+
+    if not used:
+        return (None,) * ctx.count
+    pullback = torch.func.vjp(chosen, *wanted.values())[1]
+    second = dict(zip(wanted, pullback(tuple(grads[index] for index in used)), strict=True))
+    return tuple(second.get(name) for name in names) + (None,) * (ctx.count - len(names))
+
+
+torch.library.register_autograd("neglog::linear_nll", _backward, setup_context=_setup, lib=library)
+torch.library.register_autograd(
+    "neglog::linear_nll_backward", _double_backward, setup_context=_setup_backward, lib=library
+)
+
+FunctionalLinearNLL = as_function(
+    "FunctionalLinearNLL", torch.ops.neglog.linear_nll.default, _setup, _backward
+)
+FunctionalLinearBackward = as_function(
+    "FunctionalLinearBackward", torch.ops.neglog.linear_nll_backward.default, _setup_backward,
+    _double_backward,
+)  # fmt: skip

@@ -1,0 +1,414 @@
+"""neglog.linear_cross_entropy against torch's, and against cross_entropy of logits in memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+from torch.testing._internal.common_methods_invocations import op_db
+
+import neglog
+from neglog import dispatch, matmul, tiling
+
+BACKENDS = [state.name for state in dispatch.describe() if state.usable]
+KERNELS = [name for name in BACKENDS if name != "torch"]
+OPINFO = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with dispatch.use(request.param):
+        yield request.param
+
+
+def draw(rows=300, features=24, vocab=1000, dtype=torch.float64, seed=0):
+    """Input, weight and bias that require grad; a target with a third of its rows ignored."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    head = (normal(rows, features), normal(vocab, features) / 3, normal(vocab))
+    head = tuple(part.to(dtype).requires_grad_() for part in head)
+    target = torch.randint(vocab, (rows,), generator=generator)
+    target[::3] = -100
+    return *head, target
+
+
+def in_memory(input, linear_weight, target, *, linear_bias=None, **options):
+    return neglog.cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)
+
+
+def gradients(loss, inputs):
+    upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return torch.autograd.grad(loss, inputs, upstream)
+
+
+@pytest.mark.parametrize("variant", OPINFO, ids=lambda op: op.variant_test_name or "plain")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_opinfo_samples(backend, variant, dtype):
+    tolerance = {torch.bfloat16: {"rtol": 4e-2, "atol": 4e-2}}.get(dtype, {})
+    count = 0
+    for sample in variant.sample_inputs("cpu", dtype, requires_grad=True):
+        weight, target = sample.args
+        reference = {**sample.kwargs, "options": None}
+        theirs = F.linear_cross_entropy(sample.input, weight, target, **reference)
+        ours = neglog.linear_cross_entropy(sample.input, weight, target, **sample.kwargs)
+        torch.testing.assert_close(ours, theirs, equal_nan=True, **tolerance)
+        inputs = (sample.input, weight)
+        expected, actual = gradients(theirs, inputs), gradients(ours, inputs)
+        if not theirs.isnan().any():
+            torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
+        count += 1
+    assert count > 50
+
+
+@pytest.mark.parametrize("variant", OPINFO[:1], ids=["plain"])
+def test_opinfo_derivatives(backend, variant):
+    for sample in list(variant.sample_inputs("cpu", torch.float64, requires_grad=True))[::4]:
+        weight, target = sample.args
+
+        def function(x, w, target=target, options=sample.kwargs):
+            return neglog.linear_cross_entropy(x, w, target, **options)
+
+        assert torch.autograd.gradcheck(function, (sample.input, weight))
+        assert torch.autograd.gradgradcheck(function, (sample.input, weight))
+
+
+OPTIONS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "smoothing, weight": {"label_smoothing": 0.1, "weight": True, "bias": True},
+    "scale, cap, z": {"logit_scale": 0.7, "softcap": 5.0, "z_loss": 0.1},
+    "num_items": {"num_items": 17},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("workspace", [0.1, 64])
+def test_tiles_make_what_memory_makes(backend, options, reduction, workspace):
+    if reduction == "none" and "num_items" in options:
+        reduction = "mean"
+    *head, target = draw()
+    options = {**options, "reduction": reduction}
+    if options.pop("bias", False):
+        options["linear_bias"] = head[2]
+    if options.pop("weight", False):
+        options["weight"] = torch.linspace(0.5, 2, 1000, dtype=torch.float64)
+    inputs = head if "linear_bias" in options else head[:2]
+    with dispatch.record() as ran:
+        ours = neglog.linear_cross_entropy(
+            *head[:2], target, options={"workspace_mb": workspace}, **options
+        )
+    assert ran[0] == ("nll:torch" if backend == "torch" else f"linear_nll:{backend}")
+    theirs = in_memory(*head[:2], target, **options)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(ours, inputs), gradients(theirs, inputs))
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_frozen_parts_have_no_gradient(backend, frozen, reduction):
+    *head, target = draw()
+    head[frozen] = head[frozen].detach()
+    inputs = [part for part in head if part.requires_grad]
+    results = [
+        gradients(f(*head[:2], target, linear_bias=head[2], reduction=reduction), inputs)
+        for f in (neglog.linear_cross_entropy, in_memory)
+    ]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_error_is_within_torchs(backend, dtype, reduction):
+    x, w, b, target = draw(dtype=dtype, rows=600)
+    if dtype == torch.float16:
+        reduction = "none" if reduction == "sum" else reduction
+
+    def error(function, **options):
+        loss = function(x, w, target, linear_bias=b, reduction=reduction, **options)
+        upstream = torch.full_like(loss, 256.0 if dtype == torch.float16 else 1.0)
+        found = torch.autograd.grad(loss, (x, w, b), upstream)
+        exact = [part.detach().double().requires_grad_() for part in (x, w, b)]
+        true_loss = in_memory(*exact[:2], target, linear_bias=exact[2], reduction=reduction)
+        truth = torch.autograd.grad(true_loss, exact, upstream.double())
+        return [(f.double() - t).norm() / t.norm() for f, t in zip(found, truth, strict=True)]
+
+    ours = error(neglog.linear_cross_entropy, backend=backend)
+    theirs = error(F.linear_cross_entropy)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine <= 1.2 * other + 2e-7, (ours, theirs)
+
+
+def test_statistics(backend):
+    x, w, b, target = draw()
+    stats = neglog.linear_cross_entropy(x, w, target, linear_bias=b, return_stats=True)
+    expected = in_memory(x, w, target, linear_bias=b, return_stats=True)
+    counted = target != -100
+    torch.testing.assert_close(stats.loss, expected.loss)
+    for ours, theirs in zip(stats[1:], expected[1:], strict=True):
+        torch.testing.assert_close(ours[counted], theirs[counted])
+        assert not ours[~counted].any()
+    both = [
+        gradients(s.loss + 0.1 * s.logsumexp[counted].square().sum(), (x, w, b))
+        for s in (stats, expected)
+    ]
+    torch.testing.assert_close(*both)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_shift_and_mask(backend, reduction):
+    x, w, b, target = draw()
+    x, target = x.view(3, 4, 25, -1), target.view(3, 4, 25)
+    mask = torch.rand(25, generator=torch.Generator().manual_seed(1)) < 0.5
+    ours = neglog.linear_cross_entropy(
+        x, w, target, linear_bias=b, shift=True, mask=mask, reduction=reduction
+    )
+    labels = torch.where(mask, target, -100)[..., 1:]
+    logits = F.linear(x[..., :-1, :], w, b)
+    theirs = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction=reduction)
+    theirs = theirs.view(3, 4, 24) if reduction == "none" else theirs
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(ours, (x, w, b)), gradients(theirs, (x, w, b)))
+
+
+def test_shift_and_mask_of_probabilities(backend):
+    x, w, _, _ = draw()
+    x = x.view(12, 25, -1)
+    target = torch.rand(12, 25, 1000, dtype=torch.float64)
+    mask = torch.rand(12, 25) < 0.5
+    ours = neglog.linear_cross_entropy(x, w, target, shift=True, mask=mask)
+    kept = mask[:, 1:]
+    logits = F.linear(x[:, :-1], w)[kept]
+    torch.testing.assert_close(ours, F.cross_entropy(logits, target[:, 1:][kept]))
+
+
+@pytest.mark.parametrize(("reduction", "value"), [("mean", torch.nan), ("sum", 0.0), ("none", 0.0)])
+def test_all_ignored_rows_give_zero_gradients(backend, reduction, value):
+    for dtype in (torch.float32, torch.float16):
+        x, w, b, target = draw(dtype=dtype)
+        target = torch.full_like(target, -100)
+        loss = neglog.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+        torch.testing.assert_close(loss, torch.full_like(loss, value), equal_nan=True)
+        if backend != "torch":
+            assert not any(g.any() for g in torch.autograd.grad(loss.sum(), (x, w, b)))
+
+
+def test_ignored_rows_may_be_nan(backend):
+    x, w, b, target = draw()
+    with torch.no_grad():
+        x[::3] = torch.nan
+    loss = neglog.linear_cross_entropy(x, w, target, linear_bias=b)
+    kept = target != -100
+    expected = in_memory(x[kept], w, target[kept], linear_bias=b)
+    torch.testing.assert_close(loss, expected)
+    if backend != "torch":
+        torch.testing.assert_close(gradients(loss, (x, w, b)), gradients(expected, (x, w, b)))
+
+
+def test_second_derivative_and_retained_graph(backend):
+    x, w, b, target = draw()
+    loss = neglog.linear_cross_entropy(x, w, target, linear_bias=b)
+    first = torch.autograd.grad(loss, (x, w, b), retain_graph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(2 * loss, (x, w, b), retain_graph=True), tuple(2 * g for g in first)
+    )
+
+    def penalty(function):
+        grads = torch.autograd.grad(
+            function(x, w, target, linear_bias=b), (x, w), create_graph=True
+        )
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), (x, w, b))
+
+    torch.testing.assert_close(penalty(neglog.linear_cross_entropy), penalty(in_memory))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_derivatives(backend, reduction):
+    *head, target = draw(6, 3, 5)
+
+    def function(x, w, b):
+        return neglog.linear_cross_entropy(
+            x, w, target, linear_bias=b, reduction=reduction, label_smoothing=0.1, backend=backend
+        )
+
+    assert torch.autograd.gradcheck(function, head)
+    assert torch.autograd.gradgradcheck(function, head)
+
+
+@pytest.mark.parametrize("reduction", [0, 1])
+def test_opcheck(reduction):
+    x, w, b, target = draw(6, 3, 5, dtype=torch.float32)
+    options = (reduction, -100, 0.1, 1.0, 0.0, 0.0)
+    wanted = [reduction != 0] * 3
+    arguments = (x, w, b, target, None, None, *options, True, wanted, 1 << 20, "")
+    opcheck(torch.ops.neglog.linear_nll.default, arguments)
+    loss, _, total, _, _, *formed = torch.ops.neglog.linear_nll.default(*arguments)
+    arguments = (torch.ones_like(loss), None, x, w, b, target, None, total, *formed, *options,
+                 [True] * 3, 1 << 20, "")  # fmt: skip
+    arguments = tuple(
+        a.detach().requires_grad_(a.is_floating_point() and a.requires_grad)
+        if isinstance(a, torch.Tensor) else a for a in arguments
+    )  # fmt: skip
+    opcheck(
+        torch.ops.neglog.linear_nll_backward.default, arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiles_whole(dynamic, reduction):
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x, w, b, t: neglog.linear_cross_entropy(
+            x, w, t, linear_bias=b, reduction=reduction
+        ),
+        fullgraph=True, dynamic=dynamic,
+    )  # fmt: skip
+    for rows in (300, 299):
+        x, w, b, target = draw(rows, dtype=torch.float32)
+        ours = compiled(x, w, b, target)
+        theirs = neglog.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(gradients(ours, (x, w, b)), gradients(theirs, (x, w, b)))
+
+
+def test_torch_func(backend):
+    x, w, b, target = draw()
+
+    def loss(function):
+        return lambda x, w, b: function(x, w, target, linear_bias=b)
+
+    ours = torch.func.grad(loss(neglog.linear_cross_entropy), (0, 1, 2))(x, w, b)
+    theirs = torch.func.grad(loss(in_memory), (0, 1, 2))(x, w, b)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(backend, dtype):
+    x, w, b, target = draw(dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        ours = neglog.linear_cross_entropy(x, w, target, linear_bias=b)
+        theirs = F.cross_entropy(F.linear(x, w, b), target)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    grads = gradients(ours, (x, w, b))
+    assert all(g.dtype == torch.float32 for g in grads)
+    for mine, other in zip(grads, gradients(theirs, (x, w, b)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=5e-2, atol=5e-4)
+
+
+def test_bits_repeat(backend):
+    x, w, b, target = draw(dtype=torch.float32)
+    runs = []
+    for _ in range(2):
+        loss = neglog.linear_cross_entropy(
+            x, w, target, linear_bias=b, options={"workspace_mb": 0.5}
+        )
+        runs.append((loss, *torch.autograd.grad(loss, (x, w, b))))
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+def test_module(backend):
+    torch.manual_seed(0)
+    module = neglog.nn.LinearCrossEntropyLoss(24, 1000, bias=True, label_smoothing=0.1, z_loss=0.1)
+    x, _, _, target = draw(dtype=torch.float32)
+    expected = neglog.linear_cross_entropy(
+        x, module.linear.weight, target, linear_bias=module.linear.bias, label_smoothing=0.1,
+        z_loss=0.1,
+    )  # fmt: skip
+    torch.testing.assert_close(module(x, target), expected)
+    theirs = torch.nn.LinearCrossEntropyLoss(24, 1000, bias=True)
+    theirs.load_state_dict(module.state_dict())
+    wide = neglog.nn.LinearCrossEntropyLoss(24, 10, out_features=(2,))
+    assert wide(x, torch.zeros(300, 2, dtype=torch.int64)).shape == ()
+
+
+@pytest.mark.parametrize("way", ["blas", "onednn"])
+def test_both_ways_to_multiply(monkeypatch, way):
+    for name in ("linear", "add_outer"):
+        chosen = getattr(matmul, f"{name}_by_{way}")
+        monkeypatch.setattr(matmul, f"fastest_{name}", lambda chosen=chosen: chosen)
+    generator = torch.Generator().manual_seed(0)
+    x, w, s = (
+        torch.randn(n, m, generator=generator) for n, m in ((70, 33), (5000, 33), (70, 5000))
+    )
+    out = torch.empty(70, 5000)
+    for bias in (None, torch.randn(5000, generator=generator)):
+        matmul.linear(x, w, bias, out)
+        torch.testing.assert_close(out, F.linear(x, w, bias), rtol=1e-5, atol=1e-5)
+    total = torch.full((5000, 33), torch.nan)
+    matmul.add_outer(s, x, total, True)
+    matmul.add_outer(s, x, total, False)
+    torch.testing.assert_close(total, 2 * s.t() @ x, rtol=1e-4, atol=1e-4)
+    half, wide = s.bfloat16(), torch.zeros(5000, 33)
+    matmul.add_outer(half, x.bfloat16(), wide, False)
+    torch.testing.assert_close(wide, half.float().t() @ x.bfloat16().float(), rtol=1e-2, atol=0.1)
+
+
+def test_a_wrong_or_missing_product_is_not_chosen():
+    out = torch.empty(2)
+
+    def certain(to):
+        to.fill_(1.0)
+
+    def wrong(to):
+        to.fill_(1.1)
+
+    def missing(to):
+        raise AttributeError("no such op")
+
+    for other in (wrong, missing):
+        assert matmul._faster((certain, other), (out,), out) is certain
+    assert matmul.fastest_linear() in (matmul.linear_by_blas, matmul.linear_by_onednn)
+
+
+def test_the_workspace_is_kept_to(monkeypatch):
+    assert tiling.workspace_bytes() == 64 << 20
+    assert tiling.workspace_bytes(1.5) == 3 << 19
+    monkeypatch.setenv("NEGLOG_WORKSPACE_MB", "8")
+    assert tiling.workspace_bytes() == 8 << 20
+    assert tiling.rows_per_tile(10_000, 1 << 17, 64 << 20) == 512
+    assert tiling.rows_per_tile(10_000, 1 << 30, 64 << 20) == tiling.ROWS
+    assert tiling.rows_per_tile(7, 4, 64 << 20) == 7
+    assert [s.stop - s.start for s in tiling.row_tiles(10, 4)] == [4, 4, 2]
+    monkeypatch.setenv("NEGLOG_WORKSPACE_MB", "much")
+    with pytest.raises(ValueError, match="NEGLOG_WORKSPACE_MB: expected a number above 0"):
+        tiling.workspace_bytes()
+
+
+X, W, T = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, 2])
+BAD = {
+    "in_features": (RuntimeError, r"linear_weight: expected in_features 4", (X, W[:, 1:], T), {}),
+    "weight shape": (RuntimeError, r"linear_weight: expected shape", (X, W[0], T), {}),
+    "bias": (RuntimeError, r"linear_bias: expected shape \[5\], got \[4\]", (X, W, T),
+             {"linear_bias": torch.zeros(4)}),
+    "dtype": (RuntimeError, r"linear_weight: expected dtype torch.float32", (X, W.double(), T), {}),
+    "target": (RuntimeError, r"target: expected shape \[3\]", (X, W, T[:2]), {}),
+    "target dtype": (RuntimeError, r"target: expected dtype torch.int64", (X, W, T.int()), {}),
+    "range": (IndexError, r"target 5 at row 0 is out of range", (X, W, T + 5), {}),
+    "class weight": (RuntimeError, r"weight: expected shape \[5\]", (X, W, T),
+                     {"weight": torch.ones(4)}),
+    "mask dtype": (RuntimeError, r"mask: expected dtype torch.bool", (X, W, T), {"mask": T}),
+    "mask shape": (RuntimeError, r"mask: expected shape \[3\]", (X, W, T), {"mask": T[:2] > 0}),
+    "options": (TypeError, r"options: expected None", (X, W, T), {"options": {"chunk": 3}}),
+    "workspace": (ValueError, r"workspace_mb: expected a number above 0", (X, W, T),
+                  {"options": {"workspace_mb": 0}}),
+    "smoothing": (RuntimeError, r"label_smoothing: expected", (X, W, T), {"label_smoothing": 2.0}),
+    "reduction": (ValueError, r"reduction: expected", (X, W, T), {"reduction": "avg"}),
+    "ignored probabilities": (RuntimeError, r"ignore_index: expected none",
+                              (X, W, torch.zeros(3, 5)), {"ignore_index": 1}),
+    "K-dim mask": (RuntimeError, r"mask: expected none", (X, W[:, None], T[:, None]),
+                   {"mask": T[:, None] > 0}),
+    "list": (TypeError, r"input: expected a Tensor, got list", ([1.0], W, T), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "arguments", "options"), BAD.values(), ids=BAD.keys())
+def test_bad_input(backend, error, message, arguments, options):
+    with pytest.raises(error, match=message):
+        neglog.linear_cross_entropy(*arguments, **options)
