@@ -261,11 +261,12 @@ def test_opcheck(reduction):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_compiles_whole(dynamic, reduction):
+@pytest.mark.parametrize("backend", [None, *KERNELS])
+def test_compiles_whole(dynamic, reduction, backend):
     torch.compiler.reset()
     compiled = torch.compile(
         lambda x, w, b, t: neglog.linear_cross_entropy(
-            x, w, t, linear_bias=b, reduction=reduction
+            x, w, t, linear_bias=b, reduction=reduction, backend=backend
         ),
         fullgraph=True, dynamic=dynamic,
     )  # fmt: skip
@@ -311,6 +312,14 @@ def test_bits_repeat(backend):
         )
         runs.append((loss, *torch.autograd.grad(loss, (x, w, b))))
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+def test_few_logits_lie_in_memory():
+    x, w, _, target = draw(dtype=torch.float32)
+    for rows, expected in ((1, "nll:cython"), (10, "linear_nll:cython")):
+        with dispatch.record() as ran:
+            neglog.linear_cross_entropy(x.repeat(rows, 1), w, target.repeat(rows))
+        assert ran == [expected]
 
 
 def test_module(backend):
