@@ -174,6 +174,20 @@ def test_shift_and_mask(backend, reduction):
     torch.testing.assert_close(gradients(ours, (x, w, b)), gradients(theirs, (x, w, b)))
 
 
+def test_bytes_as_targets_and_a_mask_that_broadcasts(backend):
+    x, w, b, _ = draw(vocab=200)
+    x, target = x.view(12, 25, -1), torch.arange(300).remainder(200).view(12, 25)
+    mask = (torch.arange(12) % 3 > 0)[:, None]
+    ours, theirs = (
+        neglog.linear_cross_entropy(x, w, t, linear_bias=b, shift=True, mask=m)
+        for t, m in ((target.to(torch.uint8), mask), (target, mask.expand(12, 25)))
+    )
+    torch.testing.assert_close(ours, theirs)
+    probabilities = F.one_hot(target, 200).to(x.dtype)
+    same = neglog.linear_cross_entropy(x, w, probabilities, linear_bias=b, shift=True, mask=mask)
+    torch.testing.assert_close(ours, same)
+
+
 def test_shift_and_mask_of_probabilities(backend):
     x, w, _, _ = draw()
     x = x.view(12, 25, -1)

@@ -134,6 +134,8 @@ def _workspace_mb(options: Any) -> float | None:
 
 def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> Tensor:
     """The class that each position is held against; `ignored` where there is none."""
+    check_index_dtype(target)
+    target = target.long()  # a byte cannot hold `ignored`
     if mask is not None:
         target = torch.where(mask, target, ignored)
     if shift:  # the input stays as it lies: only its labels move
@@ -146,7 +148,6 @@ def _of_labels(head: tuple, labels: Tensor, ignored: int, workspace: int, common
     input, linear_weight, linear_bias = head
     rows = input.reshape(-1, input.shape[-1])
     weight, backend = common["weight"], dispatch.forced(common["backend"])
-    check_index_dtype(labels)
     if weight is not None:
         check_weight(weight, len(linear_weight), rows)
     refusal = dispatch.kernels_refuse(rows, weight) or dispatch.kernels_refuse(linear_weight)
@@ -161,6 +162,7 @@ def _of_labels(head: tuple, labels: Tensor, ignored: int, workspace: int, common
         logits = F.linear(rows, linear_weight, linear_bias)
         result = cross_entropy(logits, labels, ignore_index=ignored, **common)
         return _without_ignored(result, labels != ignored)
+    common = common | {"backend": backend or ""}
     return _tiled((rows, linear_weight, linear_bias), labels, ignored, workspace, common)
 
 
@@ -190,7 +192,7 @@ def _tiled(head: tuple, labels: Tensor, ignored: int, workspace: int, common: di
         REDUCTIONS["mean" if num_items is not None else reduction], ignored,
         float(common["label_smoothing"]), float(common["logit_scale"]),
         float(common["softcap"] or 0.0), float(common["z_loss"]), common["return_stats"], wanted,
-        workspace, common["backend"] or dispatch.forced() or "",
+        workspace, common["backend"],
     )  # fmt: skip
     loss = loss.to(real if under_autocast(rows) else rows.dtype)
     return LossStats(loss, lse, correct, entropy) if common["return_stats"] else loss
@@ -204,8 +206,8 @@ def _of_probabilities(
     _refuse_ignore_index(ignore_index)
     input, linear_weight, linear_bias = head
     if shift:
+        mask = None if mask is None else mask.expand(input.shape[:-1])[..., 1:]
         input, target = input[..., :-1, :], target[..., 1:, :]
-        mask = mask if mask is None or mask.dim() == 0 else mask.expand(*mask.shape)[..., 1:]
     logits = F.linear(input, linear_weight, linear_bias)
     if mask is None:
         mask = torch.ones((), dtype=torch.bool, device=logits.device)

@@ -58,7 +58,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return (
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
             f"label_smoothing={self.label_smoothing}, logit_scale={self.logit_scale}, "
-            f"softcap={self.softcap}, z_loss={self.z_loss}"
+            f"softcap={self.softcap}, z_loss={self.z_loss}, "
+            f"inplace_backward={self.inplace_backward}, return_stats={self.return_stats}, "
+            f"backend={self.backend!r}"
         )
 
 
