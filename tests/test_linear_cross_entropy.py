@@ -258,11 +258,11 @@ def test_opcheck(reduction):
     x, w, b, target = draw(6, 3, 5, dtype=torch.float32)
     options = (reduction, -100, 0.1, 1.0, 0.0, 0.0)
     wanted = [reduction != 0] * 3
-    arguments = (x, w, b, target, None, None, *options, True, wanted, 1 << 20, "")
+    arguments = (x, w, b, target, None, None, *options, True, wanted, 1 << 20, 1e-3, "")
     opcheck(torch.ops.neglog.linear_nll.default, arguments)
     loss, _, total, _, _, *formed = torch.ops.neglog.linear_nll.default(*arguments)
     arguments = (torch.ones_like(loss), None, x, w, b, target, None, total, *formed, *options,
-                 [True] * 3, 1 << 20, "")  # fmt: skip
+                 [True] * 3, 1 << 20, 1e-3, "")  # fmt: skip
     arguments = tuple(
         a.detach().requires_grad_(a.is_floating_point() and a.requires_grad)
         if isinstance(a, torch.Tensor) else a for a in arguments
@@ -421,6 +421,8 @@ BAD = {
     "options": (TypeError, r"options: expected None", (X, W, T), {"options": {"chunk": 3}}),
     "workspace": (ValueError, r"workspace_mb: expected a number above 0", (X, W, T),
                   {"options": {"workspace_mb": 0}}),
+    "filter": (ValueError, r"filter_eps: expected 'auto' or 0 <= number < 1, got -1", (X, W, T),
+               {"options": {"filter_eps": -1}}),
     "smoothing": (RuntimeError, r"label_smoothing: expected", (X, W, T), {"label_smoothing": 2.0}),
     "reduction": (ValueError, r"reduction: expected", (X, W, T), {"reduction": "avg"}),
     "ignored probabilities": (RuntimeError, r"ignore_index: expected none",

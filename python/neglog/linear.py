@@ -62,14 +62,23 @@ def linear_cross_entropy(
         linear_bias: linear_weight's shape without in_features.
         weight, reduction, label_smoothing: as in `cross_entropy`.
         ignore_index: None means -100; not with probabilities.
-        options: None, {"workspace_mb": number} for the logits of one tile (otherwise
-            NEGLOG_WORKSPACE_MB, else 64), or a torch.nn.LinearCrossEntropyOptions, which changes
-            nothing here.
+        options: None, a dict of the options below, or a torch.nn.LinearCrossEntropyOptions, which
+            changes nothing here.
         mask: bool, broadcast to the targets' shape (...): True where a position counts.
         shift: position t of the next to last axis is held against target t + 1, as causal language
             models are trained; the last position does not count, and "none" is one shorter.
         logit_scale, softcap, z_loss, num_items, backend: as in `cross_entropy`.
         return_stats: LossStats(loss, logsumexp, correct, entropy); all 0 where a row is ignored.
+
+    Options:
+        workspace_mb: megabytes for the logits of one tile; otherwise NEGLOG_WORKSPACE_MB, else 64.
+        filter_eps: number, or "auto" for a 32nd of the dtype's eps (2**-12 in bfloat16). The
+            gradients of a tile of rows against a class are left out if each is smaller than
+            filter_eps times g, the largest gradient of any row's loss (1 / divisor for "mean").
+            So the gradient of input row i is wrong by less than filter_eps * g times the sum of
+            the norms of linear_weight's rows left out, that of linear_weight's row c by less than
+            filter_eps * g times the sum of the norms of the inputs; linear_bias has no error, nor
+            has the loss. Worth it for a trained model only. Default 0: nothing is left out.
 
     Probabilities, a K-dimensional linear_weight, few logits and devices other than the CPU take the
     ordinary way: the logits are made in memory.
@@ -90,7 +99,7 @@ def linear_cross_entropy(
     check_options(-100 if ignore_index is None else ignore_index, reduction, label_smoothing)
     check_linear(input, linear_weight, linear_bias, target)
     check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
-    workspace = tiling.workspace_bytes(_workspace_mb(options))
+    workspace, filter_eps = _tile_options(options)
     if under_autocast(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
@@ -109,7 +118,10 @@ def linear_cross_entropy(
         return _of_probabilities(head, target, ignore_index, mask, shift, common)
     ignored = -100 if ignore_index is None else ignore_index
     labels = _labels(target, mask, shift, ignored)
-    result = _of_labels(head, labels.reshape(-1), ignored, workspace, common)
+    if filter_eps == "auto":
+        filter_eps = torch.finfo(input.dtype).eps / 32
+    tile_options = (workspace, float(filter_eps))
+    result = _of_labels(head, labels.reshape(-1), ignored, tile_options, common)
 
     def in_place_of_targets(x: Tensor) -> Tensor:
         x = x.view(positions)
@@ -121,15 +133,19 @@ def linear_cross_entropy(
     return LossStats(loss, *(in_place_of_targets(x) for x in result[1:]))
 
 
-def _workspace_mb(options: Any) -> float | None:
+def _tile_options(options: Any) -> tuple[int, float | str]:
+    """Bytes of the workspace, and filter_eps as given."""
     if options is None or isinstance(options, torch.nn.LinearCrossEntropyOptions):
-        return None
-    if isinstance(options, dict) and set(options) <= {"workspace_mb"}:
-        return options.get("workspace_mb")
-    raise TypeError(
-        "options: expected None, {'workspace_mb': number} or a "
-        f"torch.nn.LinearCrossEntropyOptions, got {options!r}"
-    )
+        options = {}
+    if not isinstance(options, dict) or not set(options) <= {"workspace_mb", "filter_eps"}:
+        raise TypeError(
+            "options: expected None, a dict of 'workspace_mb' and 'filter_eps', or a "
+            f"torch.nn.LinearCrossEntropyOptions, got {options!r}"
+        )
+    filter_eps = options.get("filter_eps", 0.0)
+    if filter_eps != "auto" and not (isinstance(filter_eps, (int, float)) and 0 <= filter_eps < 1):
+        raise ValueError(f"filter_eps: expected 'auto' or 0 <= number < 1, got {filter_eps!r}")
+    return tiling.workspace_bytes(options.get("workspace_mb")), filter_eps
 
 
 def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> Tensor:
@@ -143,7 +159,9 @@ def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> T
     return target
 
 
-def _of_labels(head: tuple, labels: Tensor, ignored: int, workspace: int, common: dict) -> Any:
+def _of_labels(
+    head: tuple, labels: Tensor, ignored: int, tile_options: tuple[int, float], common: dict
+) -> Any:
     """Rows against their labels, by tiles if a kernel can and it is worth it."""
     input, linear_weight, linear_bias = head
     rows = input.reshape(-1, input.shape[-1])
@@ -163,7 +181,7 @@ def _of_labels(head: tuple, labels: Tensor, ignored: int, workspace: int, common
         result = cross_entropy(logits, labels, ignore_index=ignored, **common)
         return _without_ignored(result, labels != ignored)
     common = common | {"backend": backend or ""}
-    return _tiled((rows, linear_weight, linear_bias), labels, ignored, workspace, common)
+    return _tiled((rows, linear_weight, linear_bias), labels, ignored, tile_options, common)
 
 
 def _without_ignored(result: Any, counted: Tensor) -> Any:
@@ -176,7 +194,9 @@ def _without_ignored(result: Any, counted: Tensor) -> Any:
     )
 
 
-def _tiled(head: tuple, labels: Tensor, ignored: int, workspace: int, common: dict) -> Any:
+def _tiled(
+    head: tuple, labels: Tensor, ignored: int, tile_options: tuple[int, float], common: dict
+) -> Any:
     rows = head[0]
     real = real_dtype(rows.dtype)
     weight, num_items, reduction = common["weight"], common["num_items"], common["reduction"]
@@ -192,7 +212,7 @@ def _tiled(head: tuple, labels: Tensor, ignored: int, workspace: int, common: di
         REDUCTIONS["mean" if num_items is not None else reduction], ignored,
         float(common["label_smoothing"]), float(common["logit_scale"]),
         float(common["softcap"] or 0.0), float(common["z_loss"]), common["return_stats"], wanted,
-        workspace, common["backend"],
+        *tile_options, common["backend"],
     )  # fmt: skip
     loss = loss.to(real if under_autocast(rows) else rows.dtype)
     return LossStats(loss, lse, correct, entropy) if common["return_stats"] else loss

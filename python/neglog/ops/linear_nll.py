@@ -8,6 +8,8 @@ neglog::linear_nll_backward   those gradients times the upstream; formed anew wh
     their gradient where they lie by the fused nll kernel, and used for both gradients: 3 GEMMs.
 (b) Ignored rows leave before the first of them.
 (c) The gradient of the weight is accumulated over tiles in float32 or wider.
+(d) With filter_eps, the columns of a tile whose gradients are all below filter_eps times the
+    largest upstream leave before the last two of them.
 
 Shapes: input (N, D), linear_weight (V, D), linear_bias (V,), target (N,) int64; weight (V,) and
 num_items () in the accumulation dtype. Returned: loss () or (N,), lse (N,), total_weight ();
@@ -41,17 +43,21 @@ from neglog.ops.nll import (
 library.define(
     "linear_nll(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
     f"Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, bool[3] wanted, int workspace, "
-    "str backend) -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, "
-    "Tensor entropy, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    "float filter_eps, str backend) -> (Tensor loss, Tensor lse, Tensor total_weight, "
+    "Tensor correct, Tensor entropy, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
     "linear_nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor input, Tensor linear_weight, "
     "Tensor? linear_bias, Tensor target, Tensor? weight, Tensor total_weight, Tensor grad_input, "
-    f"Tensor grad_weight, Tensor grad_bias, {OPTIONS}, bool[3] wanted, int workspace, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"Tensor grad_weight, Tensor grad_bias, {OPTIONS}, bool[3] wanted, int workspace, "
+    "float filter_eps, str backend) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+# The share of columns below which copying them out costs less than multiplying the others.
+WORTH_A_COPY = 0.8
 
 
 class Head(NamedTuple):
@@ -82,32 +88,56 @@ class Upstream(NamedTuple):
     loss: Tensor
     lse: Tensor | None
 
+    @property
+    def largest(self) -> float:
+        return float(self.loss.abs().amax()) if len(self.loss) else 0.0
+
 
 class Gradients:
     """What the tiles add up to. Those not wanted stay empty."""
 
-    def __init__(self, head: Head, wanted: list[bool]) -> None:
+    def __init__(self, head: Head, wanted: list[bool], filter_eps: float) -> None:
         real = real_dtype(head.input.dtype)
         new = head.input.new_zeros
         self.input = new(head.input.shape if wanted[0] else 0)
         self.weight = new_memory(head.weight.shape if wanted[1] else (0,), real)
         self.bias = new(head.vocab if wanted[2] else 0, dtype=real)
         self.wanted = wanted
+        self.filter_eps = filter_eps
         self._first = True
 
-    def add(self, s: Tensor, x: Tensor, weight: Tensor, rows: Tensor | slice) -> None:
+    def add(
+        self, s: Tensor, x: Tensor, weight: Tensor, rows: Tensor | slice, upstream: float
+    ) -> None:
         """A tile: s is the gradient of its logits, x the input that made them."""
+        if self.wanted[2]:
+            self.bias += s.sum(0, dtype=self.bias.dtype)
+        columns = self._columns_that_count(s, upstream)
+        if columns is not None:
+            s, weight = s[:, columns], weight[columns]
         if self.wanted[0] and isinstance(rows, slice):
             matmul.product(s, weight, self.input[rows])
         elif self.wanted[0]:
             part = torch.empty_like(x)
             matmul.product(s, weight, part)
             self.input[rows] = part
-        if self.wanted[1]:
+        if self.wanted[1] and columns is None:
             matmul.add_outer(s, x, self.weight, self._first)
-        if self.wanted[2]:
-            self.bias += s.sum(0, dtype=self.bias.dtype)
+        elif self.wanted[1]:
+            if self._first:
+                self.weight.zero_()
+            part = self.weight.new_empty(len(columns), x.shape[1])
+            matmul.add_outer(s, x, part, True)
+            self.weight.index_add_(0, columns, part)
         self._first = False
+
+    def _columns_that_count(self, s: Tensor, upstream: float) -> Tensor | None:
+        """Those with a gradient of at least filter_eps times the upstream; None for all."""
+        if not self.filter_eps:
+            return None
+        largest = torch.maximum(s.amax(0), -s.amin(0))  # twice as fast as abs().amax(0)
+        columns = (~(largest < self.filter_eps * upstream)).nonzero().squeeze(1)  # NaN counts
+        return columns if len(columns) < WORTH_A_COPY * len(largest) else None
 
     def finished(self, late: bool) -> tuple[Tensor, Tensor, Tensor]:
         """In the dtype of the parameters, but for float16, whose division comes later."""
@@ -190,6 +220,7 @@ def _sweep(
     Without upstream the gradient is that of `scale` times the sum of the losses.
     """
     threads = allowed(torch.get_num_threads())
+    largest = scale if upstream is None else upstream.largest
     for part, everywhere, x, logits in tiles:
         target = tiles.target[part]
         problem = _problem(logits, target, weight, options)
@@ -206,7 +237,7 @@ def _sweep(
                 *problem, *written[1:3], _pointer(grad), 1, 1.0, _pointer(grad_lse), *in_place
             )
         if gradients is not None:
-            gradients.add(logits, x, tiles.head.weight, everywhere)
+            gradients.add(logits, x, tiles.head.weight, everywhere, largest)
 
 
 def _total_weight(kernel: Any, head: Head, target: Tensor, weight: Tensor | None, ignored: int):
@@ -220,7 +251,7 @@ def _total_weight(kernel: Any, head: Head, target: Tensor, weight: Tensor | None
 def _linear_nll_cpu(
     input, linear_weight, linear_bias, target, weight, num_items, *rest
 ) -> tuple[Tensor, ...]:
-    *values, stats, wanted, workspace, backend = rest
+    *values, stats, wanted, workspace, filter_eps, backend = rest
     options = Options(*values)
     kernel = _kernel("linear_nll", backend)
     head, weight = _contiguous(Head(input, linear_weight, linear_bias), weight)
@@ -228,7 +259,7 @@ def _linear_nll_cpu(
     divisor = divisor if num_items is None else float(num_items)
     tiles = Tiles(head, target, options.ignore_index, workspace)
     rows = _empty_rows(head, len(tiles.target), stats)
-    gradients = Gradients(head, wanted) if any(wanted) else None
+    gradients = Gradients(head, wanted, filter_eps) if any(wanted) else None
     late = divides_late(input)
     now = options.reduction == MEAN and not (late and divisor)
     scale = quotient(1.0, divisor) if now else 1.0
@@ -254,7 +285,7 @@ def _linear_nll_backward_cpu(
     grad_loss, grad_lse, input, linear_weight, linear_bias, target, weight, total_weight,
     grad_input, grad_weight, grad_bias, *rest,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    *values, wanted, workspace, backend = rest
+    *values, wanted, workspace, filter_eps, backend = rest
     options = Options(*values)
     formed = (grad_input, grad_weight, grad_bias)
     likes = (input, linear_weight, input)
@@ -271,7 +302,7 @@ def _linear_nll_backward_cpu(
     rows = _empty_rows(head, len(tiles.target), False)
     upstream = grad_loss / total_weight if options.reduction == MEAN else grad_loss
     upstream = Upstream(upstream.expand(len(target)), grad_lse)
-    gradients = Gradients(head, wanted)
+    gradients = Gradients(head, wanted, filter_eps)
     _sweep(kernel, tiles, weight, options, rows, gradients, 1.0, upstream)
     return gradients.finished(False)
 
@@ -311,7 +342,7 @@ def _formed_shapes(input: Tensor, linear_weight: Tensor, wanted: list[bool], dty
 def _linear_nll_fake(
     input, linear_weight, linear_bias, target, weight, num_items, reduction, *rest
 ):
-    *_, stats, wanted, _, _ = rest
+    *_, stats, wanted, _, _, _ = rest
     real = real_dtype(input.dtype)
     rows = input.shape[0]
     loss = input.new_empty((rows,) if reduction == NONE else (), dtype=real)
@@ -326,5 +357,5 @@ def _linear_nll_fake(
 
 @torch.library.register_fake("neglog::linear_nll_backward", lib=library)
 def _linear_nll_backward_fake(grad_loss, grad_lse, input, linear_weight, *others):
-    wanted = others[-3]
+    wanted = others[-4]
     return _formed_shapes(input, linear_weight, wanted, input.dtype)

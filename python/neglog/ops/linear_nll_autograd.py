@@ -12,7 +12,7 @@ from neglog.ops.linear_nll import library
 from neglog.ops.nll import Options
 from neglog.ops.nll_autograd import as_function
 
-NO_GRADIENTS = (None,) * 16
+NO_GRADIENTS = (None,) * 17
 
 
 def linear_nll(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,7 +32,7 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, total_weight, *formed)
     ctx.options = Options(*rest[:6])
-    ctx.workspace, ctx.backend = rest[-2:]
+    ctx.how = rest[-3:]  # workspace, filter_eps, backend
 
 
 def _backward(ctx, grad_loss, grad_lse, *undefined):
@@ -44,7 +44,7 @@ def _backward(ctx, grad_loss, grad_lse, *undefined):
     wanted = list(ctx.needs_input_grad[:3])
     arguments = (
         grad_loss, grad_lse, *problem, total_weight, grad_input, grad_weight, grad_bias,
-        *ctx.options, wanted, ctx.workspace, ctx.backend,
+        *ctx.options, wanted, *ctx.how,
     )  # fmt: skip
     if torch._C._are_functorch_transforms_active():
         grads = FunctionalLinearBackward.apply(*arguments)
