@@ -124,12 +124,16 @@ class Gradients:
         if self.wanted[1] and columns is None:
             matmul.add_outer(s, x, self.weight, self._first)
         elif self.wanted[1]:
-            if self._first:
-                self.weight.zero_()
-            part = self.weight.new_empty(len(columns), x.shape[1])
-            matmul.add_outer(s, x, part, True)
-            self.weight.index_add_(0, columns, part)
+            self._add_to_columns(columns, s, x)
         self._first = False
+
+    def _add_to_columns(self, columns: Tensor | None, s: Tensor, x: Tensor) -> None:
+        assert columns is not None
+        if self._first:
+            self.weight.zero_()
+        part = self.weight.new_empty(len(columns), x.shape[1])
+        matmul.add_outer(s, x, part, True)
+        self.weight.index_add_(0, columns, part)
 
     def _columns_that_count(self, s: Tensor, upstream: float) -> Tensor | None:
         """Those with a gradient of at least filter_eps times the upstream; None for all."""
