@@ -22,7 +22,7 @@ X86_64_LEVELS = {
 }
 # Neither flag lets the compiler assume away NaN or inf: errno is not read, and no trap handler is.
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-STEMS = ["nll"]
+STEMS = ["nll", "infonce"]
 
 
 def isa_levels() -> dict[str, list[str]]:

@@ -347,6 +347,109 @@ inline void block_softcap_backward(T* grad, const T* z, ptrdiff_t n, T softcap) 
     }
 }
 
+// Scores of pairs: a block of one row against adjacent columns, each of which has a state of its own
+
+// `bias` may be null.
+template <class T>
+inline void block_pair_scores(const T* similarity, ptrdiff_t n, T scale, const T* bias, T* z) {
+    if (bias) {
+#pragma omp simd
+        for (ptrdiff_t j = 0; j < n; ++j) z[j] = similarity[j] * scale + bias[j];
+    } else {
+#pragma omp simd
+        for (ptrdiff_t j = 0; j < n; ++j) z[j] = similarity[j] * scale;
+    }
+}
+
+template <class T>
+inline void block_exclude(T* z, ptrdiff_t n, int64_t group, const int64_t* groups) {
+#pragma omp simd
+    for (ptrdiff_t j = 0; j < n; ++j)
+        z[j] = groups[j] == group ? -std::numeric_limits<T>::infinity() : z[j];
+}
+
+// NaN is dropped here and comes back in the sum, as in block_maximum.
+template <class T>
+inline void block_maximum_of_columns(const T* z, ptrdiff_t n, T* maximum) {
+#pragma omp simd
+    for (ptrdiff_t j = 0; j < n; ++j) maximum[j] = z[j] > maximum[j] ? z[j] : maximum[j];
+}
+
+// One exp for both sums: right where no score is so far from 0 that e^z leaves the range of T.
+template <class T>
+inline double block_exp_sum_both(const T* z, ptrdiff_t n, T* column_sum) {
+    constexpr int lanes = 64;
+    T sums[lanes] = {};
+    ptrdiff_t j = 0;
+    for (; j + lanes <= n; j += lanes) {
+#pragma omp simd
+        for (int i = 0; i < lanes; ++i) {
+            const T e = exp_nonpositive(z[j + i]);
+            sums[i] += e;
+            column_sum[j + i] += e;
+        }
+    }
+    for (; j < n; ++j) {
+        const T e = exp_nonpositive(z[j]);
+        sums[0] += e;
+        column_sum[j] += e;
+    }
+    return block_sum(sums, lanes);
+}
+
+template <class T>
+inline void block_exp_sum_of_columns(const T* z, ptrdiff_t n, const T* shift, T* column_sum) {
+#pragma omp simd
+    for (ptrdiff_t j = 0; j < n; ++j) column_sum[j] += exp_nonpositive(z[j] - shift[j]);
+}
+
+// row e^(z - row_lse) + column e^(z - column_lse), where the factors hold e^-lse already.
+template <class T>
+inline void block_pair_gradient_bounded(const T* z, ptrdiff_t n, T row, const T* column, T* out) {
+#pragma omp simd
+    for (ptrdiff_t j = 0; j < n; ++j) out[j] = exp_nonpositive(z[j]) * (row + column[j]);
+}
+
+template <class T>
+inline void block_pair_gradient(const T* z, ptrdiff_t n, T row, T row_lse, const T* column,
+                                const T* column_lse, T* out) {
+#pragma omp simd
+    for (ptrdiff_t j = 0; j < n; ++j)
+        out[j] = row * exp_nonpositive(z[j] - row_lse) +
+                 column[j] * exp_nonpositive(z[j] - column_lse[j]);
+}
+
+// log(1 + e) for 0 <= e <= 1, as 2 atanh(e / (2 + e)); the series is cut at 2e-9 and 2e-18.
+template <class T>
+inline T log1p_exp(T e) {
+    constexpr int terms = sizeof(T) == 4 ? 9 : 18;
+    const T t = e / (T(2) + e), square = t * t;
+    T series = T(1) / T(2 * terms - 1);
+    for (int k = terms - 2; k >= 0; --k) series = series * square + T(1) / T(2 * k + 1);
+    return T(2) * t * series;
+}
+
+// softplus(z), and its derivative.
+template <class T>
+inline T softplus(T z, T& sigmoid) {
+    const T e = exp_nonpositive(-std::fabs(z));
+    sigmoid = (z < 0 ? e : T(1)) / (T(1) + e);
+    return (z < 0 ? T(0) : z) + log1p_exp(e);
+}
+
+// The sum of softplus(z); out = scale sigmoid(z).
+template <class T>
+inline double block_softplus(const T* z, ptrdiff_t n, T scale, T* out) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (ptrdiff_t j = 0; j < n; ++j) {
+        T sigmoid;
+        sum += softplus(z[j], sigmoid);
+        out[j] = scale * sigmoid;
+    }
+    return sum;
+}
+
 // Zeros. Past the caches, where the whole gradient does not fit in them: an ordinary store reads each
 // line before it writes it, and 500 MB of ignored rows took 24 ms for 8 (memset itself does this, but
 // only from some megabytes in one call).

@@ -1,5 +1,7 @@
 """The block arithmetic of numerics.hpp, as Cython sees it."""
 
+from libc.stdint cimport int64_t
+
 cdef extern from "numerics.hpp" namespace "neglog" nogil:
     cdef cppclass LogSumExp[T]:
         T maximum
@@ -33,6 +35,17 @@ cdef extern from "numerics.hpp" namespace "neglog" nogil:
     void block_subtract[T](T* out, const T* x, Py_ssize_t n, T scale)
     void block_softcap[T](T* z, Py_ssize_t n, T softcap)
     void block_softcap_backward[T](T* grad, const T* z, Py_ssize_t n, T softcap)
+
+    void block_pair_scores[T](const T* similarity, Py_ssize_t n, T scale, const T* bias, T* z)
+    void block_exclude[T](T* z, Py_ssize_t n, int64_t group, const int64_t* groups)
+    void block_maximum_of_columns[T](const T* z, Py_ssize_t n, T* maximum)
+    double block_exp_sum_both[T](const T* z, Py_ssize_t n, T* column_sum)
+    void block_exp_sum_of_columns[T](const T* z, Py_ssize_t n, const T* shift, T* column_sum)
+    void block_pair_gradient_bounded[T](const T* z, Py_ssize_t n, T row, const T* column, T* out)
+    void block_pair_gradient[T](const T* z, Py_ssize_t n, T row, T row_lse, const T* column,
+                                const T* column_lse, T* out)
+    T softplus[T](T z, T& sigmoid)
+    double block_softplus[T](const T* z, Py_ssize_t n, T scale, T* out)
 
     void widen_block(const void* source, int dtype, Py_ssize_t n, float* to)
     void narrow_block(const float* source, int dtype, Py_ssize_t n, void* to)
