@@ -32,6 +32,14 @@ def product(s: Tensor, weight: Tensor, out: Tensor) -> None:
     torch.mm(s, weight, out=out)
 
 
+def add_product(s: Tensor, weight: Tensor, out: Tensor, first: bool) -> None:
+    """out (n, D) += s (n, V) @ weight (V, D), or = if it is the first; `out` may be wider."""
+    if out.dtype == s.dtype:
+        torch.addmm(out, s, weight, beta=0 if first else 1, out=out)
+    else:
+        _put(out, torch.mm(s, weight), first)
+
+
 def add_outer(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
     """out (V, D) += s (n, V)^T @ x (n, D), or = if it is the first; `out` may be wider."""
     way = fastest_add_outer() if _has_choice(x) else add_outer_by_blas

@@ -35,6 +35,16 @@ def rows_per_tile(rows: int, bytes_per_row: int, workspace: int) -> int:
     return min(rows, max(ROWS, fit))
 
 
+def grid(
+    rows: int, columns: int, height: int, width: int, upper: bool = False
+) -> Iterator[tuple[slice, slice]]:
+    """Tiles that cover rows x columns, along the rows; `upper`: those on or above the diagonal."""
+    for down in row_tiles(rows, height):
+        for across in row_tiles(columns, width):
+            if not upper or across.start >= down.start:
+                yield down, across
+
+
 def row_tiles(rows: int, height: int) -> Iterator[slice]:
     """Slices of up to `height` rows that cover all."""
     for start in range(0, rows, max(1, height)):

@@ -1,0 +1,52 @@
+"""infonce in torch's own functions: with the scores in memory, differentiable as often as wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neglog.ops.infonce import Pairs
+
+
+def scores(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """(N, M) in the accumulation dtype: without exclusions, and with -inf where a pair is left out."""
+    similarity = (pairs.query @ pairs.key.t()).to(pairs.real)
+    z = similarity * (pairs.scale[:, None] if pairs.scale.dim() else pairs.scale)
+    if pairs.bias is not None:
+        z = z + pairs.bias
+    left_out = excluded(pairs)
+    return z, z if left_out is None else z.masked_fill(left_out, -torch.inf)
+
+
+def excluded(pairs: Pairs) -> Tensor | None:
+    """(N, M) bool, or None where every pair counts."""
+    columns = torch.arange(len(pairs.key), device=pairs.key.device)
+    mask = None
+    if pairs.query_group is not None and pairs.key_group is not None:
+        mask = pairs.query_group[:, None] == pairs.key_group
+        if pairs.positive is not None:
+            mask = mask & (columns != pairs.positive[:, None])
+    if pairs.excluded is not None:
+        own = columns == pairs.excluded[:, None]
+        mask = own if mask is None else mask | own
+    return mask
+
+
+def log_sum_exp(z: Tensor, dim: int) -> Tensor:
+    """torch.logsumexp, whose second derivative is NaN where every number is -inf: here it is 0."""
+    empty = (z == -torch.inf).all(dim)
+    lse = torch.logsumexp(z.masked_fill(empty.unsqueeze(dim), 0), dim)
+    return lse.masked_fill(empty, -torch.inf)
+
+
+def infonce(pairs: Pairs) -> tuple[Tensor, ...]:
+    """row_loss, column_loss, row_lse, column_lse and score, as the op."""
+    plain, z = scores(pairs)
+    nothing = z.new_empty(0)
+    row_lse = log_sum_exp(z, 1)
+    column_lse = log_sum_exp(z, 0) if pairs.columns else nothing
+    if pairs.positive is None:
+        return nothing, nothing, row_lse, column_lse, nothing
+    score = plain.gather(1, pairs.positive[:, None]).squeeze(1)
+    column_loss = column_lse[pairs.positive] - score if pairs.columns else nothing
+    return row_lse - score, column_loss, row_lse, column_lse, score
