@@ -15,10 +15,13 @@ FLOORS = (
     ("reference",),
     ("dispatch", "validation", "tiling", "matmul"),
     ("ops.nll", "ops.nll_composite"),
-    ("ops.nll_autograd", "ops.linear_nll"),
-    ("ops.linear_nll_autograd",),
+    ("ops.nll_autograd", "ops.linear_nll", "ops.infonce"),
+    ("ops.linear_nll_autograd", "ops.infonce_composite"),
+    ("ops.infonce_autograd",),
+    ("ops.siglip",),
     ("functional",),
-    ("linear",),
+    ("linear", "comparison", "grad_cache"),
+    ("contrastive",),
     ("nn", "patch"),
     ("benchmark",),
     ("demo",),
@@ -26,7 +29,8 @@ FLOORS = (
     ("__main__",),
 )
 # Two that look up, by name, when they are first asked for: the lazy faces of the packages.
-LAZY = {"": {"dispatch", "kernels", "nn", "reference", "functional", "linear", "patch"},
+LAZY = {"": {"dispatch", "kernels", "nn", "reference", "functional", "linear", "patch",
+             "contrastive", "grad_cache"},
         "kernels": {"kernels.arrays"}}  # fmt: skip
 
 

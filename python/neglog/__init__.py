@@ -13,22 +13,31 @@ __version__ = "0.1.0"
 # Where each public name lives; None where the name is a module.
 _HOMES = {
     "LossStats": "functional",
+    "cached_step": "grad_cache",
+    "clip_loss": "contrastive",
     "cross_entropy": "functional",
+    "dcl": "contrastive",
     "dispatch": None,
+    "info_nce": "contrastive",
     "kernels": None,
     "linear_cross_entropy": "linear",
     "masked_cross_entropy": "functional",
     "nn": None,
+    "nt_xent": "contrastive",
     "patch_torch": "patch",
     "reference": None,
+    "siglip_loss": "contrastive",
+    "sup_con": "contrastive",
 }
-_NEED_TORCH = ("functional", "linear", "nn", "patch")
+_NEED_TORCH = ("contrastive", "functional", "grad_cache", "linear", "nn", "patch")
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from neglog import dispatch, kernels, nn, reference
+    from neglog.contrastive import clip_loss, dcl, info_nce, nt_xent, siglip_loss, sup_con
     from neglog.functional import LossStats, cross_entropy, masked_cross_entropy
+    from neglog.grad_cache import cached_step
     from neglog.linear import linear_cross_entropy
     from neglog.patch import patch_torch
 

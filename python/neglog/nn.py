@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neglog.contrastive import clip_loss, dcl, info_nce, nt_xent, siglip_loss, sup_con
 from neglog.functional import cross_entropy, masked_cross_entropy
 from neglog.linear import linear_cross_entropy
 
@@ -133,3 +134,167 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
             num_items=num_items,
             **self.further,
         )
+
+
+class _ContrastiveLoss(torch.nn.Module):
+    """A module that keeps the options of a contrastive loss."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class InfoNCELoss(_ContrastiveLoss):
+    """neglog.info_nce as a module, called with query, positive_key and perhaps negative_keys.
+
+    Its options may also be given to the call, where they come first.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        reduction: str = "mean",
+        negative_mode: str = "unpaired",
+        **options: Any,
+    ) -> None:
+        super().__init__(reduction=reduction, negative_mode=negative_mode, **options)
+        self.temperature = temperature  # a Parameter becomes one of this module
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        options = {"temperature": self.temperature, **self.options, **options}
+        return info_nce(query, positive_key, negative_keys, **options)
+
+
+class CLIPLoss(_ContrastiveLoss):
+    """neglog.clip_loss as a module, called as open_clip's ClipLoss."""
+
+    def __init__(self, *, options: Any = None, backend: str | None = None) -> None:
+        super().__init__(options=options, backend=backend)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:
+        return clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+
+
+class SigLIPLoss(_ContrastiveLoss):
+    """neglog.siglip_loss as a module, called as open_clip's SigLipLoss."""
+
+    def __init__(self, *, options: Any = None, backend: str | None = None) -> None:
+        super().__init__(options=options, backend=backend)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor,
+    ) -> Tensor:
+        return siglip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+
+
+class _TwoViewLoss(_ContrastiveLoss):
+    def __init__(self, temperature: float | Tensor, reduction: str, options: Any) -> None:
+        super().__init__(reduction=reduction, **options)
+        self.temperature = temperature
+
+
+class NTXentLoss(_TwoViewLoss):
+    """neglog.nt_xent as a module, called with two views z_i, z_j."""
+
+    def __init__(
+        self, temperature: float | Tensor = 0.5, reduction: str = "mean", **options: Any
+    ) -> None:
+        super().__init__(temperature, reduction, options)
+
+    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        return nt_xent(z_i, z_j, self.temperature, **self.options)
+
+
+class DCLLoss(_TwoViewLoss):
+    """neglog.dcl as a module, called with two views z_i, z_j."""
+
+    def __init__(
+        self, temperature: float | Tensor = 0.1, reduction: str = "mean", **options: Any
+    ) -> None:
+        super().__init__(temperature, reduction, options)
+
+    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        return dcl(z_i, z_j, self.temperature, **self.options)
+
+
+class SupConLoss(_TwoViewLoss):
+    """neglog.sup_con as a module, called with features and labels."""
+
+    def __init__(
+        self, temperature: float | Tensor = 0.1, reduction: str = "mean", **options: Any
+    ) -> None:
+        super().__init__(temperature, reduction, options)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return sup_con(features, labels, self.temperature, **self.options)
+
+
+class Queue(torch.nn.Module):
+    """The last `size` keys pushed, as negatives for `info_nce` (MoCo, arXiv:1911.05722).
+
+    A batch may have any number of rows, the last of an epoch too. The keys are a buffer, so they
+    move and are saved with the module; `push` needs no gradient and keeps none.
+    """
+
+    keys: Tensor
+
+    def __init__(
+        self, size: int, dim: int, *, dtype: torch.dtype | None = None, device: Any = None
+    ) -> None:
+        super().__init__()
+        if size < 1 or dim < 1:
+            raise ValueError(f"Queue: expected size and dim of at least 1, got {size} and {dim}")
+        self.register_buffer("keys", torch.zeros(size, dim, dtype=dtype, device=device))
+        self.filled = 0
+        self.next = 0
+
+    def __len__(self) -> int:
+        return self.filled
+
+    def forward(self) -> Tensor:
+        """(len, D): a copy, since the next push may come before the backward of what used it."""
+        return self.keys[: self.filled].clone()
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Take (N, D) in, in place of the oldest.
+
+        Raises RuntimeError for another number of features.
+        """
+        size, dim = self.keys.shape
+        if keys.dim() != 2 or keys.shape[1] != dim:
+            raise RuntimeError(f"keys: expected shape (N, {dim}), got {list(keys.shape)}")
+        keys = keys[-size:]
+        to_end = min(len(keys), size - self.next)
+        self.keys[self.next : self.next + to_end] = keys[:to_end]
+        self.keys[: len(keys) - to_end] = keys[to_end:]
+        self.next = (self.next + len(keys)) % size
+        self.filled = min(size, self.filled + len(keys))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"filled": self.filled, "next": self.next}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.filled, self.next = state["filled"], state["next"]
+
+    def extra_repr(self) -> str:
+        return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}"

@@ -267,3 +267,82 @@ def _check_number(name: str, value: Any) -> None:
             )
     elif not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def check_embeddings(**named: Any) -> None:
+    """Embeddings (N, D) that are to be compared: one dtype, one device, one D, the first's."""
+    (first_name, first), *_ = named.items()
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+        if x.dim() != 2:
+            raise RuntimeError(f"{name}: expected shape (N, D), got {_shape(x)}")
+        if not x.dtype.is_floating_point:
+            raise RuntimeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+        if x.device != first.device:
+            raise RuntimeError(f"{name}: expected device {first.device}, got {x.device}")
+        if x.dtype != first.dtype and not under_autocast(x):
+            raise RuntimeError(f"{name}: expected dtype {first.dtype}, got {x.dtype}")
+        if x.shape[1] != first.shape[1]:
+            raise RuntimeError(
+                f"{name}: expected {first.shape[1]} features, those of {first_name}, "
+                f"got {_shape(x)}"
+            )
+
+
+def check_same_rows(**named: Tensor) -> None:
+    (first_name, first), *_ = named.items()
+    for name, x in named.items():
+        if x.shape[0] != first.shape[0]:
+            raise RuntimeError(
+                f"{name}: expected {first.shape[0]} rows, those of {first_name}, got {_shape(x)}"
+            )
+
+
+def check_reduction(reduction: Any) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def check_temperature(temperature: Any, rows: int, per_sample: bool) -> None:
+    """A number above 0, or a tensor of them: one, or one for each row."""
+    expected = "a number above 0"
+    if not isinstance(temperature, Tensor):
+        if not isinstance(temperature, numbers.Real | torch.SymFloat | torch.SymInt):
+            raise TypeError(f"temperature: expected {expected}, got {type(temperature).__name__}")
+        if not 0 < float(temperature) < math.inf:
+            raise ValueError(f"temperature: expected {expected}, got {temperature}")
+        return
+    fits = _shape(temperature) in ([], [1]) or (per_sample and _shape(temperature) == [rows])
+    if not fits:
+        shapes = f"[] or [{rows}]" if per_sample else "[]"
+        raise RuntimeError(f"temperature: expected shape {shapes}, got {_shape(temperature)}")
+    if not temperature.dtype.is_floating_point:
+        raise RuntimeError(f"temperature: expected a floating dtype, got {temperature.dtype}")
+    # Elsewhere, reading the values would wait for the device, or break the graph being compiled.
+    readable = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not torch._C._are_functorch_transforms_active():
+        lowest = float(temperature.detach().amin()) if temperature.numel() else 1.0
+        if not lowest > 0:
+            raise ValueError(f"temperature: expected numbers above 0, got {lowest}")
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """A number or a tensor of one, whose gradient is given."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dim() > 1:
+            raise RuntimeError(f"{name}: expected shape [], got {_shape(value)}")
+    elif not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name}: expected a number or a Tensor, got {type(value).__name__}")
+
+
+def check_groups(name: str, groups: Any, rows: int, device: torch.device) -> None:
+    """Ids or labels (N,), integers."""
+    if not isinstance(groups, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(groups).__name__}")
+    if _shape(groups) != [rows]:
+        raise RuntimeError(f"{name}: expected shape [{rows}], got {_shape(groups)}")
+    if groups.dtype.is_floating_point or groups.dtype.is_complex or groups.dtype == torch.bool:
+        raise RuntimeError(f"{name}: expected integers, got {groups.dtype}")
+    if groups.device != device:
+        raise RuntimeError(f"{name}: expected device {device}, got {groups.device}")

@@ -13,8 +13,8 @@ the tiles on and above the diagonal are enough.
 
 Returned, (0,) where not asked for or without a positive: row_loss (N,) = row_lse - positive score;
 column_loss (N,) = column_lse[positive] - positive score; row_lse (N,), column_lse (M,), score (N,)
-of the positive; then what the backward needs, row_low (N,), column_low (M,) and the similarities,
-if `keep`; and, with stats, the largest score of each row.
+of the positive; then what the backward needs: row_low (N,), column_low (M,) and, if `keep`, the
+similarities (N, M).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ PAIRS = (
     "str backend"
 )
 library.define(
-    f"infonce({PAIRS}, bool keep, bool stats) -> (Tensor row_loss, Tensor column_loss, "
+    f"infonce({PAIRS}, bool keep) -> (Tensor row_loss, Tensor column_loss, "
     "Tensor row_lse, Tensor column_lse, Tensor score, Tensor row_low, Tensor column_low, "
-    "Tensor kept, Tensor largest)",
+    "Tensor kept)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
@@ -75,13 +75,31 @@ class Pairs(NamedTuple):
     def real(self) -> torch.dtype:
         return real_dtype(self.query.dtype)
 
+    def rows(self, part: slice) -> Pairs:
+        """Some queries against all keys."""
+
+        def of_rows(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[part]
+
+        return self._replace(
+            query=self.query[part], scale=self.scale[part] if self.scale.dim() else self.scale,
+            positive=of_rows(self.positive), excluded=of_rows(self.excluded),
+            query_group=of_rows(self.query_group),
+        )  # fmt: skip
+
     def ready(self) -> Pairs:
         """As the kernels want them: contiguous, the small ones in the accumulation dtype."""
-        numbers = (None if x is None else x.to(self.real).contiguous() for x in self[2:4])
-        indices = (None if x is None else x.contiguous() for x in self[4:8])
-        return Pairs(
-            self.query.contiguous(), self.key.contiguous(), *numbers, *indices, *self[8:]
-        )  # type: ignore[arg-type]
+
+        def of(x: Any, dtype: torch.dtype) -> Any:
+            return None if x is None else x.to(dtype).contiguous()
+
+        return self._replace(
+            query=self.query.contiguous(), key=self.key.contiguous(),
+            scale=of(self.scale, self.real), bias=of(self.bias, self.real),
+            positive=of(self.positive, torch.int64), excluded=of(self.excluded, torch.int64),
+            query_group=of(self.query_group, torch.int64),
+            key_group=of(self.key_group, torch.int64),
+        )  # fmt: skip
 
     def bounded(self) -> bool:
         """Whether no score can be too large, or too small, for e^score."""
@@ -173,10 +191,10 @@ class States:
 
 
 def _infonce_cpu(*arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep, stats = arguments
+    *given, keep = arguments
     pairs = Pairs(*given).ready()
     kernel = load_kernel("infonce", pairs.backend)
-    bounded = not stats and pairs.bounded()
+    bounded = pairs.bounded()
     rows, columns = (States(len(x), pairs.real, bounded) for x in (pairs.query, pairs.key))
     score = rows.maximum.new_zeros(len(pairs.query) if pairs.positive is not None else 0)
     kept = new_memory((len(pairs.query), len(pairs.key)), pairs.query.dtype) if keep else None
@@ -206,7 +224,6 @@ def _infonce_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     return (
         row_loss, column_loss, row_lse, column_lse, score, row_low, column_low,
         pairs.query.new_empty(0) if kept is None else kept,
-        rows.maximum if stats else nothing.clone(),
     )  # fmt: skip
 
 
@@ -365,7 +382,7 @@ library.impl("infonce_backward", _infonce_backward_cpu, "CPU")
 
 @torch.library.register_fake("neglog::infonce", lib=library)
 def _infonce_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep, stats = arguments
+    *given, keep = arguments
     pairs = Pairs(*given)
     query, rows, columns = pairs.query, pairs.query.shape[0], pairs.key.shape[0]
 
@@ -377,7 +394,7 @@ def _infonce_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return (
         numbers(of_positive), numbers(of_positive if pairs.columns else 0), numbers(rows),
         numbers(of_columns), numbers(of_positive), numbers(rows), numbers(of_columns),
-        query.new_empty((rows, columns) if keep else 0), numbers(rows if stats else 0),
+        query.new_empty((rows, columns) if keep else 0),
     )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +16,23 @@ UPSTREAMS = 5
 SAVED = 5  # four log-sum-exps and the similarities
 
 
-def infonce(pairs: Pairs, keep: bool = False, stats: bool = False) -> tuple[Tensor, ...]:
+def infonce(pairs: Pairs, keep: bool = False) -> tuple[Tensor, ...]:
     """The op's outputs."""
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
-        return FunctionalInfoNCE.apply(*pairs, keep, stats)
-    return torch.ops.neglog.infonce.default(*pairs, keep, stats)
+        return FunctionalInfoNCE.apply(*pairs, keep)
+    return torch.ops.neglog.infonce.default(*pairs, keep)
 
 
 def _setup(ctx, inputs, output):
-    *lses, row_low, column_low, kept, largest = output[2:]
-    row_lse, column_lse, _ = lses
-    ctx.mark_non_differentiable(row_low, column_low, kept, largest)
+    row_lse, column_lse, _, row_low, column_low, kept = output[2:]
+    ctx.mark_non_differentiable(row_low, column_low, kept)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:8], row_lse, column_lse, row_low, column_low, kept)
     ctx.flags = inputs[8:PAIRS]
 
 
 def _backward(ctx, *grads):
-    nothing = (None,) * (PAIRS + 2)
+    nothing = (None,) * (PAIRS + 1)
     if all(grad is None for grad in grads[:UPSTREAMS]):
         return nothing
     tensors = ctx.saved_tensors
@@ -65,19 +63,16 @@ def _double_backward(ctx, *grads):
     def forward(query: Tensor, key: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return composite.infonce(Pairs(query, key, scale, *others, *ctx.flags))
 
-    if ctx.flags[1]:  # symmetric
-
-        def of_both(query: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-            return forward(query, query, scale)
-
-        of_upstream, (of_query, of_scale) = second_derivative(
-            of_both, upstream, (query, scale), (grads[0], grads[2])
-        )
-        first = (of_query, None, of_scale)
+    if ctx.flags[1]:  # symmetric: key is query, and its gradient is that of both
+        of_upstream, made = second_derivative(
+            lambda query, scale: forward(query, query, scale), upstream, (query, scale),
+            (grads[0], grads[2]),
+        )  # fmt: skip
+        made = [made[0], None, made[1]]
     else:
-        of_upstream, first = second_derivative(forward, upstream, (query, key, scale), grads)
+        of_upstream, made = second_derivative(forward, upstream, (query, key, scale), grads)
     rest = (None,) * (len(others) + len(ctx.flags) + SAVED + 1)
-    return (*of_upstream, *first, *rest)
+    return (*of_upstream, *made, *rest)
 
 
 def second_derivative(
@@ -85,7 +80,7 @@ def second_derivative(
     upstream: list[Tensor | None],
     inputs: tuple[Tensor, ...],
     grads: tuple[Tensor | None, ...],
-) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of the upstreams and inputs of forward's own gradient, for `grads` of the latter.
 
     None among the upstreams means zero, and so does None, or an empty tensor, among the grads.
@@ -93,22 +88,22 @@ def second_derivative(
     given = [index for index, grad in enumerate(upstream) if grad is not None]
     used = [index for index, grad in enumerate(grads) if grad is not None and grad.numel()]
     if not used:
-        return (None,) * len(upstream), (None,) * len(inputs)
+        return [None] * len(upstream), [None] * len(inputs)
 
     def gradient(*values: Tensor) -> tuple[Tensor, ...]:
-        outputs, pullback = torch.func.vjp(forward, *values[len(given) :])
+        outputs, pull, *_ = torch.func.vjp(forward, *values[len(given) :])
         flowing = [torch.zeros_like(output) for output in outputs]
         for index, value in zip(given, values, strict=False):
             flowing[index] = value
-        made = pullback(tuple(flowing))
+        made = pull(tuple(flowing))
         return tuple(made[index] for index in used)
 
-    _, pullback = torch.func.vjp(gradient, *(upstream[index] for index in given), *inputs)
+    pullback = torch.func.vjp(gradient, *(upstream[index] for index in given), *inputs)[1]
     second = pullback(tuple(grads[index] for index in used))
     of_upstream: list[Tensor | None] = [None] * len(upstream)
     for index, value in zip(given, second, strict=False):
         of_upstream[index] = value
-    return tuple(of_upstream), second[len(given) :]
+    return of_upstream, list(second[len(given) :])
 
 
 torch.library.register_autograd("neglog::infonce", _backward, setup_context=_setup, lib=library)

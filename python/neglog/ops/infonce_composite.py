@@ -1,4 +1,4 @@
-"""infonce in torch's own functions: with the scores in memory, differentiable as often as wanted."""
+"""infonce in torch's own functions: scores in memory, differentiable as often as wanted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from neglog.ops.infonce import Pairs
 
 
 def scores(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """(N, M) in the accumulation dtype: without exclusions, and with -inf where a pair is left out."""
+    """(N, M) in the accumulation dtype: of all pairs, and with -inf where one is left out."""
     similarity = (pairs.query @ pairs.key.t()).to(pairs.real)
     z = similarity * (pairs.scale[:, None] if pairs.scale.dim() else pairs.scale)
     if pairs.bias is not None:

@@ -1,0 +1,160 @@
+"""What contrastive losses share: embeddings made ready, compared, and their numbers reduced.
+
+Up to FEW similarities, on devices other than the CPU and for tensor subclasses the similarities are
+made in memory; otherwise the op infonce makes them a tile at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from neglog import dispatch, tiling
+from neglog.functional import LossStats
+from neglog.ops import infonce_composite as composite
+from neglog.ops.infonce import Pairs
+from neglog.ops.infonce_autograd import infonce
+from neglog.ops.nll import real_dtype
+from neglog.validation import under_autocast
+
+# Similarities, in numbers, up to which they are made in memory.
+FEW = 1 << 18
+
+
+class Compared(NamedTuple):
+    """By row, (N,), or column, (M,): what the op gives; see neglog.ops.infonce."""
+
+    row_loss: Tensor
+    column_loss: Tensor
+    row_lse: Tensor
+    column_lse: Tensor
+    score: Tensor
+
+
+class How(NamedTuple):
+    """Bytes for similarities, and the backend if one is forced."""
+
+    workspace: int
+    backend: str | None
+
+
+# Preparation
+
+
+def prepared(x: Tensor, normalize: bool) -> Tensor:
+    """Embeddings as they are multiplied: normalised if asked, in autocast's dtype."""
+    dtype = torch.get_autocast_dtype(x.device.type) if under_autocast(x) else x.dtype
+    if not normalize:
+        return x.to(dtype)
+    # torch's eps, 1e-12, is 0 in float16, and a norm of 256 overflows when squared.
+    return F.normalize(x.to(real_dtype(x.dtype)), dim=-1).to(dtype)
+
+
+def number(value: float | Tensor, like: Tensor) -> Tensor:
+    """() in the accumulation dtype."""
+    real = real_dtype(like.dtype)
+    if isinstance(value, Tensor):
+        return value.to(like.device, real).reshape(())
+    return torch.scalar_tensor(value, dtype=real, device=like.device)
+
+
+def scale_of(temperature: float | Tensor, like: Tensor) -> Tensor:
+    """1 / temperature: () or (N,)."""
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        return temperature.to(like.device, real_dtype(like.dtype)).reciprocal()
+    return number(temperature, like).reciprocal()
+
+
+def how_to_compare(options: Any, backend: str | None) -> How:
+    if options is not None and (not isinstance(options, dict) or set(options) - {"workspace_mb"}):
+        raise TypeError(f"options: expected None or {{'workspace_mb': number}}, got {options!r}")
+    workspace = tiling.workspace_bytes((options or {}).get("workspace_mb"))
+    return How(workspace, dispatch.forced(backend))
+
+
+# Comparison
+
+
+def in_memory(query: Tensor, key: Tensor, forced: str | None) -> bool:
+    """Whether the similarities are made in memory, by torch."""
+    refusal = dispatch.kernels_refuse(query) or dispatch.kernels_refuse(key)
+    if forced not in (None, "torch") and refusal:
+        raise RuntimeError(f"backend={forced!r} cannot take this call: {refusal}")
+    few = len(query) * len(key) < FEW
+    return bool(
+        refusal or forced == "torch" or (forced is None and (few or not dispatch.kernel_backend()))
+    )
+
+
+def pairs_of(
+    query: Tensor, key: Tensor, scale: Tensor, how: How, *,
+    bias: Tensor | None = None, positive: Tensor | None = None, excluded: Tensor | None = None,
+    query_group: Tensor | None = None, key_group: Tensor | None = None, columns: bool = False,
+    symmetric: bool = False,
+) -> Pairs:  # fmt: skip
+    workspace, forced = how
+    return Pairs(
+        query, key, scale, bias, positive, excluded, query_group, key_group, columns, symmetric,
+        workspace, forced or "",
+    )  # fmt: skip
+
+
+def compare(pairs: Pairs) -> Compared:
+    if in_memory(pairs.query, pairs.key, pairs.backend or None):
+        dispatch.ran("infonce", "torch")
+        return Compared(*composite.infonce(pairs))
+    numbers = len(pairs.query) * len(pairs.key)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in pairs[:3])
+    keep = learns and numbers * pairs.query.itemsize <= pairs.workspace
+    return Compared(*infonce(pairs, keep)[: len(Compared._fields)])
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_i> in the accumulation dtype."""
+    real = real_dtype(x.dtype)
+    return (x.to(real) * y.to(real)).sum(-1)
+
+
+# Results
+
+
+def without_stats(loss: Tensor) -> LossStats:
+    return LossStats(loss, loss, loss, loss)
+
+
+def with_stats(loss: Tensor, pairs: Pairs, lse: Tensor, score: Tensor) -> LossStats:
+    """With entropy and correctness of each row, its positive's `score` among the pairs or not.
+
+    Another walk over the similarities, some rows at a time, in torch's own functions.
+    """
+    apart = pairs.positive is None
+    height = tiling.rows_per_tile(len(score), len(pairs.key) * lse.itemsize, pairs.workspace)
+    found = []
+    with torch.no_grad():
+        for rows in tiling.row_tiles(len(score), height):
+            z = composite.scores(pairs.rows(rows))[1]
+            if apart:
+                z = torch.cat([score[rows, None], z], 1)
+            found.append(correct_and_entropy(score[rows], z))
+    correct, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return LossStats(loss, lse, correct, entropy)
+
+
+def correct_and_entropy(score: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether no score is above the positive's, and -sum p log p; (N,), without gradient."""
+    log_p = torch.log_softmax(scores.detach(), 1)
+    entropy = -torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1)
+    return score.detach() >= scores.detach().amax(1), entropy
+
+
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def returned(loss: Tensor, reduction: str, like: Tensor) -> Tensor:
+    """Reduced, in the dtype of the embeddings, as torch has it; under autocast as it is."""
+    value = reduced(loss, reduction)
+    return value if under_autocast(like) else value.to(like.dtype)

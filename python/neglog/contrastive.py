@@ -1,0 +1,457 @@
+"""Contrastive losses: compositions of one op, the log-sum-exps of scaled similarities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from neglog import dispatch
+from neglog.comparison import (
+    Compared,
+    How,
+    compare,
+    correct_and_entropy,
+    dots,
+    how_to_compare,
+    in_memory,
+    number,
+    pairs_of,
+    prepared,
+    returned,
+    scale_of,
+    with_stats,
+    without_stats,
+)
+from neglog.functional import LossStats
+from neglog.ops.infonce import Pairs
+from neglog.ops.nll import real_dtype
+from neglog.ops.siglip import composite as siglip_composite
+from neglog.ops.siglip import siglip
+from neglog.validation import (
+    check_embeddings,
+    check_groups,
+    check_reduction,
+    check_same_rows,
+    check_scalar,
+    check_temperature,
+)
+
+NO_GROUP = torch.iinfo(torch.int64).min
+NEGATIVE_MODES = ("unpaired", "paired", "in_batch")
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+    *,
+    symmetric: bool = False,
+    normalize: bool = True,
+    exclude: Tensor | None = None,
+    hard_negative_weight: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
+    return_stats: bool = False,
+    options: Any = None,
+    backend: str | None = None,
+) -> Any:
+    """Each query against its positive key, among negatives: cross-entropy of their similarities.
+
+    Args:
+        query, positive_key: (N, D).
+        negative_keys: None: a row's negatives are the other rows' positive keys. Otherwise as
+            negative_mode says: "unpaired", (M, D): these alone are every query's negatives, as in a
+            queue; "paired", (N, M, D): each query has its own; "in_batch", (M, D): these and the
+            other rows' positive keys.
+        temperature: what similarities are divided by: a number, a tensor () or, for each query,
+            (N,); the tensor receives a gradient.
+        reduction: "mean", "sum" or "none", (N,).
+        symmetric: the mean of this loss and that of each key against all queries. Without
+            negative_keys.
+        normalize: similarities are cosines; False: dot products. 16-bit embeddings are normalised
+            in float32, so a zero vector stays one.
+        exclude: (N,) integers: other rows with the same one are no negatives of each other, such
+            as duplicates.
+        hard_negative_weight: added to the scores of negative_keys, as SimCSE does: a number, or a
+            tensor without gradient (M,), with "paired" also (N, M). -inf leaves a key out, such as
+            padding.
+        label_smoothing: this much of the target's mass is spread over all keys.
+        return_stats: LossStats(loss, logsumexp, correct, entropy), (N,) but for the loss, of each
+            query among its keys; correct where no key scores above the positive.
+        options: {"workspace_mb": number}, the budget for similarities; otherwise
+            NEGLOG_WORKSPACE_MB, else 64. If all fit in it they are kept for the backward: 3 matmuls
+            where there are otherwise 4.
+        backend: "cython", "numba" or "torch"; None chooses.
+
+    Raises:
+        RuntimeError for shapes, dtypes and devices that do not fit, ValueError for values,
+        TypeError for types.
+
+    Source: arXiv:1807.03748; the arguments are those of info-nce-pytorch.
+    """
+    check_embeddings(query=query, positive_key=positive_key)
+    check_same_rows(query=query, positive_key=positive_key)
+    check_reduction(reduction)
+    check_temperature(temperature, len(query), per_sample=True)
+    _check_negatives(query, negative_keys, negative_mode, symmetric, hard_negative_weight)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
+    if exclude is not None:
+        check_groups("exclude", exclude, len(query), query.device)
+        if label_smoothing or (negative_keys is not None and negative_mode != "in_batch"):
+            raise ValueError(
+                "exclude: expected none with label_smoothing, 'unpaired' or 'paired' negatives"
+            )
+    how = how_to_compare(options, backend)
+    given = query
+    embeddings = [query, positive_key, *([] if negative_keys is None else [negative_keys])]
+    query, key, *negatives = (prepared(x, normalize) for x in embeddings)
+    scale = scale_of(temperature, query)
+    further = len(negatives[0]) if negatives and negative_mode != "paired" else 0
+    if not negatives or negative_mode == "in_batch":
+        result = _in_batch(
+            query, torch.cat([key, *negatives]) if negatives else key, scale,
+            _bias(hard_negative_weight, len(key), further, scale), exclude, label_smoothing,
+            symmetric, return_stats, how,
+        )  # fmt: skip
+    elif negative_mode == "unpaired":
+        bias = _bias(hard_negative_weight, 0, further, scale)
+        result = _of_queue(
+            query, key, negatives[0], scale, bias, label_smoothing, return_stats, how
+        )
+    else:
+        result = _of_own_negatives(
+            query, key, negatives[0], scale, hard_negative_weight, label_smoothing, return_stats
+        )
+    loss = returned(result.loss, reduction, given)
+    return result._replace(loss=loss) if return_stats else loss
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    options: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The mean of cross-entropy from images to texts and from texts to images.
+
+    Args:
+        image_features, text_features: (N, D), compared by dot product: normalise them first.
+        logit_scale: what similarities are multiplied by; a tensor () receives a gradient.
+        logit_bias: changes nothing, as in open_clip: a number added to all logits leaves softmax.
+        options, backend: as in `info_nce`.
+
+    Source: arXiv:2103.00020; the arguments are those of open_clip's ClipLoss.
+    """
+    check_embeddings(image_features=image_features, text_features=text_features)
+    check_same_rows(image_features=image_features, text_features=text_features)
+    check_scalar("logit_scale", logit_scale)
+    if logit_bias is not None:
+        check_scalar("logit_bias", logit_bias)
+    how = how_to_compare(options, backend)
+    image, text = (prepared(x, False) for x in (image_features, text_features))
+    scale = number(logit_scale, image)
+    loss = _in_batch(image, text, scale, None, None, 0.0, True, False, how).loss
+    return returned(loss, "mean", image_features)
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    options: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """-log sigmoid of each pair's score, negated where image and text do not belong; sum over / N.
+
+    Arguments as `clip_loss`; logit_bias is added to the scores and receives a gradient.
+
+    Source: arXiv:2303.15343; the arguments are those of open_clip's SigLipLoss.
+    """
+    check_embeddings(image_features=image_features, text_features=text_features)
+    check_same_rows(image_features=image_features, text_features=text_features)
+    check_scalar("logit_scale", logit_scale)
+    check_scalar("logit_bias", logit_bias)
+    workspace, forced = how_to_compare(options, backend)
+    image, text = (prepared(x, False) for x in (image_features, text_features))
+    inputs = (image, text, number(logit_scale, image), number(logit_bias, image))
+    positive = torch.arange(len(image), device=image.device)
+    if in_memory(image, text, forced):
+        dispatch.ran("siglip", "torch")
+        total = siglip_composite(*inputs, positive)
+    else:
+        wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+        total = siglip(*inputs, positive, workspace, forced or "", wanted)
+    return returned(total / len(image), "sum", image_features)
+
+
+def nt_xent(
+    z_i: Tensor,
+    z_j: Tensor,
+    temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    *,
+    normalize: bool = True,
+    options: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """SimCLR's loss: each of the 2N views against its other view, among all but itself.
+
+    Args:
+        z_i, z_j: (N, D), two views of the same N things.
+        temperature: a number or a tensor (), which receives a gradient.
+        reduction: "none" gives (2N,), those of z_i first.
+        normalize, options, backend: as in `info_nce`.
+
+    The matrix of similarities is symmetric: half of it is computed.
+
+    Source: arXiv:2002.05709; NTXentLoss of pytorch-metric-learning and of lightly.
+    """
+    z, scale, how = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
+    rows = torch.arange(len(z), device=z.device)
+    pairs = pairs_of(z, z, scale, how, positive=rows.roll(len(z_i)), excluded=rows, symmetric=True)
+    return returned(compare(pairs).row_loss, reduction, z_i)
+
+
+def dcl(
+    z_i: Tensor,
+    z_j: Tensor,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    *,
+    normalize: bool = True,
+    options: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`nt_xent` decoupled: the positive is not among what it is held against.
+
+    Arguments as `nt_xent`. The loss may be below 0.
+
+    Source: arXiv:2110.06848.
+    """
+    z, scale, how = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
+    group = torch.arange(len(z_i), device=z.device).repeat(2)
+    pairs = pairs_of(z, z, scale, how, query_group=group, key_group=group, symmetric=True)
+    score = dots(z, z.roll(len(z_i), 0)) * scale
+    return returned(compare(pairs).row_lse - score, reduction, z_i)
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    *,
+    normalize: bool = True,
+    options: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Supervised contrastive loss: -log p of a row's label mates, averaged over them.
+
+    Args:
+        features: (N, D); labels: (N,) integers.
+        temperature: a number or a tensor (), which receives a gradient.
+        reduction: a row without a mate has loss 0; "mean" is over the rows whose loss is above 0,
+            and 0 if there is none, as pytorch-metric-learning's SupConLoss has it.
+        normalize, options, backend: as in `info_nce`.
+
+    Source: arXiv:2004.11362, its L_out.
+    """
+    check_embeddings(features=features)
+    check_groups("labels", labels, len(features), features.device)
+    check_reduction(reduction)
+    check_temperature(temperature, len(features), per_sample=False)
+    how = how_to_compare(options, backend)
+    z = prepared(features, normalize)
+    scale = scale_of(temperature, z)
+    rows = torch.arange(len(z), device=z.device)
+    lse = compare(pairs_of(z, z, scale, how, excluded=rows, symmetric=True)).row_lse
+    mean_score, mates = _mean_score_of_mates(z, labels)
+    loss = torch.where(mates > 0, lse - scale * mean_score, 0)
+    if reduction == "mean":
+        counted = loss > 0
+        loss = torch.where(counted, loss, 0).sum() / counted.sum().clamp(min=1)
+    return returned(loss, reduction, features)
+
+
+# Views, negatives, mates
+
+
+def _two_views(
+    z_i: Tensor, z_j: Tensor, temperature: float | Tensor, reduction: str, normalize: bool,
+    options: Any, backend: str | None,
+) -> tuple[Tensor, Tensor, How]:  # fmt: skip
+    """Both views as one (2N, D), the scale, and how to compare."""
+    check_embeddings(z_i=z_i, z_j=z_j)
+    check_same_rows(z_i=z_i, z_j=z_j)
+    check_reduction(reduction)
+    check_temperature(temperature, len(z_i), per_sample=False)
+    how = how_to_compare(options, backend)
+    z = torch.cat([prepared(z_i, normalize), prepared(z_j, normalize)])
+    return z, scale_of(temperature, z), how
+
+
+def _check_negatives(
+    query: Tensor, negative_keys: Any, mode: str, symmetric: bool, weight: Any
+) -> None:
+    if mode not in NEGATIVE_MODES:
+        raise ValueError(f"negative_mode: expected one of {NEGATIVE_MODES}, got {mode!r}")
+    if negative_keys is None:
+        return
+    if symmetric:
+        raise ValueError("symmetric: expected False with negative_keys, which have no queries")
+    if mode != "paired":
+        check_embeddings(query=query, negative_keys=negative_keys)
+    elif not isinstance(negative_keys, Tensor):
+        raise TypeError(f"negative_keys: expected a Tensor, got {type(negative_keys).__name__}")
+    elif negative_keys.dim() != 3 or len(negative_keys) != len(query):
+        raise RuntimeError(
+            f"negative_keys: expected shape ({len(query)}, M, {query.shape[1]}) for 'paired', "
+            f"got {list(negative_keys.shape)}"
+        )
+    else:
+        check_embeddings(query=query, negative_keys=negative_keys.flatten(0, 1))
+    if isinstance(weight, Tensor):
+        _check_weight(weight, negative_keys, mode)
+    else:
+        check_scalar("hard_negative_weight", weight)
+
+
+def _check_weight(weight: Tensor, negative_keys: Tensor, mode: str) -> None:
+    shapes = [[], [negative_keys.shape[-2]]]
+    if mode == "paired":
+        shapes.append(list(negative_keys.shape[:2]))
+    if list(weight.shape) not in shapes:
+        raise RuntimeError(
+            f"hard_negative_weight: expected shape {' or '.join(map(str, shapes))}, "
+            f"got {list(weight.shape)}"
+        )
+    if weight.requires_grad:
+        raise ValueError("hard_negative_weight: expected no gradient; detach() it")
+
+
+def _bias(weight: float | Tensor, plain: int, weighted: int, scale: Tensor) -> Tensor | None:
+    """What is added to the scores of `plain` columns, 0, and then of `weighted` ones."""
+    if not weighted or (not isinstance(weight, Tensor) and weight == 0):
+        return None
+    value = torch.as_tensor(weight, dtype=scale.dtype, device=scale.device)
+    return torch.cat([scale.new_zeros(plain), value.expand(weighted)])
+
+
+def _mean_score_of_mates(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's mean similarity to its label mates, by sums over labels, and their number."""
+    _, of_row, counts = labels.unique(return_inverse=True, return_counts=True)
+    z = z.to(real_dtype(z.dtype))
+    sums = z.new_zeros(len(counts), z.shape[1]).index_add(0, of_row, z)
+    mates = counts[of_row] - 1
+    return dots(z, sums[of_row] - z) / mates.clamp(min=1), mates
+
+
+# The forms of info_nce
+
+
+def _in_batch(
+    query: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None, exclude: Tensor | None,
+    smoothing: float, symmetric: bool, stats: bool, how: How,
+) -> LossStats:  # fmt: skip
+    """Queries against their positives, which are the first keys, and the further keys."""
+    plain = bias is None and exclude is None and not stats and scale.dim() == 0
+    if plain and in_memory(query, key, how.backend):
+        return _cross_entropy_in_memory(query, key, scale, smoothing, symmetric)
+    rows = torch.arange(len(query), device=query.device)
+    own, of_keys = _groups(exclude, len(key) - len(query))
+    pairs = pairs_of(
+        query, key, scale, how, bias=bias, positive=rows, query_group=own, key_group=of_keys,
+        columns=symmetric,
+    )  # fmt: skip
+    compared = compare(pairs)
+    loss = compared.row_loss
+    if smoothing:
+        mean_score = scale * dots(query, key.mean(0, keepdim=True, dtype=scale.dtype))
+        mean_score = mean_score if bias is None else mean_score + bias.mean()
+        loss = torch.lerp(loss, compared.row_lse - mean_score, smoothing)
+    if symmetric:
+        loss = (loss + _column_loss(pairs, compared, smoothing)) / 2
+    if not stats:
+        return without_stats(loss)
+    return with_stats(loss, pairs, compared.row_lse, compared.score)
+
+
+def _groups(exclude: Tensor | None, further: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of the queries, and of the keys, the `further` ones of which are in nobody's."""
+    if exclude is None:
+        return None, None
+    own = exclude.long()
+    return own, own if not further else torch.cat([own, own.new_full((further,), NO_GROUP)])
+
+
+def _column_loss(pairs: Pairs, compared: Compared, smoothing: float) -> Tensor:
+    """Each key against all queries."""
+    if not smoothing:
+        return compared.column_loss
+    query, scale = pairs.query, pairs.scale
+    of_row = scale[:, None] if scale.dim() else scale
+    mean_query = (query * of_row).mean(0, keepdim=True, dtype=scale.dtype)
+    mean_score = dots(pairs.key, mean_query)
+    return torch.lerp(compared.column_loss, compared.column_lse - mean_score, smoothing)
+
+
+def _cross_entropy_in_memory(
+    query: Tensor, key: Tensor, scale: Tensor, smoothing: float, symmetric: bool
+) -> LossStats:
+    """The formula that everyone writes, where it is the fastest."""
+    dispatch.ran("infonce", "torch")
+    scores = (query @ key.t()).to(scale.dtype) * scale
+    target = torch.arange(len(query), device=query.device)
+
+    def loss(scores: Tensor) -> Tensor:
+        return F.cross_entropy(scores, target, reduction="none", label_smoothing=smoothing)
+
+    rows = loss(scores)
+    return without_stats((rows + loss(scores.t())) / 2 if symmetric else rows)
+
+
+def _of_queue(
+    query: Tensor, key: Tensor, negatives: Tensor, scale: Tensor, bias: Tensor | None,
+    smoothing: float, stats: bool, how: How,
+) -> LossStats:  # fmt: skip
+    """Queries against their positive and keys that belong to nobody."""
+    pairs = pairs_of(query, negatives, scale, how, bias=bias)
+    compared = compare(pairs)
+    score = scale * dots(query, key)
+    # -log(e^s / (e^s + e^lse)); beyond 40 softplus is its argument to the last digit of a double.
+    loss = F.softplus(compared.row_lse - score, threshold=40)
+    lse = loss + score
+    if smoothing:
+        total = scale * dots(query, negatives.sum(0, keepdim=True, dtype=scale.dtype)) + score
+        total = total if bias is None else total + bias.sum()
+        loss = torch.lerp(loss, lse - total / (len(negatives) + 1), smoothing)
+    return with_stats(loss, pairs, lse, score) if stats else without_stats(loss)
+
+
+def _of_own_negatives(
+    query: Tensor, key: Tensor, negatives: Tensor, scale: Tensor, weight: float | Tensor,
+    smoothing: float, stats: bool,
+) -> LossStats:  # fmt: skip
+    """(N, 1 + M) scores: fewer than the negatives' own numbers, so they are made in memory."""
+    dispatch.ran("infonce", "torch")
+    similarity = torch.bmm(negatives, query.unsqueeze(2)).squeeze(2).to(scale.dtype)
+    of_row = scale[:, None] if scale.dim() else scale
+    others = similarity * of_row + weight
+    scores = torch.cat([(dots(query, key) * scale)[:, None], others], 1)
+    target = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    loss = F.cross_entropy(scores, target, reduction="none", label_smoothing=smoothing)
+    if not stats:
+        return without_stats(loss)
+    correct, entropy = correct_and_entropy(scores[:, 0], scores)
+    return LossStats(loss, torch.logsumexp(scores, 1), correct, entropy)
