@@ -15,13 +15,16 @@ from torch.nn import functional as F
 from neglog import dispatch, tiling
 from neglog.functional import LossStats
 from neglog.ops import infonce_composite as composite
-from neglog.ops.infonce import Pairs
+from neglog.ops.infonce import TILE_BYTES, Pairs
 from neglog.ops.infonce_autograd import infonce
 from neglog.ops.nll import real_dtype
 from neglog.validation import under_autocast
 
 # Similarities, in numbers, up to which they are made in memory.
 FEW = 1 << 18
+# 8192 x 8192 in float32. Up to here the similarities are kept for the backward, which saves one
+# matmul of four; beyond, no more than a tile of them exists.
+DEFAULT_WORKSPACE_MB = 256
 
 
 class Compared(NamedTuple):
@@ -71,7 +74,7 @@ def scale_of(temperature: float | Tensor, like: Tensor) -> Tensor:
 def how_to_compare(options: Any, backend: str | None) -> How:
     if options is not None and (not isinstance(options, dict) or set(options) - {"workspace_mb"}):
         raise TypeError(f"options: expected None or {{'workspace_mb': number}}, got {options!r}")
-    workspace = tiling.workspace_bytes((options or {}).get("workspace_mb"))
+    workspace = tiling.workspace_bytes((options or {}).get("workspace_mb"), DEFAULT_WORKSPACE_MB)
     return How(workspace, dispatch.forced(backend))
 
 
@@ -131,7 +134,8 @@ def with_stats(loss: Tensor, pairs: Pairs, lse: Tensor, score: Tensor) -> LossSt
     Another walk over the similarities, some rows at a time, in torch's own functions.
     """
     apart = pairs.positive is None
-    height = tiling.rows_per_tile(len(score), len(pairs.key) * lse.itemsize, pairs.workspace)
+    budget = min(TILE_BYTES, pairs.workspace)
+    height = tiling.rows_per_tile(len(score), len(pairs.key) * lse.itemsize, budget)
     found = []
     with torch.no_grad():
         for rows in tiling.row_tiles(len(score), height):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neglog import dispatch
+from neglog import dispatch, tiling
 from neglog.comparison import (
     Compared,
     How,
@@ -26,6 +26,7 @@ from neglog.comparison import (
     without_stats,
 )
 from neglog.functional import LossStats
+from neglog.linear import linear_cross_entropy
 from neglog.ops.infonce import Pairs
 from neglog.ops.nll import real_dtype
 from neglog.ops.siglip import composite as siglip_composite
@@ -39,6 +40,7 @@ from neglog.validation import (
     check_temperature,
 )
 
+ROW_BYTES = tiling.DEFAULT_WORKSPACE_MB << 20
 NO_GROUP = torch.iinfo(torch.int64).min
 NEGATIVE_MODES = ("unpaired", "paired", "in_batch")
 
@@ -84,8 +86,8 @@ def info_nce(
         return_stats: LossStats(loss, logsumexp, correct, entropy), (N,) but for the loss, of each
             query among its keys; correct where no key scores above the positive.
         options: {"workspace_mb": number}, the budget for similarities; otherwise
-            NEGLOG_WORKSPACE_MB, else 64. If all fit in it they are kept for the backward: 3 matmuls
-            where there are otherwise 4.
+            NEGLOG_WORKSPACE_MB, else 256. If all fit in it they are kept for the backward: 3
+            matmuls where there are otherwise 4.
         backend: "cython", "numba" or "torch"; None chooses.
 
     Raises:
@@ -112,6 +114,9 @@ def info_nce(
     embeddings = [query, positive_key, *([] if negative_keys is None else [negative_keys])]
     query, key, *negatives = (prepared(x, normalize) for x in embeddings)
     scale = scale_of(temperature, query)
+    plain = negative_keys is None and exclude is None and not symmetric and not return_stats
+    if plain and reduction != "none" and _better_by_rows(query, temperature, how):
+        return _by_rows(query, key, temperature, reduction, label_smoothing, how)
     further = len(negatives[0]) if negatives and negative_mode != "paired" else 0
     if not negatives or negative_mode == "in_batch":
         result = _in_batch(
@@ -358,6 +363,32 @@ def _mean_score_of_mates(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # The forms of info_nce
+
+
+def _better_by_rows(query: Tensor, temperature: float | Tensor, how: How) -> bool:
+    """Whether to take the loss of rows alone as linear cross-entropy, with the keys for classes.
+
+    It forms gradients in the forward: 3 matmuls, where the op infonce has 4 if it cannot keep the
+    similarities. A temperature that learns is multiplied in before, which 16 bits would round.
+    """
+    kept = len(query) ** 2 * query.itemsize <= how.workspace
+    exact = not isinstance(temperature, Tensor) or query.itemsize > 2
+    return exact and not kept and not in_memory(query, query, how.backend)
+
+
+def _by_rows(
+    query: Tensor, key: Tensor, temperature: float | Tensor, reduction: str, smoothing: float,
+    how: How,
+) -> Tensor:  # fmt: skip
+    learned = isinstance(temperature, Tensor)
+    if isinstance(temperature, Tensor):
+        scale = scale_of(temperature, query)
+        query = query * (scale[:, None] if scale.dim() else scale)
+    return linear_cross_entropy(
+        query, key, torch.arange(len(query), device=query.device), reduction=reduction,
+        label_smoothing=smoothing, logit_scale=1.0 if learned else 1.0 / float(temperature),
+        options={"workspace_mb": min(how.workspace, ROW_BYTES) / 2**20}, backend=how.backend,
+    )  # fmt: skip
 
 
 def _in_batch(

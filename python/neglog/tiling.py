@@ -12,7 +12,7 @@ DEFAULT_WORKSPACE_MB = 64
 ROWS = 64
 
 
-def workspace_bytes(megabytes: float | None = None) -> int:
+def workspace_bytes(megabytes: float | None = None, default: float = DEFAULT_WORKSPACE_MB) -> int:
     """The budget for logits: the argument, else NEGLOG_WORKSPACE_MB, else the default.
 
     Raises ValueError if it is not a number above 0.
@@ -21,7 +21,7 @@ def workspace_bytes(megabytes: float | None = None) -> int:
     if value is None:
         source, text = "NEGLOG_WORKSPACE_MB", os.environ.get("NEGLOG_WORKSPACE_MB")
         try:
-            value = float(text) if text else DEFAULT_WORKSPACE_MB
+            value = float(text) if text else default
         except ValueError:
             raise ValueError(f"{source}: expected a number above 0, got {text!r}") from None
     if not value > 0:

@@ -34,12 +34,23 @@ def _shapes(names: tuple[str, ...], *sizes: tuple[int, ...]) -> tuple[Shape, ...
 
 _ROWS = ("rows", "vocab")
 _HEAD = ("rows", "features", "vocab")
+_PAIRS = ("rows", "features")
 
 OPS = {
+    "clip_loss": Op(
+        {"rows": 8192, "features": 512},
+        _shapes(_PAIRS, (8192, 512), (32768, 256)),
+        _shapes(_PAIRS, (8, 128), (32, 128), (64, 384), (128, 512), (256, 512)),
+    ),
     "cross_entropy": Op(
         {"rows": 2048, "vocab": 32000},
         _shapes(_ROWS, (8192, 8192), (2048, 32000), (2048, 50257), (1024, 128256)),
         _shapes(_ROWS, (1, 2), (8, 10), (32, 100), (64, 1000), (128, 1000), (512, 1000)),
+    ),
+    "info_nce": Op(
+        {"rows": 8192, "features": 512},
+        _shapes(_PAIRS, (8192, 512), (4096, 768)),
+        _shapes(_PAIRS, (8, 128), (32, 128), (64, 384), (128, 512), (256, 512)),
     ),
     "linear_cross_entropy": Op(
         {"rows": 2048, "features": 768, "vocab": 32000},
@@ -50,6 +61,11 @@ OPS = {
         {"rows": 4096, "vocab": 30522},
         _shapes(_ROWS, (4096, 30522), (8192, 8192)),
         _shapes(_ROWS, (8, 10), (64, 1000), (512, 1000)),
+    ),
+    "nt_xent": Op(
+        {"rows": 8192, "features": 256},
+        _shapes(_PAIRS, (8192, 256), (4096, 128)),
+        _shapes(_PAIRS, (16, 128), (64, 128), (128, 384), (256, 512)),
     ),
 }
 
