@@ -20,7 +20,7 @@ FLOORS = (
     ("ops.infonce_autograd",),
     ("ops.siglip",),
     ("functional",),
-    ("linear", "comparison", "grad_cache"),
+    ("linear", "comparison", "grad_cache", "distributed"),
     ("contrastive",),
     ("nn", "patch"),
     ("benchmark",),

@@ -25,6 +25,7 @@ from neglog.comparison import (
     with_stats,
     without_stats,
 )
+from neglog.distributed import gathered
 from neglog.functional import LossStats
 from neglog.linear import linear_cross_entropy
 from neglog.ops.infonce import Pairs
@@ -143,6 +144,7 @@ def clip_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None = None,
     *,
+    group: Any = None,
     options: Any = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -152,6 +154,9 @@ def clip_loss(
         image_features, text_features: (N, D), compared by dot product: normalise them first.
         logit_scale: what similarities are multiplied by; a tensor () receives a gradient.
         logit_bias: changes nothing, as in open_clip: a number added to all logits leaves softmax.
+        group: a torch.distributed process group: this process's images against the texts of all,
+            and its texts against all images, with gradients back to all. The mean over processes,
+            as DistributedDataParallel takes it of gradients, is then the loss of the whole batch.
         options, backend: as in `info_nce`.
 
     Source: arXiv:2103.00020; the arguments are those of open_clip's ClipLoss.
@@ -164,6 +169,11 @@ def clip_loss(
     how = how_to_compare(options, backend)
     image, text = (prepared(x, False) for x in (image_features, text_features))
     scale = number(logit_scale, image)
+    if group is not None:
+        losses = [
+            _of_processes(*sides, scale, how, group) for sides in ((image, text), (text, image))
+        ]
+        return returned((losses[0] + losses[1]) / 2, "mean", image_features)
     loss = _in_batch(image, text, scale, None, None, 0.0, True, False, how).loss
     return returned(loss, "mean", image_features)
 
@@ -174,6 +184,7 @@ def siglip_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor,
     *,
+    group: Any = None,
     options: Any = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -189,8 +200,11 @@ def siglip_loss(
     check_scalar("logit_bias", logit_bias)
     workspace, forced = how_to_compare(options, backend)
     image, text = (prepared(x, False) for x in (image_features, text_features))
-    inputs = (image, text, number(logit_scale, image), number(logit_bias, image))
     positive = torch.arange(len(image), device=image.device)
+    if group is not None:
+        text, first = gathered(text, group)
+        positive = positive + first
+    inputs = (image, text, number(logit_scale, image), number(logit_bias, image))
     if in_memory(image, text, forced):
         dispatch.ran("siglip", "torch")
         total = siglip_composite(*inputs, positive)
@@ -435,6 +449,13 @@ def _column_loss(pairs: Pairs, compared: Compared, smoothing: float) -> Tensor:
     mean_query = (query * of_row).mean(0, keepdim=True, dtype=scale.dtype)
     mean_score = dots(pairs.key, mean_query)
     return torch.lerp(compared.column_loss, compared.column_lse - mean_score, smoothing)
+
+
+def _of_processes(query: Tensor, key: Tensor, scale: Tensor, how: How, group: Any) -> Tensor:
+    """Losses of this process's queries against the keys of all processes."""
+    keys, first = gathered(key, group)
+    positive = torch.arange(len(query), device=query.device) + first
+    return compare(pairs_of(query, keys, scale, how, positive=positive)).row_loss
 
 
 def _cross_entropy_in_memory(

@@ -177,8 +177,10 @@ class InfoNCELoss(_ContrastiveLoss):
 class CLIPLoss(_ContrastiveLoss):
     """neglog.clip_loss as a module, called as open_clip's ClipLoss."""
 
-    def __init__(self, *, options: Any = None, backend: str | None = None) -> None:
-        super().__init__(options=options, backend=backend)
+    def __init__(
+        self, *, group: Any = None, options: Any = None, backend: str | None = None
+    ) -> None:
+        super().__init__(group=group, options=options, backend=backend)
 
     def forward(
         self,
@@ -193,8 +195,10 @@ class CLIPLoss(_ContrastiveLoss):
 class SigLIPLoss(_ContrastiveLoss):
     """neglog.siglip_loss as a module, called as open_clip's SigLipLoss."""
 
-    def __init__(self, *, options: Any = None, backend: str | None = None) -> None:
-        super().__init__(options=options, backend=backend)
+    def __init__(
+        self, *, group: Any = None, options: Any = None, backend: str | None = None
+    ) -> None:
+        super().__init__(group=group, options=options, backend=backend)
 
     def forward(
         self,

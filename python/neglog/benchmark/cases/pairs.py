@@ -57,10 +57,11 @@ def truth_of(matrix: Matrix, picked: Tensor, columns: bool) -> tuple[float, Tens
 
 
 def embeddings(count: int, features: int, dtype: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Two normalised (count, features) whose rows belong together, but not closely."""
+    """Two normalised (count, features) whose rows belong together, but so loosely as early in
+    training: a loss near 0 would have no digits to verify."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(count, features, generator=generator)
-    second = first + 2 * torch.randn(count, features, generator=generator)
+    second = first + 6 * torch.randn(count, features, generator=generator)
     kind = getattr(torch, dtype)
     return F.normalize(first, dim=1).to(kind), F.normalize(second, dim=1).to(kind)
 
