@@ -68,8 +68,10 @@ def linear_by_blas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) 
 
 
 def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    for start in range(0, len(weight), COLUMNS):
-        part = slice(start, start + COLUMNS)
+    # The op makes its result in memory of its own, which is kept to that of 512 full rows.
+    columns = max(COLUMNS // 4, COLUMNS * 512 // max(1, len(x)))
+    for start in range(0, len(weight), columns):
+        part = slice(start, start + columns)
         out[:, part] = _onednn(x, weight[part], None if bias is None else bias[part])
 
 

@@ -49,9 +49,9 @@ library.define(
 
 # Scores up to this size need no maximum: e^40 and the sum of a billion of them are float32's.
 BOUNDED = {torch.float32: 40.0, torch.float64: 300.0}
-# Bytes of a tile, if the workspace allows it. 8 MB, which the last cache holds, are no faster, and
-# on a busy machine slower: each tile waits for all threads half a dozen times.
-TILE_BYTES = 32 << 20
+# Bytes of a tile, if the workspace allows it. Half of that, which the last cache holds, is no
+# faster, and slower on a busy machine: each tile waits for all threads half a dozen times.
+TILE_BYTES = 16 << 20
 WIDTH = 4096
 
 
