@@ -1,6 +1,6 @@
 """One step of clip_loss at a size whose similarities nobody could store; prints time and memory.
 
-    python bench/scale.py [rows] [features]     262144 x 64 by default: minutes on two cores
+python bench/scale.py [rows] [features]     262144 x 64 by default: minutes on two cores
 """
 
 import sys
