@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import islice
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import nn
 
 from neglog.benchmark.machine import PeakMemory
-from neglog.demo.gpt import GPT
-from neglog.demo.text import Data
+from neglog.demo.task import Features, Loss, Task
 
-BATCH = 16
-RATE = 2e-3
 WARMUP = 20
-NAMES = ("torch", "neglog")  # of the two runs
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 # Called after each step: its number from 1, its loss, seconds in the loss.
 Watch = Callable[[int, float, float], None]
 
@@ -29,12 +23,13 @@ Watch = Callable[[int, float, float], None]
 class Run(NamedTuple):
     """Per step: loss, seconds in the loss, seconds in all. extra: peak memory beyond the start."""
 
+    name: str
     losses: list[float]
     in_loss: list[float]
     in_step: list[float]
     extra: int | None
     perplexity: float
-    model: GPT
+    model: nn.Module
 
 
 def facts(run: Run) -> dict[str, float]:
@@ -44,54 +39,40 @@ def facts(run: Run) -> dict[str, float]:
 
 
 def largest_difference(first: Run, second: Run) -> float:
-    """Between the two curves, at the same step."""
-    return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=True))
+    """Between the two curves, at the same step, as far as both go."""
+    return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=False))
 
 
-def batches(tokens: Tensor, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random windows (batch, context) and the same one token on, without end."""
-    generator = torch.Generator().manual_seed(seed)
-    reach = torch.arange(context + 1)
-    while True:
-        start = torch.randint(len(tokens) - context, (BATCH, 1), generator=generator)
-        window = tokens[start + reach]
-        yield window[:, :-1], window[:, 1:]
-
-
-def loss_and_gradient(loss: Loss, logits: Tensor, target: Tensor) -> tuple[float, float]:
+def loss_and_gradient(loss: Loss, features: Features, batch: Any) -> tuple[float, float]:
     """The loss, and the seconds it and its gradient took; the model's own backward comes after.
 
-    The graph is cut at the logits, so that the clock sees all of the loss and none of the model.
+    The graph is cut at the features, so that the clock sees all of the loss, its head's matmuls
+    among it, and none of the model.
     """
-    leaf = logits.detach().flatten(0, 1).requires_grad_()
+    leaves = tuple(feature.detach().requires_grad_() for feature in features)
     start = perf_counter()
-    value = loss(leaf, target.flatten())
-    (gradient,) = torch.autograd.grad(value, leaf)
+    value = loss(leaves, batch)
+    gradients = torch.autograd.grad(value, leaves)
     seconds = perf_counter() - start
-    logits.backward(gradient.view_as(logits))
+    torch.autograd.backward(features, gradients)
     return value.item(), seconds
 
 
-@torch.no_grad()
-def perplexity(model: GPT, tokens: Tensor) -> float:
-    """exp of the mean loss per held-out token, by torch's own function whatever trained it."""
-    length = (len(tokens) - 1) // model.context * model.context
-    ids = tokens[:length].view(-1, model.context)
-    target = tokens[1 : length + 1].view(-1, model.context)
-    total = 0.0
-    for some, wanted in zip(ids.split(BATCH), target.split(BATCH), strict=True):
-        logits = model(some).flatten(0, 1)
-        total += F.cross_entropy(logits, wanted.flatten(), reduction="sum").item()
-    return math.exp(total / length)
+def seconds_in(loss: Loss, task: Task, model: nn.Module, seed: int, repeats: int = 5) -> float:
+    """The median time of a loss on the features of a model that is trained no further."""
+    batches = islice(task.batches(seed), 1 + repeats)  # the first pays for pages and pools
+    return median(
+        [loss_and_gradient(loss, task.features(model, batch), batch)[1] for batch in batches][1:]
+    )
 
 
 def train(
-    loss: Loss, data: Data, steps: int, seed: int, watch: Watch, deadline: float = math.inf
+    task: Task, name: str, steps: int, seed: int, watch: Watch, deadline: float = math.inf
 ) -> Run:
-    """Up to `steps` steps, none begun once `deadline` seconds have gone."""
+    """Up to `steps` steps by the loss `name`, none begun once `deadline` seconds have gone."""
     torch.manual_seed(seed)
-    model = GPT(len(data.tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.1)
+    model = task.model()
+    optimizer = torch.optim.AdamW(model.parameters(), task.rate, weight_decay=0.1, fused=True)
     # No decay towards the end: a run that the deadline stops is then no different until there.
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP, total_iters=WARMUP)
     losses: list[float] = []
@@ -99,10 +80,11 @@ def train(
     in_step: list[float] = []
     begun = perf_counter()
     with PeakMemory() as peak:
-        for ids, target in batches(data.train, model.context, seed):
+        for batch in task.batches(seed):
             start = perf_counter()
             optimizer.zero_grad()
-            value, seconds = loss_and_gradient(loss, model(ids), target)
+            features = task.features(model, batch)
+            value, seconds = loss_and_gradient(task.losses[name], features, batch)
             optimizer.step()
             warmup.step()
             losses.append(value)
@@ -111,4 +93,4 @@ def train(
             watch(len(losses), value, seconds)
             if len(losses) >= steps or perf_counter() - begun > deadline:
                 break
-    return Run(losses, in_loss, in_step, peak.extra, perplexity(model, data.held_out), model)
+    return Run(name, losses, in_loss, in_step, peak.extra, task.perplexity(model), model)
