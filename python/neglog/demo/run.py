@@ -99,8 +99,9 @@ def _conclude(screen: Console, task: Task, runs: tuple[Run, Run], seed: int) -> 
     )
     if task.by_hand is not None:
         name, loss = task.by_hand
-        milliseconds = seconds_in(loss, task, runs[1].model, seed) * 1e3
-        screen.print(f"For comparison, {name}: {milliseconds:.1f} ms.")
+        both = (loss, task.losses["neglog"])
+        hand, ours = (seconds_in(some, task, runs[1].model, seed) * 1e3 for some in both)
+        screen.print(f"One after the other, {name}: {hand:.1f} ms; neglog: {ours:.1f} ms.")
     screen.print(
         "[dim]Peak memory: the most the process held at once during the run, beyond what it held "
         "before (VmHWM, reset at its start)[/]"
