@@ -50,7 +50,7 @@ def test_a_task_trains_twice_alike_and_draws_and_fetches_nothing(task, tmp_path)
     assert [name for name, _ in losses] == ["torch", "neglog"]
     assert float(losses[0][1]) == pytest.approx(float(losses[1][1]), abs=2e-4)
     scores = re.findall(
-        r"^ *(?:torch|neglog) .* 3 +([\d.]+)$", told.stdout.replace(" \n", "\n"), re.M
+        r"^ *(?:torch|neglog) .* \d+\.\d+ +([\d.]+)$", told.stdout.replace(" \n", "\n"), re.M
     )
     assert len(scores) == 2
     assert float(scores[0]) == pytest.approx(float(scores[1]), rel=1e-4)
@@ -62,7 +62,7 @@ def test_a_task_trains_twice_alike_and_draws_and_fetches_nothing(task, tmp_path)
 @pytest.mark.parametrize("make", [clm.load, mlm.load], ids=TASKS)
 def test_curves_agree(make):
     task = make(quick=True)
-    runs = [train(task, name, 4, 1, lambda *_: None) for name in task.losses]
+    runs = train(task, 4, 1, lambda *_: None)
     assert [run.name for run in runs] == ["torch", "neglog"]
     assert len(set(runs[0].losses)) == 4  # it moves
     # Of losses near 10: a float32 there has steps of 1e-6.

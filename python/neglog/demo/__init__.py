@@ -1,7 +1,7 @@
 """The losses at work: a small model trained on real text, once by torch's loss, once by neglog's.
 
 task: what tasks have in common. clm, mlm: one task each. text, topics: the words. gpt, bert: the
-models. classify: fine-tuning. train: one run. run: the command. plot: the picture.
+models. classify: fine-tuning. train: two runs. run: the command. plot: the picture.
 """
 
 from __future__ import annotations

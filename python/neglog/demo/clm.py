@@ -39,7 +39,7 @@ class CausalLM(Task):
     """Batches are windows of token ids."""
 
     title = "A small GPT, trained twice: only the loss function differs"
-    steps = 300
+    steps = 200
     rate = 2e-3
     losses = {"torch": torch_loss, "neglog": neglog_loss}  # noqa: RUF012
 

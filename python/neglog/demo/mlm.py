@@ -83,7 +83,7 @@ class MaskedLanguageModel(Task):
     """Batches are windows of word pieces, some of them hidden."""
 
     title = "A small BERT, trained twice: only the loss function differs"
-    steps = 400
+    steps = 100
     rate = 7e-4
     losses = {"torch": torch_loss, "neglog": neglog_loss}  # noqa: RUF012
     by_hand = ("torch on the masked rows alone, gathered by hand", gathered_loss)

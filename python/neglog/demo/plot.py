@@ -16,7 +16,7 @@ def draw(task: Task, runs: tuple[Run, Run]) -> Any:
     """The figure of two runs."""
     figure = new_figure(
         PURPOSE, (11, 6.2), task.title,
-        f"{task.shape()}, same seed and batches; {processor()}",
+        f"{task.shape()}, same seed and batches, steps in turn; {processor()}",
     )  # fmt: skip
     grid = figure.add_gridspec(
         4, 2, left=0.07, right=0.97, top=0.8, bottom=0.09, width_ratios=(1.75, 1),
@@ -35,7 +35,7 @@ def draw(task: Task, runs: tuple[Run, Run]) -> Any:
     if len(extra) < len(runs):
         memory.set_axis_off()
     else:
-        bars(memory, "Peak memory of the run", names, extra, colors, "MB")
+        bars(memory, "Peak memory of a model in training", names, extra, colors, "MB")
     return figure
 
 
@@ -51,11 +51,11 @@ def _curves(axes: Any, runs: tuple[Run, Run]) -> None:
 
 
 def _label(run: Run) -> str:
-    return f"{run.name}: held-out perplexity {run.perplexity:,.1f} after {len(run.losses)} steps"
+    return f"{run.name}: held-out perplexity {run.perplexity:,.1f}"
 
 
 def _difference(axes: Any, runs: tuple[Run, Run]) -> None:
-    pairs = zip(runs[0].losses, runs[1].losses, strict=False)
+    pairs = zip(runs[0].losses, runs[1].losses, strict=True)
     gaps = [max(abs(a - b), 1e-9) for a, b in pairs]  # a logarithm has no place for equal ones
     axes.set_title(f"Difference of the curves: at most {largest_difference(*runs):.0e}")
     axes.fill_between(range(1, len(gaps) + 1), gaps, 1e-9, color=NEGLOG, alpha=0.25, linewidth=0)

@@ -1,4 +1,4 @@
-"""One training run, its loss timed apart from the model."""
+"""Two training runs in turn, their losses timed apart from the models."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from neglog.benchmark.machine import PeakMemory
 from neglog.demo.task import Features, Loss, Task
 
 WARMUP = 20
-# Called after each step: its number from 1, its loss, seconds in the loss.
-Watch = Callable[[int, float, float], None]
+# Called after each step: the run, the step's number from 1, its loss, seconds in the loss.
+Watch = Callable[[str, int, float, float], None]
 
 
 class Run(NamedTuple):
-    """Per step: loss, seconds in the loss, seconds in all. extra: peak memory beyond the start."""
+    """Per step: loss, seconds in the loss, seconds in all. extra: peak memory of two steps."""
 
     name: str
     losses: list[float]
@@ -39,8 +39,8 @@ def facts(run: Run) -> dict[str, float]:
 
 
 def largest_difference(first: Run, second: Run) -> float:
-    """Between the two curves, at the same step, as far as both go."""
-    return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=False))
+    """Between the two curves, at the same step."""
+    return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=True))
 
 
 def loss_and_gradient(loss: Loss, features: Features, batch: Any) -> tuple[float, float]:
@@ -66,31 +66,69 @@ def seconds_in(loss: Loss, task: Task, model: nn.Module, seed: int, repeats: int
     )
 
 
-def train(
-    task: Task, name: str, steps: int, seed: int, watch: Watch, deadline: float = math.inf
-) -> Run:
-    """Up to `steps` steps by the loss `name`, none begun once `deadline` seconds have gone."""
-    torch.manual_seed(seed)
-    model = task.model()
-    optimizer = torch.optim.AdamW(model.parameters(), task.rate, weight_decay=0.1, fused=True)
-    # No decay towards the end: a run that the deadline stops is then no different until there.
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP, total_iters=WARMUP)
-    losses: list[float] = []
-    in_loss: list[float] = []
-    in_step: list[float] = []
-    begun = perf_counter()
+class Training:
+    """A model on its way, by the loss `name` of the task."""
+
+    def __init__(self, task: Task, name: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.task, self.name, self.model = task, name, task.model()
+        self.batches = task.batches(seed)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), task.rate, weight_decay=0.1, fused=True
+        )
+        # No decay towards the end: where the deadline stops it then makes no other curve.
+        self.warmup = torch.optim.lr_scheduler.LinearLR(
+            self.optimizer, 1 / WARMUP, total_iters=WARMUP
+        )
+        self.losses: list[float] = []
+        self.in_loss: list[float] = []
+        self.in_step: list[float] = []
+
+    def step(self) -> None:
+        """One batch."""
+        batch = next(self.batches)
+        start = perf_counter()
+        self.optimizer.zero_grad()
+        features = self.task.features(self.model, batch)
+        value, seconds = loss_and_gradient(self.task.losses[self.name], features, batch)
+        self.optimizer.step()
+        self.warmup.step()
+        self.losses.append(value)
+        self.in_loss.append(seconds)
+        self.in_step.append(perf_counter() - start)
+
+
+def peak_memory(task: Task, name: str, seed: int) -> int | None:
+    """Of a model's first two steps, the optimizer's state among it; the model is dropped again."""
     with PeakMemory() as peak:
-        for batch in task.batches(seed):
-            start = perf_counter()
-            optimizer.zero_grad()
-            features = task.features(model, batch)
-            value, seconds = loss_and_gradient(task.losses[name], features, batch)
-            optimizer.step()
-            warmup.step()
-            losses.append(value)
-            in_loss.append(seconds)
-            in_step.append(perf_counter() - start)
-            watch(len(losses), value, seconds)
-            if len(losses) >= steps or perf_counter() - begun > deadline:
-                break
-    return Run(name, losses, in_loss, in_step, peak.extra, task.perplexity(model), model)
+        training = Training(task, name, seed)
+        training.step()
+        training.step()
+    return peak.extra
+
+
+def train(
+    task: Task, steps: int, seed: int, watch: Watch, deadline: float = math.inf
+) -> tuple[Run, Run]:
+    """Up to `steps` steps of each loss, none begun once `deadline` seconds have gone.
+
+    In turn, step by step: what else the machine does meanwhile, it does to both.
+    """
+    # The first steps of a process pay for threads, pools and loading, and memory is no one's alone.
+    for name in task.losses:
+        seconds_in(task.losses[name], task, task.model(), seed, 1)
+    extra = [peak_memory(task, name, seed) for name in task.losses]
+    trainings = [Training(task, name, seed) for name in task.losses]
+    begun = perf_counter()
+    for step in range(1, steps + 1):
+        for training in trainings:
+            training.step()
+            watch(training.name, step, training.losses[-1], training.in_loss[-1])
+        if perf_counter() - begun > deadline:
+            break
+    first, second = (
+        Run(made.name, made.losses, made.in_loss, made.in_step, memory,
+            task.perplexity(made.model), made.model)
+        for made, memory in zip(trainings, extra, strict=True)
+    )  # fmt: skip
+    return first, second
