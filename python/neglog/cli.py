@@ -134,7 +134,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="info | demo | bench", required=True)
     told = commands.add_parser("info", help="what is loaded, and why")
     told.set_defaults(run=info)
-    shown = commands.add_parser("demo", help="train a small GPT with torch's loss and with neglog")
+    shown = commands.add_parser(
+        "demo", help="train a small model with torch's loss and with neglog"
+    )
     add_demo(shown)
     shown.set_defaults(run=_demo)
     measured = commands.add_parser("bench", help="verify, then time, implementations of one op")

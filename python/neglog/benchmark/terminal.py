@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 100
 
 
-def need(name: str, purpose: str) -> ModuleType:
-    """The module `name`; if it is not installed, a refusal that says how to install it."""
+def need(name: str, purpose: str, extra: str = "demo") -> ModuleType:
+    """The module `name`; if it is not installed, a refusal that says which extra brings it."""
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise Refusal(f"{purpose} needs {package}: pip install 'neglog[demo]'") from error
+        raise Refusal(f"{purpose} needs {package}: pip install 'neglog[{extra}]'") from error
 
 
 def console(purpose: str) -> Console:

@@ -1,6 +1,7 @@
 """The losses at work: a small model trained on real text, once by torch's loss, once by neglog's.
 
-text: the words. gpt: the model. train: one run. run: the command. plot: the picture.
+task: what tasks have in common. clm, mlm: one task each. text, topics: the words. gpt, bert: the
+models. classify: fine-tuning. train: two runs. run: the command. plot: the picture.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import argparse
 
 from neglog.benchmark.run import positive
 
-# Each objective that can be shown, and the function that draws its batches (in train.py).
-TASKS = {"clm": "causal language model: the next token, maximum likelihood"}
-STEPS = 160
+# Each objective that can be shown; the module of that name has `load`, which gives its Task.
+TASKS = {
+    "clm": "causal language model: the next token, maximum likelihood",
+    "mlm": "masked language model: BERT's hidden tokens, then a classifier made of its encoder",
+}
 QUICK_STEPS = 8
 
 
@@ -20,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = "; ".join(f"{name}: {what}" for name, what in TASKS.items())
     parser.add_argument("--task", choices=tuple(TASKS), default="clm", help=tasks)
     parser.add_argument("--steps", type=positive, metavar="N",
-                        help=f"of each run ({STEPS}, fewer on a slow machine)")  # fmt: skip
+                        help="of each run (the task's own, fewer on a slow machine)")  # fmt: skip
     parser.add_argument("--out", default="demo.png", metavar="FILE", help="the picture (demo.png)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, to see it run")

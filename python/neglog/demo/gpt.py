@@ -46,10 +46,14 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.apply(_initialise)
 
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids (batch, time) -> what the head multiplies, (batch, time, width)."""
+        x = self.token(ids) + self.position[: ids.shape[1]]
+        return self.norm(self.blocks(x))
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids (batch, time) -> logits (batch, time, vocab)."""
-        x = self.token(ids) + self.position[: ids.shape[1]]
-        return F.linear(self.norm(self.blocks(x)), self.token.weight)
+        return F.linear(self.hidden(ids), self.token.weight)
 
     @torch.no_grad()
     def generate(

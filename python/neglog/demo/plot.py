@@ -6,18 +6,17 @@ from typing import Any
 
 from neglog.benchmark.figure import INK, MUTED, NEGLOG, TORCH, bars, new_figure
 from neglog.benchmark.machine import processor
-from neglog.demo.train import NAMES, Run, facts, largest_difference
+from neglog.demo.task import Task
+from neglog.demo.train import Run, facts, largest_difference
 
 PURPOSE = "demo"
 
 
-def draw(torch_run: Run, neglog_run: Run, vocab: int) -> Any:
+def draw(task: Task, runs: tuple[Run, Run]) -> Any:
     """The figure of two runs."""
-    runs = (torch_run, neglog_run)
-    steps = len(torch_run.losses)
     figure = new_figure(
-        PURPOSE, (11, 6.2), "A small GPT, trained twice: only the loss function differs",
-        f"next token, vocabulary {vocab:,}, {steps} steps, same seed and batches; {processor()}",
+        PURPOSE, (11, 6.2), task.title,
+        f"{task.shape()}, same seed and batches, steps in turn; {processor()}",
     )  # fmt: skip
     grid = figure.add_gridspec(
         4, 2, left=0.07, right=0.97, top=0.8, bottom=0.09, width_ratios=(1.75, 1),
@@ -27,32 +26,32 @@ def draw(torch_run: Run, neglog_run: Run, vocab: int) -> Any:
     _curves(curves, runs)
     _difference(figure.add_subplot(grid[3, 0], sharex=curves), runs)
     told = [facts(run) for run in runs]
-    colors = [TORCH, NEGLOG]
+    names, colors = [run.name for run in runs], [TORCH, NEGLOG]
     times = figure.add_subplot(grid[:2, 1])
-    bars(times, "In the loss, each step", list(NAMES), [f["loss_ms"] for f in told], colors, "ms")
+    bars(times, "In the loss, each step", names, [f["loss_ms"] for f in told], colors, "ms")
     _shares(times, told)
     memory = figure.add_subplot(grid[2:, 1])
-    if torch_run.extra is None or neglog_run.extra is None:
+    extra = [run.extra / 1e6 for run in runs if run.extra is not None]
+    if len(extra) < len(runs):
         memory.set_axis_off()
     else:
-        extra = [(run.extra or 0) / 1e6 for run in runs]
-        bars(memory, "Peak memory of the run", list(NAMES), extra, colors, "MB")
+        bars(memory, "Peak memory of a model in training", names, extra, colors, "MB")
     return figure
 
 
 def _curves(axes: Any, runs: tuple[Run, Run]) -> None:
-    steps = range(1, len(runs[0].losses) + 1)
     axes.set_title("Training loss")
-    axes.plot(steps, runs[0].losses, color=TORCH, linewidth=5, alpha=0.55, label=_label(0, runs))
-    axes.plot(steps, runs[1].losses, color=NEGLOG, linewidth=1.3, label=_label(1, runs))
+    looks = ({"color": TORCH, "linewidth": 5, "alpha": 0.55}, {"color": NEGLOG, "linewidth": 1.3})
+    for run, look in zip(runs, looks, strict=True):
+        axes.plot(range(1, len(run.losses) + 1), run.losses, label=_label(run), **look)
     axes.grid(axis="y")
     axes.tick_params(labelbottom=False)
     axes.spines["left"].set_visible(False)
     axes.legend(loc="upper right", labelcolor=INK)
 
 
-def _label(index: int, runs: tuple[Run, Run]) -> str:
-    return f"{NAMES[index]}: held-out perplexity {runs[index].perplexity:,.1f}"
+def _label(run: Run) -> str:
+    return f"{run.name}: held-out perplexity {run.perplexity:,.1f}"
 
 
 def _difference(axes: Any, runs: tuple[Run, Run]) -> None:

@@ -23,15 +23,15 @@ HELD_OUT = 0.1
 SPELLED = 0.05
 
 
-def corpus() -> str:
+def topics() -> dict[str, str]:
     """The reference documentation behind Python's help(), about 470,000 characters."""
     try:
-        from pydoc_data.topics import topics
+        from pydoc_data import topics as shipped
     except ImportError as error:
         raise Refusal(
             "demo reads pydoc_data.topics, which this Python was installed without"
         ) from error
-    return "\n\n".join(topics.values())
+    return shipped.topics
 
 
 class Tokenizer:
@@ -85,9 +85,15 @@ class Data(NamedTuple):
 
 def load() -> Data:
     """The text, split and tokenized; the vocabulary knows the training part only."""
-    text = corpus()
+    text = "\n\n".join(topics().values())
     split = int(len(text) * (1 - HELD_OUT))
     tokenizer = Tokenizer(text[:split])
     train = tokenizer.encode(text[:split], SPELLED)
     held_out = tokenizer.encode(text[split:])
     return Data(tokenizer, torch.tensor(train), torch.tensor(held_out))
+
+
+def windows(tokens: Tensor, length: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random ones, (count, length)."""
+    start = torch.randint(len(tokens) - length + 1, (count, 1), generator=generator)
+    return tokens[start + torch.arange(length)]

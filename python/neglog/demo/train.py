@@ -1,40 +1,35 @@
-"""One training run, its loss timed apart from the model."""
+"""Two training runs in turn, their losses timed apart from the models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import islice
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import nn
 
 from neglog.benchmark.machine import PeakMemory
-from neglog.demo.gpt import GPT
-from neglog.demo.text import Data
+from neglog.demo.task import Features, Loss, Task
 
-BATCH = 16
-RATE = 2e-3
 WARMUP = 20
-NAMES = ("torch", "neglog")  # of the two runs
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-# Called after each step: its number from 1, its loss, seconds in the loss.
-Watch = Callable[[int, float, float], None]
+# Called after each step: the run, the step's number from 1, its loss, seconds in the loss.
+Watch = Callable[[str, int, float, float], None]
 
 
 class Run(NamedTuple):
-    """Per step: loss, seconds in the loss, seconds in all. extra: peak memory beyond the start."""
+    """Per step: loss, seconds in the loss, seconds in all. extra: peak memory of two steps."""
 
+    name: str
     losses: list[float]
     in_loss: list[float]
     in_step: list[float]
     extra: int | None
     perplexity: float
-    model: GPT
+    model: nn.Module
 
 
 def facts(run: Run) -> dict[str, float]:
@@ -48,67 +43,92 @@ def largest_difference(first: Run, second: Run) -> float:
     return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=True))
 
 
-def batches(tokens: Tensor, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random windows (batch, context) and the same one token on, without end."""
-    generator = torch.Generator().manual_seed(seed)
-    reach = torch.arange(context + 1)
-    while True:
-        start = torch.randint(len(tokens) - context, (BATCH, 1), generator=generator)
-        window = tokens[start + reach]
-        yield window[:, :-1], window[:, 1:]
-
-
-def loss_and_gradient(loss: Loss, logits: Tensor, target: Tensor) -> tuple[float, float]:
+def loss_and_gradient(loss: Loss, features: Features, batch: Any) -> tuple[float, float]:
     """The loss, and the seconds it and its gradient took; the model's own backward comes after.
 
-    The graph is cut at the logits, so that the clock sees all of the loss and none of the model.
+    The graph is cut at the features, so that the clock sees all of the loss, its head's matmuls
+    among it, and none of the model.
     """
-    leaf = logits.detach().flatten(0, 1).requires_grad_()
+    leaves = tuple(feature.detach().requires_grad_() for feature in features)
     start = perf_counter()
-    value = loss(leaf, target.flatten())
-    (gradient,) = torch.autograd.grad(value, leaf)
+    value = loss(leaves, batch)
+    gradients = torch.autograd.grad(value, leaves)
     seconds = perf_counter() - start
-    logits.backward(gradient.view_as(logits))
+    torch.autograd.backward(features, gradients)
     return value.item(), seconds
 
 
-@torch.no_grad()
-def perplexity(model: GPT, tokens: Tensor) -> float:
-    """exp of the mean loss per held-out token, by torch's own function whatever trained it."""
-    length = (len(tokens) - 1) // model.context * model.context
-    ids = tokens[:length].view(-1, model.context)
-    target = tokens[1 : length + 1].view(-1, model.context)
-    total = 0.0
-    for some, wanted in zip(ids.split(BATCH), target.split(BATCH), strict=True):
-        logits = model(some).flatten(0, 1)
-        total += F.cross_entropy(logits, wanted.flatten(), reduction="sum").item()
-    return math.exp(total / length)
+def seconds_in(loss: Loss, task: Task, model: nn.Module, seed: int, repeats: int = 5) -> float:
+    """The median time of a loss on the features of a model that is trained no further."""
+    batches = islice(task.batches(seed), 1 + repeats)  # the first pays for pages and pools
+    return median(
+        [loss_and_gradient(loss, task.features(model, batch), batch)[1] for batch in batches][1:]
+    )
+
+
+class Training:
+    """A model on its way, by the loss `name` of the task."""
+
+    def __init__(self, task: Task, name: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.task, self.name, self.model = task, name, task.model()
+        self.batches = task.batches(seed)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), task.rate, weight_decay=0.1, fused=True
+        )
+        # No decay towards the end: where the deadline stops it then makes no other curve.
+        self.warmup = torch.optim.lr_scheduler.LinearLR(
+            self.optimizer, 1 / WARMUP, total_iters=WARMUP
+        )
+        self.losses: list[float] = []
+        self.in_loss: list[float] = []
+        self.in_step: list[float] = []
+
+    def step(self) -> None:
+        """One batch."""
+        batch = next(self.batches)
+        start = perf_counter()
+        self.optimizer.zero_grad()
+        features = self.task.features(self.model, batch)
+        value, seconds = loss_and_gradient(self.task.losses[self.name], features, batch)
+        self.optimizer.step()
+        self.warmup.step()
+        self.losses.append(value)
+        self.in_loss.append(seconds)
+        self.in_step.append(perf_counter() - start)
+
+
+def peak_memory(task: Task, name: str, seed: int) -> int | None:
+    """Of a model's first two steps, the optimizer's state among it; the model is dropped again."""
+    with PeakMemory() as peak:
+        training = Training(task, name, seed)
+        training.step()
+        training.step()
+    return peak.extra
 
 
 def train(
-    loss: Loss, data: Data, steps: int, seed: int, watch: Watch, deadline: float = math.inf
-) -> Run:
-    """Up to `steps` steps, none begun once `deadline` seconds have gone."""
-    torch.manual_seed(seed)
-    model = GPT(len(data.tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.1)
-    # No decay towards the end: a run that the deadline stops is then no different until there.
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP, total_iters=WARMUP)
-    losses: list[float] = []
-    in_loss: list[float] = []
-    in_step: list[float] = []
+    task: Task, steps: int, seed: int, watch: Watch, deadline: float = math.inf
+) -> tuple[Run, Run]:
+    """Up to `steps` steps of each loss, none begun once `deadline` seconds have gone.
+
+    In turn, step by step: what else the machine does meanwhile, it does to both.
+    """
+    # The first steps of a process pay for threads, pools and loading, and memory is no one's alone.
+    for name in task.losses:
+        seconds_in(task.losses[name], task, task.model(), seed, 1)
+    extra = [peak_memory(task, name, seed) for name in task.losses]
+    trainings = [Training(task, name, seed) for name in task.losses]
     begun = perf_counter()
-    with PeakMemory() as peak:
-        for ids, target in batches(data.train, model.context, seed):
-            start = perf_counter()
-            optimizer.zero_grad()
-            value, seconds = loss_and_gradient(loss, model(ids), target)
-            optimizer.step()
-            warmup.step()
-            losses.append(value)
-            in_loss.append(seconds)
-            in_step.append(perf_counter() - start)
-            watch(len(losses), value, seconds)
-            if len(losses) >= steps or perf_counter() - begun > deadline:
-                break
-    return Run(losses, in_loss, in_step, peak.extra, perplexity(model, data.held_out), model)
+    for step in range(1, steps + 1):
+        for training in trainings:
+            training.step()
+            watch(training.name, step, training.losses[-1], training.in_loss[-1])
+        if perf_counter() - begun > deadline:
+            break
+    first, second = (
+        Run(made.name, made.losses, made.in_loss, made.in_step, memory,
+            task.perplexity(made.model), made.model)
+        for made, memory in zip(trainings, extra, strict=True)
+    )  # fmt: skip
+    return first, second

@@ -1,0 +1,54 @@
+"""What a task brings: a model, batches, and its loss twice. All else is the same for every task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+# What the loss is a function of and passes a gradient to: activations, and parameters of the head.
+Features = tuple[Tensor, ...]
+# Of the features and the batch that they were made from.
+Loss = Callable[[Features, Any], Tensor]
+Tell = Callable[[str], None]
+
+
+class Task(ABC):
+    """One objective. Its two losses are the same number; only their makers differ."""
+
+    title: str  # the picture's
+    steps: int
+    rate: float
+    losses: Mapping[str, Loss]  # "torch" and "neglog", in this order
+    # A third way to the same loss, and what to call it: timed after the runs, trained with by none.
+    by_hand: tuple[str, Loss] | None = None
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The data, in a line."""
+
+    @abstractmethod
+    def shape(self) -> str:
+        """What is predicted out of how many, for the picture's second line."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A new one, by torch's global generator."""
+
+    @abstractmethod
+    def batches(self, seed: int) -> Iterator[Any]:
+        """Without end; the same for the same seed."""
+
+    @abstractmethod
+    def features(self, model: nn.Module, batch: Any) -> Features:
+        """What the losses take, still attached to the model."""
+
+    @abstractmethod
+    def perplexity(self, model: nn.Module) -> float:
+        """Of held-out text, by torch's own function whatever trained the model."""
+
+    @abstractmethod
+    def epilogue(self, model: nn.Module, seed: int, tell: Tell) -> None:
+        """What the trained model is good for."""
