@@ -133,16 +133,19 @@ def with_stats(loss: Tensor, pairs: Pairs, lse: Tensor, score: Tensor) -> LossSt
 
     Another walk over the similarities, some rows at a time, in torch's own functions.
     """
-    apart = pairs.positive is None
     budget = min(TILE_BYTES, pairs.workspace)
     height = tiling.rows_per_tile(len(score), len(pairs.key) * lse.itemsize, budget)
     found = []
     with torch.no_grad():
         for rows in tiling.row_tiles(len(score), height):
-            z = composite.scores(pairs.rows(rows))[1]
-            if apart:
-                z = torch.cat([score[rows, None], z], 1)
-            found.append(correct_and_entropy(score[rows], z))
+            part = pairs.rows(rows)
+            plain, z = composite.scores(part)
+            if part.positive is None:
+                own = score[rows]
+                z = torch.cat([own[:, None], z], 1)
+            else:  # from this product: another may round differently, and would seem to be beaten
+                own = plain.gather(1, part.positive[:, None]).squeeze(1)
+            found.append(correct_and_entropy(own, z))
     correct, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
     return LossStats(loss, lse, correct, entropy)
 

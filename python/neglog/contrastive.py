@@ -333,7 +333,7 @@ def _check_negatives(
         check_embeddings(query=query, negative_keys=negative_keys)
     elif not isinstance(negative_keys, Tensor):
         raise TypeError(f"negative_keys: expected a Tensor, got {type(negative_keys).__name__}")
-    elif negative_keys.dim() != 3 or len(negative_keys) != len(query):
+    elif negative_keys.dim() != 3 or negative_keys.shape[::2] != query.shape:
         raise RuntimeError(
             f"negative_keys: expected shape ({len(query)}, M, {query.shape[1]}) for 'paired', "
             f"got {list(negative_keys.shape)}"
@@ -369,10 +369,12 @@ def _bias(weight: float | Tensor, plain: int, weighted: int, scale: Tensor) -> T
 
 def _mean_score_of_mates(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's mean similarity to its label mates, by sums over labels, and their number."""
-    _, of_row, counts = labels.unique(return_inverse=True, return_counts=True)
+    # A label's number is its first place in their order. torch.unique, whose result's size depends
+    # on the values, would break a graph that is being compiled.
+    of_row = torch.searchsorted(labels.sort().values, labels)
     z = z.to(real_dtype(z.dtype))
-    sums = z.new_zeros(len(counts), z.shape[1]).index_add(0, of_row, z)
-    mates = counts[of_row] - 1
+    sums = torch.zeros_like(z).index_add(0, of_row, z)
+    mates = torch.zeros_like(of_row).index_add(0, of_row, torch.ones_like(of_row))[of_row] - 1
     return dots(z, sums[of_row] - z) / mates.clamp(min=1), mates
 
 
@@ -499,7 +501,7 @@ def _of_own_negatives(
     dispatch.ran("infonce", "torch")
     similarity = torch.bmm(negatives, query.unsqueeze(2)).squeeze(2).to(scale.dtype)
     of_row = scale[:, None] if scale.dim() else scale
-    others = similarity * of_row + weight
+    others = similarity * of_row + torch.as_tensor(weight, dtype=scale.dtype, device=scale.device)
     scores = torch.cat([(dots(query, key) * scale)[:, None], others], 1)
     target = torch.zeros(len(query), dtype=torch.int64, device=query.device)
     loss = F.cross_entropy(scores, target, reduction="none", label_smoothing=smoothing)

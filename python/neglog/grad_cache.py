@@ -62,7 +62,7 @@ def cached_step(
         for encoder, given in zip(encoders, inputs, strict=True)
         for part in _split(given, chunk_size)
     ]
-    counts = [-(-_rows(given) // chunk_size) for given in inputs]
+    counts = [max(1, -(-_rows(given) // chunk_size)) for given in inputs]
     embeddings = _joined([chunk.first() for chunk in chunks], counts)
     value = loss(*embeddings)
     backward(value)
@@ -159,7 +159,7 @@ def _split(given: Any, size: int) -> list[Any]:
     if any(tensor.dim() < 1 or len(tensor) != rows for tensor in _tensors(given)):
         shapes = [list(tensor.shape) for tensor in _tensors(given)]
         raise ValueError(f"inputs: expected tensors with one number of rows, got shapes {shapes}")
-    return [_part(given, slice(start, start + size)) for start in range(0, rows, size)]
+    return [_part(given, slice(start, start + size)) for start in range(0, max(1, rows), size)]
 
 
 def _part(given: Any, rows: slice) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import os
 from collections.abc import Iterator
 
@@ -15,7 +17,7 @@ ROWS = 64
 def workspace_bytes(megabytes: float | None = None, default: float = DEFAULT_WORKSPACE_MB) -> int:
     """The budget for logits: the argument, else NEGLOG_WORKSPACE_MB, else the default.
 
-    Raises ValueError if it is not a number above 0.
+    Raises TypeError or ValueError if it is not a number above 0.
     """
     source, value = "workspace_mb", megabytes
     if value is None:
@@ -24,7 +26,9 @@ def workspace_bytes(megabytes: float | None = None, default: float = DEFAULT_WOR
             value = float(text) if text else default
         except ValueError:
             raise ValueError(f"{source}: expected a number above 0, got {text!r}") from None
-    if not value > 0:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{source}: expected a number above 0, got {type(value).__name__}")
+    if not 0 < value < math.inf:
         raise ValueError(f"{source}: expected a number above 0, got {value}")
     return int(value * (1 << 20))
 

@@ -299,6 +299,7 @@ class Sums:
         self.by_row = new_memory(pairs.query.shape if by_row else (0,), real)
         self.by_column = new_memory(pairs.key.shape if by_column else (0,), real)
         self._scaled = pairs.scale.dim() == 1  # a scale of its own: the sum must hold it
+        self._has_rows = by_row
         if pairs.symmetric:
             self.by_row.zero_()
 
@@ -316,10 +317,12 @@ class Sums:
                 x = (x * pairs.scale[rows, None]).to(x.dtype)
             matmul.add_outer(gradient, x, self.by_column[columns], rows.start == 0)
 
-    def finished(self, wanted: list[bool], size: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and scale; empty where not wanted."""
+    def finished(
+        self, wanted: list[bool], size: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query and key in `dtype`, and of scale; empty where not wanted."""
         pairs = self.pairs
-        query, key, scale = (pairs.query.new_empty(0) for _ in range(3))
+        query, key, scale = (pairs.scale.new_empty(0) for _ in range(3))
         if wanted[2]:
             scale = self._of_scale().mul_(size)
         if wanted[0]:
@@ -327,12 +330,12 @@ class Sums:
             query = self.by_row.mul_(factor[:, None] if self._scaled else factor)
         if wanted[1]:
             key = self.by_column.mul_(size if self._scaled else pairs.scale * size)
-        return query.to(pairs.query.dtype), key.to(pairs.query.dtype), scale
+        return query.to(dtype), key.to(dtype), scale
 
     def _of_scale(self) -> Tensor:
         """sum_j dscore_ij <query_i, key_j> is <query_i, sum_j dscore_ij key_j>: no tile needed."""
         pairs = self.pairs
-        if not self.by_row.numel():
+        if not self._has_rows:
             return _dot_rows(pairs.key, self.by_column).sum()
         by_row = _dot_rows(pairs.query, self.by_row)
         if self._scaled:
@@ -355,7 +358,7 @@ def _infonce_backward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     if not pairs.query.numel() or not pairs.key.numel():
         sums.by_row.zero_()
         sums.by_column.zero_()
-        return sums.finished(wanted, up.size)
+        return sums.finished(wanted, up.size, pairs.query.dtype)
     bounded, threads = pairs.bounded(), allowed(torch.get_num_threads())
     workspace = Workspace(pairs, None)
     for down, across in pairs.tiles():
@@ -370,7 +373,7 @@ def _infonce_backward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
             address(up.score, down.start), gradient.data_ptr(), gradient.stride(0), threads,
         )  # fmt: skip
         sums.add(gradient, down, across)
-    return sums.finished(wanted, up.size)
+    return sums.finished(wanted, up.size, pairs.query.dtype)
 
 
 library.impl("infonce", _infonce_cpu, "CPU")
@@ -404,6 +407,6 @@ def _infonce_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     likes = (pairs.query, pairs.key, pairs.scale)
     dtypes = (pairs.query.dtype, pairs.query.dtype, pairs.real)
     return tuple(
-        pairs.query.new_empty(like.shape if want else 0, dtype=dtype if want else None)
+        pairs.query.new_empty(like.shape if want else 0, dtype=dtype)
         for like, want, dtype in zip(likes, wanted, dtypes, strict=True)
     )

@@ -1,7 +1,8 @@
 """siglip: the sum over all pairs of -log sigmoid(+-score), whose scores never lie in memory whole.
 
 neglog::siglip            the loss and, where wanted, its gradients, formed tile by tile
-neglog::siglip_backward   those gradients times the upstream; itself differentiable
+neglog::siglip_backward   those gradients times the upstream, in the inputs' dtypes; itself
+                          differentiable
 
 Shapes: query (N, D), key (M, D); scale and bias () in the accumulation dtype; positive (N,) int64,
 the column of each row's positive. Returned: loss () and gradients of query, key, scale and bias,
@@ -65,15 +66,15 @@ def _siglip_cpu(query, key, scale, bias, positive, workspace, backend, wanted):
     if not len(query) or not len(key):
         sums.by_row.zero_()
         sums.by_column.zero_()
-    formed = sums.finished([*wanted[:3]], 1.0)
-    of_bias = grad_bias.sum().to(pairs.real) if wanted[3] else query.new_empty(0)
-    return loss.sum().to(pairs.real), *formed, of_bias
+    formed = sums.finished([*wanted[:3]], 1.0, pairs.real)
+    of_bias = grad_bias.sum() if wanted[3] else grad_bias.new_empty(0)
+    return loss.sum().to(pairs.real), *formed, of_bias.to(pairs.real)
 
 
 def _siglip_backward_cpu(grad, query, key, scale, bias, positive, *formed):
     return tuple(
-        torch.mul(kept, grad.to(kept.dtype), out=new_memory(kept.shape, kept.dtype))
-        for kept in formed
+        torch.mul(kept, grad, out=new_memory(kept.shape, x.dtype))
+        for kept, x in zip(formed, (query, key, scale, bias), strict=True)
     )
 
 
@@ -84,19 +85,21 @@ library.impl("siglip_backward", _siglip_backward_cpu, "CPU")
 @torch.library.register_fake("neglog::siglip", lib=library)
 def _siglip_fake(query, key, scale, bias, positive, workspace, backend, wanted):
     real = real_dtype(query.dtype)
-    likes = ((query, query.dtype), (key, query.dtype), (scale, real), (bias, real))
     return (
         query.new_empty((), dtype=real),
         *(
-            query.new_empty(like.shape if want else 0, dtype=dtype if want else None)
-            for (like, dtype), want in zip(likes, wanted, strict=True)
+            query.new_empty(like.shape if want else 0, dtype=real)
+            for like, want in zip((query, key, scale, bias), wanted, strict=True)
         ),
     )
 
 
 @torch.library.register_fake("neglog::siglip_backward", lib=library)
 def _siglip_backward_fake(grad, query, key, scale, bias, positive, *formed):
-    return tuple(torch.empty_like(kept) for kept in formed)
+    likes = (query, key, scale, bias)
+    return tuple(
+        torch.empty_like(kept, dtype=x.dtype) for kept, x in zip(formed, likes, strict=True)
+    )
 
 
 # Autograd
@@ -105,7 +108,8 @@ def _siglip_backward_fake(grad, query, key, scale, bias, positive, *formed):
 def composite(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, positive: Tensor) -> Tensor:
     """The loss in torch's own functions, with the scores in memory."""
     scores = (query @ key.t()).to(scale.dtype) * scale + bias
-    sign = 2.0 * F.one_hot(positive, len(key)).to(scale.dtype) - 1.0
+    own = torch.arange(len(key), device=key.device) == positive[:, None]
+    sign = 2.0 * own.to(scale.dtype) - 1.0
     return -F.logsigmoid(sign * scores).sum()
 
 
