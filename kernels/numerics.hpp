@@ -375,7 +375,8 @@ inline void block_maximum_of_columns(const T* z, ptrdiff_t n, T* maximum) {
     for (ptrdiff_t j = 0; j < n; ++j) maximum[j] = z[j] > maximum[j] ? z[j] : maximum[j];
 }
 
-// One exp for both sums: right where no score is so far from 0 that e^z leaves the range of T.
+// One exp for both sums: right where no score is so far from 0 that e^z leaves the range of T. The
+// row's in 64 partial sums for the sake of its 1 - p, as in block_exp_sum.
 template <class T>
 inline double block_exp_sum_both(const T* z, ptrdiff_t n, T* column_sum) {
     constexpr int lanes = 64;
@@ -389,10 +390,12 @@ inline double block_exp_sum_both(const T* z, ptrdiff_t n, T* column_sum) {
             column_sum[j + i] += e;
         }
     }
-    for (; j < n; ++j) {
-        const T e = exp_nonpositive(z[j]);
-        sums[0] += e;
-        column_sum[j] += e;
+    const int rest = int(n - j);
+#pragma omp simd
+    for (int i = 0; i < rest; ++i) {
+        const T e = exp_nonpositive(z[j + i]);
+        sums[i] += e;
+        column_sum[j + i] += e;
     }
     return block_sum(sums, lanes);
 }

@@ -60,7 +60,10 @@ def block_finite_shift(maximum, n):
 
 @njit(**FUSED)
 def block_exp_sum_both(z, n, column_sum):
-    """One exp for both sums: right where no score is so far from 0 that e^z leaves the range."""
+    """One exp for both sums: right where no score is so far from 0 that e^z leaves the range.
+
+    The row's in 64 partial sums for the sake of its 1 - p, as in block_exp_sum.
+    """
     sums = block_buffer(z)
     block_fill(sums, LANES, real(0, z))
     whole = n // LANES * LANES
@@ -69,10 +72,10 @@ def block_exp_sum_both(z, n, column_sum):
             e = exp_nonpositive(z[j + i])
             sums[i] += e
             column_sum[j + i] += e
-    for j in range(whole, n):
-        e = exp_nonpositive(z[j])
-        sums[0] += e
-        column_sum[j] += e
+    for i in range(n - whole):
+        e = exp_nonpositive(z[whole + i])
+        sums[i] += e
+        column_sum[whole + i] += e
     return block_sum(sums, LANES)
 
 

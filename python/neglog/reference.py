@@ -123,7 +123,7 @@ def nll(
 
 
 class Pairs(NamedTuple):
-    """What `pairs` returns: by row (N,), by column column_lse (M,), by pair the gradients (N, M)."""
+    """What `pairs` returns: column_lse is (M,), the two gradients (N, M), the others (N,)."""
 
     row_lse: Array
     column_lse: Array
