@@ -440,17 +440,21 @@ inline T softplus(T z, T& sigmoid) {
     return (z < 0 ? T(0) : z) + log1p_exp(e);
 }
 
-// The sum of softplus(z); out = scale sigmoid(z).
+// The sum of softplus(z), in partial sums as block_exp_sum; out = scale sigmoid(z).
 template <class T>
 inline double block_softplus(const T* z, ptrdiff_t n, T scale, T* out) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (ptrdiff_t j = 0; j < n; ++j) {
-        T sigmoid;
-        sum += softplus(z[j], sigmoid);
-        out[j] = scale * sigmoid;
+    constexpr int lanes = 64;
+    T sums[lanes] = {};
+    for (ptrdiff_t j = 0; j < n; j += lanes) {
+        const int width = n - j < lanes ? int(n - j) : lanes;
+#pragma omp simd
+        for (int i = 0; i < width; ++i) {
+            T sigmoid;
+            sums[i] += softplus(z[j + i], sigmoid);
+            out[j + i] = scale * sigmoid;
+        }
     }
-    return sum;
+    return block_sum(sums, lanes);
 }
 
 // Zeros. Past the caches, where the whole gradient does not fit in them: an ordinary store reads each

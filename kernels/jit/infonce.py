@@ -81,14 +81,20 @@ class Marginal(NamedTuple):
     hard: int  # by row: the part of it that holds lse - score of the positive
 
 
-class Gradient(NamedTuple):
-    row: Marginal
-    column: Marginal
+class Places(NamedTuple):
     positive: int  # by row: gradient of the positive's score itself
     out: int
     out_stride: int
     factors: int  # of the columns
     shifts: int
+
+
+class Gradient(NamedTuple):
+    """Put together by each thread: a tuple in a tuple does not pass through prange."""
+
+    row: Marginal
+    column: Marginal
+    at: Places
 
 
 class Sigmoid(NamedTuple):
@@ -268,17 +274,25 @@ def merge_cells(t, c, rows, columns, counter):
 
 
 @njit(nogil=True, cache=True, **EXACT)
-def forward_serial(t, c, rows, columns, positive, counters, workers):
-    find_cells(t, c, columns, positive, counters)
-    merge_cells(t, c, rows, columns, counters + 8)
+def find_serial(t, c, columns, positive, counter, workers):
+    find_cells(t, c, columns, positive, counter)
 
 
 @njit(parallel=True, cache=True, **EXACT)
-def forward_parallel(t, c, rows, columns, positive, counters, workers):
+def find_parallel(t, c, columns, positive, counter, workers):
     for _ in prange(workers):
-        find_cells(t, c, columns, positive, counters)
+        find_cells(t, c, columns, positive, counter)
+
+
+@njit(nogil=True, cache=True, **EXACT)
+def merge_serial(t, c, rows, columns, counter, workers):
+    merge_cells(t, c, rows, columns, counter)
+
+
+@njit(parallel=True, cache=True, **EXACT)
+def merge_parallel(t, c, rows, columns, counter, workers):
     for _ in prange(workers):
-        merge_cells(t, c, rows, columns, counters + 8)
+        merge_cells(t, c, rows, columns, counter)
 
 
 # Backward
@@ -311,7 +325,7 @@ def block_backward(t, g, row, at, factor, shift, z, out):
     """The gradient of a block of scores z."""
     pair_scores(t, row, at, z)
     offset = at.start * (8 if t.dtype == FLOAT64 else 4)
-    factors, shifts = pointer(g.factors + offset, t.zero), pointer(g.shifts + offset, t.zero)
+    factors, shifts = pointer(g.at.factors + offset, t.zero), pointer(g.at.shifts + offset, t.zero)
     if t.bounded:
         block_pair_gradient_bounded(z, at.n, factor, factors, out)
     elif g.column.lse == 0:
@@ -323,8 +337,8 @@ def block_backward(t, g, row, at, factor, shift, z, out):
         value = at_positive(t, g.row, row, row, z[j])
         if g.column.lse != 0:
             value += at_positive(t, g.column, at.start + j, row, z[j])
-        if g.positive != 0:
-            value += number(t, g.positive, row)
+        if g.at.positive != 0:
+            value += number(t, g.at.positive, row)
         out[j] = real(value, t.zero)
 
 
@@ -334,7 +348,7 @@ def row_backward(t, g, row):
     factor, shift = factor_of(t, g.row, row)
     for block in range(blocks_of(t)):
         at = cut(block, CELL_COLUMNS, t.columns)
-        out = g.out + (row * g.out_stride + at.start) * t.itemsize
+        out = g.at.out + (row * g.at.out_stride + at.start) * t.itemsize
         written = pointer(out, t.zero) if is_real(t) else result
         block_backward(t, g, row, at, real(factor, t.zero), real(shift, t.zero), z, written)
         if not is_real(t):
@@ -342,15 +356,16 @@ def row_backward(t, g, row):
 
 
 @njit(**EXACT)
-def column_factors(t, g):
-    factors, shifts = pointer(g.factors, t.zero), pointer(g.shifts, t.zero)
+def column_factors(t, m, places):
+    factors, shifts = pointer(places.factors, t.zero), pointer(places.shifts, t.zero)
     for index in range(t.columns):
-        factor, shift = factor_of(t, g.column, index) if g.column.lse != 0 else (0.0, 0.0)
+        factor, shift = factor_of(t, m, index) if m.lse != 0 else (0.0, 0.0)
         factors[index], shifts[index] = real(factor, t.zero), real(shift, t.zero)
 
 
 @njit(**EXACT)
-def backward_rows(t, g, counter):
+def backward_rows(t, row_marginal, column_marginal, places, counter):
+    g = Gradient(row_marginal, column_marginal, places)
     while True:
         start = take(pointer(counter, INT64), ROWS_AT_ONCE)
         if start >= t.rows:
@@ -360,16 +375,16 @@ def backward_rows(t, g, counter):
 
 
 @njit(nogil=True, cache=True, **EXACT)
-def backward_serial(t, g, counters, workers):
-    column_factors(t, g)
-    backward_rows(t, g, counters)
+def backward_serial(t, row, column, places, counter, workers):
+    column_factors(t, column, places)
+    backward_rows(t, row, column, places, counter)
 
 
 @njit(parallel=True, cache=True, **EXACT)
-def backward_parallel(t, g, counters, workers):
-    column_factors(t, g)
+def backward_parallel(t, row, column, places, counter, workers):
+    column_factors(t, column, places)
     for _ in prange(workers):
-        backward_rows(t, g, counters)
+        backward_rows(t, row, column, places, counter)
 
 
 # The loss by sigmoids
@@ -416,14 +431,14 @@ def sigmoid_rows(t, s, counter):
 
 
 @njit(nogil=True, cache=True, **EXACT)
-def sigmoid_serial(t, s, counters, workers):
-    sigmoid_rows(t, s, counters)
+def sigmoid_serial(t, s, counter, workers):
+    sigmoid_rows(t, s, counter)
 
 
 @njit(parallel=True, cache=True, **EXACT)
-def sigmoid_parallel(t, s, counters, workers):
+def sigmoid_parallel(t, s, counter, workers):
     for _ in prange(workers):
-        sigmoid_rows(t, s, counters)
+        sigmoid_rows(t, s, counter)
 
 
 # From Python
@@ -436,15 +451,15 @@ def _tile(given):
 
 
 def _run(threads, serial, parallel, *arguments):
-    counters = np.zeros(2, np.int64)
+    counter = np.zeros(1, np.int64)
     workers = min(threads, numba.config.NUMBA_NUM_THREADS)
     if workers <= 1:
-        serial(*arguments, counters.ctypes.data, 1)
+        serial(*arguments, counter.ctypes.data, 1)
         return
     before = numba.get_num_threads()
     numba.set_num_threads(workers)
     try:
-        parallel(*arguments, counters.ctypes.data, workers)
+        parallel(*arguments, counter.ctypes.data, workers)
     finally:
         numba.set_num_threads(before)
 
@@ -463,8 +478,12 @@ def forward(tile, row_maximum, row_sum, column_maximum, column_sum, positive, th
         np.empty((2, row_blocks * t.columns)),
     )
     found = [part.ctypes.data for part in (*of_rows, *of_columns)]
-    _run(threads, forward_serial, forward_parallel, t, Cells(row_blocks, column_blocks, *found),
-         States(row_maximum, row_sum), States(column_maximum, column_sum), positive)  # fmt: skip
+    c = Cells(row_blocks, column_blocks, *found)
+    rows, columns = States(row_maximum, row_sum), States(column_maximum, column_sum)
+    # Two functions: Numba makes one loop of two in a function, without a barrier between them, and
+    # states were merged before their cells were found.
+    _run(threads, find_serial, find_parallel, t, c, columns, positive)
+    _run(threads, merge_serial, merge_parallel, t, c, rows, columns)
 
 
 def backward(tile, row, column, positive, out, out_stride, threads):
@@ -475,9 +494,8 @@ def backward(tile, row, column, positive, out, out_stride, threads):
     """
     t = _tile(tile)
     factors, shifts = np.empty((2, t.columns), t.zero.dtype)
-    g = Gradient(Marginal(*row), Marginal(*column), positive, out, out_stride,
-                 factors.ctypes.data, shifts.ctypes.data)  # fmt: skip
-    _run(threads, backward_serial, backward_parallel, t, g)
+    places = Places(positive, out, out_stride, factors.ctypes.data, shifts.ctypes.data)
+    _run(threads, backward_serial, backward_parallel, t, Marginal(*row), Marginal(*column), places)
 
 
 def sigmoid(tile, grad_scale, loss, grad, out, out_stride, threads):

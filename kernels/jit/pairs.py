@@ -10,7 +10,7 @@ from math import inf
 from numba import njit, types
 
 from neglog.kernels.jit.numerics import (  # isort: skip
-    EXACT, FUSED, LANES, SUM, block_buffer, block_sum, exp_nonpositive, pointer, polynomial, real,
+    EXACT, FUSED, LANES, block_buffer, block_sum, exp_nonpositive, pointer, polynomial, real,
 )  # fmt: skip
 
 
@@ -119,12 +119,14 @@ def softplus(z):
     return (none if z < 0 else z) + two * t * _atanh_series(t * t), sigmoid
 
 
-@njit(**SUM)
+@njit(**FUSED)
 def block_softplus(z, n, scale, out):
-    """The sum of softplus(z); out = scale sigmoid(z)."""
-    total = real(0, z)
-    for j in range(n):
-        value, sigmoid = softplus(z[j])
-        total += value
-        out[j] = scale * sigmoid
-    return float(total)
+    """The sum of softplus(z), in partial sums as block_exp_sum; out = scale sigmoid(z)."""
+    sums = block_buffer(z)
+    block_fill(sums, LANES, real(0, z))
+    for j in range(0, n, LANES):
+        for i in range(min(LANES, n - j)):
+            value, sigmoid = softplus(z[j + i])
+            sums[i] += value
+            out[j + i] = scale * sigmoid
+    return block_sum(sums, LANES)
