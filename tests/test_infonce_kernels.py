@@ -247,7 +247,6 @@ def check(kernel, problem, rng, tiles=None):
     if problem.positive is not None:
         assert relative_error(f.positive, truth.positive) < 2 * eps
     error = relative_error(read(gradient[:, : problem.columns], problem.dtype), truth.grad)
-    print("GRAD", problem.dtype, problem.bounded, error / gradient_budget(problem), error)
     assert error < gradient_budget(problem)
     assert not read(gradient[:, problem.columns :], problem.dtype).any()
 
@@ -452,6 +451,7 @@ def check_sigmoid(kernel, problem, tiles=None):
         relative_error(loss, truth.sigmoid) / EPS[problem.dtype],
         relative_error(grad, truth.sigmoid_grad.sum(axis=1)) / EPS[problem.dtype],
     )
+    # 16 roundings in a partial sum of a block, then those of 64 partial sums in double.
     assert relative_error(loss, truth.sigmoid) < 16 * EPS[problem.dtype]
     assert relative_error(grad, truth.sigmoid_grad.sum(axis=1)) < 16 * EPS[problem.dtype]
     gradient = read(out[:, : problem.columns], problem.dtype)
@@ -488,3 +488,152 @@ def test_sigmoid_of_what_is_not_finite(build, rng, dtype):
     values[0, 5], values[1, 1099], values[2, 7] = np.nan, np.inf, -np.inf
     problem.memory = stored(values, dtype)
     check_sigmoid(load(build), problem)
+
+
+# On NumPy arrays
+
+
+def face(problem):
+    """The similarities as an array, and the options of infonce_forward."""
+    options = {name: getattr(problem, name) for name in
+               ("scale", "bias", "positive", "excluded", "row_group", "column_group")}  # fmt: skip
+    return problem.memory[:, : problem.columns], options
+
+
+@pytest.mark.parametrize("options", ["plain", "groups", "all"])
+@pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "unbounded"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_arrays(build, rng, dtype, bounded, options):
+    load(build)
+    problem = draw(rng, (70, 1100), dtype, options, bounded)
+    similarity, given = face(problem)
+    upstreams = {name: rng.standard_normal(length) for name, length in
+                 (("grad_row_lse", 70), ("grad_column_lse", 1100), ("grad_positive", 70))
+                 if name != "grad_positive" or problem.positive is not None}  # fmt: skip
+    truth, eps = problem.truth(**upstreams), EPS[dtype]
+    result = infonce_forward(similarity, backend=build, **given)
+    assert result.row_lse.dtype == result.column_lse.dtype == real_of(dtype)
+    assert lse_error((result.row_lse, result.row_lse_low), truth.row_lse) < 4 * eps
+    assert lse_error((result.column_lse, result.column_lse_low), truth.column_lse) < 4 * eps
+    gradient = infonce_backward(result, similarity, backend=build, **given, **upstreams)
+    assert gradient.dtype == similarity.dtype
+    # Scaled as a whole, so that it is measured where scores are.
+    expected = truth.grad * np.reshape(problem.scale, (-1, 1))
+    size = problem.scale.max()
+    assert relative_error(gradient / size, expected / size) < 2 * gradient_budget(problem)
+    if problem.positive is None:
+        assert result.positive is None
+    else:
+        assert relative_error(result.positive, truth.positive) < 2 * eps
+
+
+@pytest.mark.parametrize("scale", [4.0, 400.0], ids=["bounded", "unbounded"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_arrays_rows_only(build, rng, scale, by_row):
+    similarity, positive = rng.standard_normal((9, 40)), rng.integers(0, 40, 9)
+    factor = np.linspace(scale / 2, scale, 9) if by_row else scale
+    given = {"scale": factor, "positive": positive}
+    truth = reference.pairs(similarity, **given, grad_row_loss=1 / 9)
+    result = infonce_forward(similarity, columns=False, backend=build, **given)
+    assert result.column_lse is None
+    assert result.column_lse_low is None
+    gradient = infonce_backward(
+        result, similarity, grad_row_lse=1 / 9, grad_positive=-1 / 9, backend=build, **given
+    )
+    np.testing.assert_allclose(result.row_lse, truth.row_lse, rtol=1e-14)
+    expected = truth.grad * np.reshape(factor, (-1, 1))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-10, atol=1e-13)
+
+
+def test_arrays_choose_by_the_largest_score(build):
+    """At one past the bound e^score would still be in range; at 90 it is not in float32."""
+    for largest in (40.0, 41.0, 90.0, 1e6):
+        similarity = np.array([[1.0, -1.0], [-1.0, -1.0]], np.float32)
+        result = infonce_forward(similarity, scale=largest, backend=build)
+        expected = np.array([largest, np.log(2) - largest])
+        assert lse_error((result.row_lse, result.row_lse_low), expected) < 2.0**-40 * 1e6
+        np.testing.assert_allclose(result.row_lse, expected, rtol=1e-6)
+    one = infonce_forward(np.ones((2, 2)), bias=np.array([-np.inf, 5.0]), backend=build)
+    assert one.row_lse.tolist() == [6, 6]
+    assert one.column_lse.tolist() == [-np.inf, pytest.approx(6 + np.log(2))]
+
+
+def test_arrays_keep_the_digits_of_a_confident_positive(build):
+    """Both losses of each row: 1 - p is 3e-8, less than half a unit of float32's 1."""
+    n, scale = 3, 18.0
+    similarity, given = np.eye(n, dtype=np.float32), {"scale": scale, "positive": np.arange(n)}
+    result = infonce_forward(similarity, backend=build, **given)
+    tiny = np.zeros(n, np.float32)
+    exact = np.log(np.exp(scale) + n - 1)
+    high = np.float32(exact) + tiny
+    result = result._replace(
+        row_lse=high, row_lse_low=tiny + np.float32(exact - np.float64(high[0])),
+        column_lse=high, column_lse_low=tiny + np.float32(exact - np.float64(high[0])),
+    )  # fmt: skip
+    gradient = infonce_backward(
+        result, similarity, grad_row_lse=1.0, grad_column_lse=1.0, grad_positive=-2.0,
+        backend=build, **given,
+    )  # fmt: skip
+    expected = 2 * scale * np.expm1(scale - exact)
+    np.testing.assert_allclose(np.diag(gradient), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_arrays_of_nothing(build, shape):
+    similarity = np.zeros(shape, np.float32)
+    result = infonce_forward(similarity, backend=build)
+    assert np.isneginf(result.row_lse).all()
+    assert np.isneginf(result.column_lse).all()
+    assert not result.row_lse_low.any()
+    gradient = infonce_backward(
+        result, similarity, grad_row_lse=1.0, grad_column_lse=1.0, backend=build
+    )
+    assert gradient.shape == shape
+
+
+BAD = {
+    "similarity shape": (ValueError, r"similarity: expected shape \(N, V\)",
+                         {"similarity": np.zeros(4)}),
+    "similarity dtype": (TypeError, r"similarity: expected one of",
+                         {"similarity": np.zeros((2, 4), int)}),
+    "scale": (ValueError, r"scale: expected a scalar or shape \(2,\)", {"scale": np.ones(3)}),
+    "scale dtype": (TypeError, r"scale: expected real numbers, got complex", {"scale": 1j}),
+    "bias": (ValueError, r"bias: expected a scalar or shape \(4,\)", {"bias": np.ones(2)}),
+    "positive above": (IndexError, r"positive 4 at row 1 .*0 <= positive < 4",
+                       {"positive": [0, 4]}),
+    "positive below": (IndexError, r"positive -1 at row 0", {"positive": [-1, 4]}),
+    "positive uint64": (IndexError, r"positive 18446744073709551615 at row 1",
+                        {"positive": np.array([0, 2**64 - 1], np.uint64)}),
+    "positive shape": (ValueError, r"positive: expected shape \(2,\)", {"positive": [0]}),
+    "positive dtype": (TypeError, r"positive: expected integers", {"positive": [0.0, 1.0]}),
+    "excluded": (IndexError, r"excluded -2 at row 0 .*-1 <= excluded < 4", {"excluded": [-2, 0]}),
+    "one group": (ValueError, r"row_group, column_group: expected both", {"row_group": [0, 0]}),
+    "groups": (ValueError, r"column_group: expected shape \(4,\)",
+               {"row_group": [0, 0], "column_group": [0, 0]}),
+    "threads": (ValueError, r"threads: expected", {"threads": 0}),
+    "backend": (ValueError, r"backend: expected one of cython, numba", {"backend": "gpu"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "change"), BAD.values(), ids=BAD.keys())
+def test_bad_input(error, message, change):
+    arguments = {"similarity": np.zeros((2, 4), np.float32), **change}
+    with pytest.raises(error, match=message):
+        infonce_forward(**arguments)
+
+
+def test_bad_upstreams(build):
+    similarity = np.zeros((2, 4), np.float32)
+    result = infonce_forward(similarity, columns=False, backend=build)
+    for error, message, change in (
+        (ValueError, r"grad_positive: expected None without positive", {"grad_positive": 1.0}),
+        (ValueError, r"result.column_lse: expected that of columns=True", {"grad_column_lse": 1.0}),
+        (ValueError, r"grad_row_lse: expected a scalar or shape \(2,\)", {"grad_row_lse": [1.0]}),
+        (ValueError, r"result.row_lse: expected shape \(2,\) and float32",
+         {"result": InfoNCE(np.zeros(2), np.zeros(2), None, None, None)}),
+        (ValueError, r"result.row_lse: expected shape \(3,\)",
+         {"similarity": np.zeros((3, 4), np.float32)}),
+    ):  # fmt: skip
+        given = {"result": result, "similarity": similarity, "grad_row_lse": 1.0, **change}
+        with pytest.raises(error, match=message):
+            infonce_backward(**given, backend=build)

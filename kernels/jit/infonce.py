@@ -473,10 +473,8 @@ def forward(tile, row_maximum, row_sum, column_maximum, column_sum, positive, th
     """
     t = _tile(tile)
     row_blocks, column_blocks = -(-t.rows // CELL_ROWS), -(-t.columns // CELL_COLUMNS)
-    of_rows, of_columns = (
-        np.empty((2, column_blocks * t.rows)),
-        np.empty((2, row_blocks * t.columns)),
-    )
+    of_rows = np.empty((2, column_blocks * t.rows))
+    of_columns = np.empty((2, row_blocks * t.columns))
     found = [part.ctypes.data for part in (*of_rows, *of_columns)]
     c = Cells(row_blocks, column_blocks, *found)
     rows, columns = States(row_maximum, row_sum), States(column_maximum, column_sum)
