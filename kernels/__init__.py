@@ -19,10 +19,14 @@ BACKENDS = ("cython", "numba")
 # Best first. `generic` is the one build of processors other than x86-64.
 ISA_LEVELS = ("x86_64_v4", "x86_64_v3", "x86_64_v2", "generic")
 
-_ARRAY_FUNCTIONS = ("NLL", "nll_forward", "nll_backward", "nll_fused")
+_ARRAY_FUNCTIONS = {
+    **dict.fromkeys(("NLL", "nll_forward", "nll_backward", "nll_fused"), "arrays"),
+    **dict.fromkeys(("InfoNCE", "infonce_forward", "infonce_backward"), "pair_arrays"),
+}
 
 if TYPE_CHECKING:
     from neglog.kernels.arrays import NLL, nll_backward, nll_forward, nll_fused
+    from neglog.kernels.pair_arrays import InfoNCE, infonce_backward, infonce_forward
 
 __all__ = [
     "BACKENDS",
@@ -46,7 +50,8 @@ class Build(NamedTuple):
 
 def __getattr__(name: str) -> Any:
     if name in _ARRAY_FUNCTIONS:
-        return getattr(importlib.import_module("neglog.kernels.arrays"), name)
+        home = importlib.import_module(f"neglog.kernels.{_ARRAY_FUNCTIONS[name]}")
+        return getattr(home, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

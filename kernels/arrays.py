@@ -40,11 +40,11 @@ class _Problem(NamedTuple):
     keep_alive: tuple
 
 
-def _address(array: NDArray | None) -> int:
+def address(array: NDArray | None) -> int:
     return 0 if array is None else array.ctypes.data
 
 
-def _rows(name: str, array: ArrayLike) -> tuple[NDArray, int]:
+def rows_of(name: str, array: ArrayLike) -> tuple[NDArray, int]:
     """(N, V) with adjacent columns, and its dtype's code; copied only if its columns are apart."""
     a = np.asarray(array)
     if a.ndim != 2:
@@ -70,14 +70,14 @@ def _problem(
     softcap: float | None,
     z_loss: float,
 ) -> _Problem:
-    x, code = _rows("logits", logits)
+    x, code = rows_of("logits", logits)
     rows, vocab = x.shape
     real = np.float64 if code == 1 else np.float32
     t = np.asarray(target)
     if t.ndim == 2:
         if t.shape != x.shape:
             raise ValueError(f"target: expected the logits' shape {x.shape}, got {t.shape}")
-        t = _rows("target", t.astype(x.dtype, copy=False))[0]
+        t = rows_of("target", t.astype(x.dtype, copy=False))[0]
     elif t.shape != (rows,):
         raise ValueError(f"target: expected shape {(rows,)} or {x.shape}, got {t.shape}")
     elif t.dtype.kind not in "iu":
@@ -99,18 +99,18 @@ def _problem(
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}") from None
     index, probs = (t, None) if t.ndim == 1 else (None, t)
     total = kernel.total_weight(
-        rows, vocab, _address(index), _address(probs), _address(w), ignore_index, code
+        rows, vocab, address(index), address(probs), address(w), ignore_index, code
     )
     probs_stride = 0 if probs is None else probs.strides[0] // probs.itemsize
     arguments = (
-        code, rows, vocab, _address(x), x.strides[0] // x.itemsize,
-        _address(index), _address(probs), probs_stride,
-        _address(w), ignore_index, label_smoothing, logit_scale, softcap or 0.0, z_loss,
+        code, rows, vocab, address(x), x.strides[0] // x.itemsize,
+        address(index), address(probs), probs_stride,
+        address(w), ignore_index, label_smoothing, logit_scale, softcap or 0.0, z_loss,
     )  # fmt: skip
     return _Problem(arguments, total, real, x, (x, t, w))
 
 
-def _new_gradient(logits: NDArray) -> NDArray:
+def new_gradient(logits: NDArray) -> NDArray:
     buffer = large_buffer(logits.size * logits.itemsize)
     if buffer is None:
         return np.empty(logits.shape, logits.dtype)
@@ -163,8 +163,8 @@ def nll_forward(
     loss, lse, low = (np.empty(rows, problem.real) for _ in range(3))
     correct, entropy = _stats(problem, stats)
     kernel.forward(
-        *problem.arguments, _address(loss), _address(lse), _address(low), _address(correct),
-        _address(entropy), checked(threads),
+        *problem.arguments, address(loss), address(lse), address(low), address(correct),
+        address(entropy), checked(threads),
     )  # fmt: skip
     return NLL(loss, lse, low, problem.total_weight, correct, entropy)
 
@@ -205,10 +205,10 @@ def nll_backward(
     through_lse = None if grad_lse is None else np.ascontiguousarray(grad_lse, problem.real)
     if through_lse is not None and through_lse.shape != (rows,):
         raise ValueError(f"grad_lse: expected shape {(rows,)}, got {through_lse.shape}")
-    out = _new_gradient(problem.logits)
+    out = new_gradient(problem.logits)
     kernel.backward(
-        *problem.arguments, _address(result.lse), _address(result.lse_low), _address(upstream), 1,
-        1.0, _address(through_lse), _address(out), vocab, checked(threads),
+        *problem.arguments, address(result.lse), address(result.lse_low), address(upstream), 1,
+        1.0, address(through_lse), address(out), vocab, checked(threads),
     )  # fmt: skip
     return out
 
@@ -240,7 +240,7 @@ def nll_fused(
     )
     x = problem.logits
     if out is None:
-        out = _new_gradient(x)
+        out = new_gradient(x)
     elif not isinstance(out, np.ndarray):
         raise TypeError(f"out: expected an array, got {type(out).__name__}")
     elif out.shape != x.shape or out.dtype != x.dtype:
@@ -255,7 +255,7 @@ def nll_fused(
     loss, lse = (np.empty(len(x), problem.real) for _ in range(2))
     correct, entropy = _stats(problem, stats)
     kernel.fused(
-        *problem.arguments, _address(loss), _address(lse), _address(correct), _address(entropy),
-        grad_scale, _address(out), x.shape[1], checked(threads),
+        *problem.arguments, address(loss), address(lse), address(correct), address(entropy),
+        grad_scale, address(out), x.shape[1], checked(threads),
     )  # fmt: skip
     return NLL(loss, lse, np.zeros_like(lse), problem.total_weight, correct, entropy), out

@@ -375,7 +375,8 @@ inline void block_maximum_of_columns(const T* z, ptrdiff_t n, T* maximum) {
     for (ptrdiff_t j = 0; j < n; ++j) maximum[j] = z[j] > maximum[j] ? z[j] : maximum[j];
 }
 
-// One exp for both sums: right where no score is so far from 0 that e^z leaves the range of T.
+// One exp for both sums: right where no score is so far from 0 that e^z leaves the range of T. The
+// row's in 64 partial sums for the sake of its 1 - p, as in block_exp_sum.
 template <class T>
 inline double block_exp_sum_both(const T* z, ptrdiff_t n, T* column_sum) {
     constexpr int lanes = 64;
@@ -389,10 +390,12 @@ inline double block_exp_sum_both(const T* z, ptrdiff_t n, T* column_sum) {
             column_sum[j + i] += e;
         }
     }
-    for (; j < n; ++j) {
-        const T e = exp_nonpositive(z[j]);
-        sums[0] += e;
-        column_sum[j] += e;
+    const int rest = int(n - j);
+#pragma omp simd
+    for (int i = 0; i < rest; ++i) {
+        const T e = exp_nonpositive(z[j + i]);
+        sums[i] += e;
+        column_sum[j + i] += e;
     }
     return block_sum(sums, lanes);
 }
@@ -437,17 +440,21 @@ inline T softplus(T z, T& sigmoid) {
     return (z < 0 ? T(0) : z) + log1p_exp(e);
 }
 
-// The sum of softplus(z); out = scale sigmoid(z).
+// The sum of softplus(z), in partial sums as block_exp_sum; out = scale sigmoid(z).
 template <class T>
 inline double block_softplus(const T* z, ptrdiff_t n, T scale, T* out) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (ptrdiff_t j = 0; j < n; ++j) {
-        T sigmoid;
-        sum += softplus(z[j], sigmoid);
-        out[j] = scale * sigmoid;
+    constexpr int lanes = 64;
+    T sums[lanes] = {};
+    for (ptrdiff_t j = 0; j < n; j += lanes) {
+        const int width = n - j < lanes ? int(n - j) : lanes;
+#pragma omp simd
+        for (int i = 0; i < width; ++i) {
+            T sigmoid;
+            sums[i] += softplus(z[j + i], sigmoid);
+            out[j + i] = scale * sigmoid;
+        }
     }
-    return sum;
+    return block_sum(sums, lanes);
 }
 
 // Zeros. Past the caches, where the whole gradient does not fit in them: an ordinary store reads each

@@ -9,9 +9,11 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. Modules on one line are one floor and may know each other.
 FLOORS = (
     ("kernels.jit.numerics", "kernels.memory"),
-    ("kernels.jit.nll",),
+    ("kernels.jit.pairs",),
+    ("kernels.jit.nll", "kernels.jit.infonce"),
     ("kernels",),
     ("kernels.arrays",),
+    ("kernels.pair_arrays",),
     ("reference",),
     ("dispatch", "validation", "tiling", "matmul"),
     ("ops.nll", "ops.nll_composite"),
@@ -31,7 +33,7 @@ FLOORS = (
 # Two that look up, by name, when they are first asked for: the lazy faces of the packages.
 LAZY = {"": {"dispatch", "kernels", "nn", "reference", "functional", "linear", "patch",
              "contrastive", "grad_cache"},
-        "kernels": {"kernels.arrays"}}  # fmt: skip
+        "kernels": {"kernels.arrays", "kernels.pair_arrays"}}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

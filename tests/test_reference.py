@@ -91,3 +91,87 @@ def test_z_loss_by_hand():
 def test_out_of_range_target_is_named():
     with pytest.raises(IndexError, match=r"target 3 at row 1 .* 0 <= target < 2"):
         reference.nll(np.zeros((2, 2)), [0, 3])
+
+
+# Pairs
+
+
+def drawn_pairs(rng):
+    similarity = rng.standard_normal((5, 7))
+    options = {
+        "bias": np.array([0.3, -np.inf, 0, 1, -1, 0.5, 0]),
+        "positive": np.array([0, 2, 2, 5, 6]),
+        "excluded": np.array([-1, 3, 0, -1, 4]),
+        "row_group": np.array([0, 1, 2, 0, 5]),
+        "column_group": np.array([0, 9, 1, 2, 2, 0, 3]),
+        "scale": rng.uniform(0.5, 3, 5),
+    }
+    return similarity, options
+
+
+def slope_of(loss, x, step=1e-6):
+    """The gradient of a function of x, by differences."""
+    slope = np.zeros_like(x)
+    for place in np.ndindex(*x.shape):
+        nudge = np.zeros_like(x)
+        nudge[place] = step
+        slope[place] = (loss(x + nudge) - loss(x - nudge)) / (2 * step)
+    return slope
+
+
+def test_gradient_of_pairs_is_the_slope(rng):
+    similarity, options = drawn_pairs(rng)
+    positive = options["positive"]
+    a, b, c, d = rng.standard_normal((4, 5))
+    e = rng.standard_normal(7)
+    e[1] = 0  # its column has nothing but -inf
+
+    def loss(x):
+        r = reference.pairs(x, **options)
+        columns = np.where(np.isneginf(r.column_lse), 0, r.column_lse)
+        of_rows = a * r.row_lse + b * (r.row_lse - r.positive) + c * r.positive
+        return float((of_rows + d * (columns[positive] - r.positive)).sum() + (e * columns).sum())
+
+    result = reference.pairs(
+        similarity, **options, grad_row_lse=a, grad_row_loss=b, grad_positive=c,
+        grad_column_loss=d, grad_column_lse=e,
+    )  # fmt: skip
+    grad = result.grad * options["scale"][:, None]
+    np.testing.assert_allclose(grad, slope_of(loss, similarity), rtol=1e-6, atol=1e-8)
+
+
+def test_gradient_of_sigmoids_is_the_slope(rng):
+    similarity, options = drawn_pairs(rng)
+    result = reference.pairs(similarity, **options, grad_sigmoid=0.7)
+    grad = result.sigmoid_grad * options["scale"][:, None]
+    slope = slope_of(lambda x: 0.7 * reference.pairs(x, **options).sigmoid.sum(), similarity)
+    np.testing.assert_allclose(grad, slope, rtol=1e-6, atol=1e-8)
+
+
+def test_two_by_two_pairs_by_hand():
+    ln3 = math.log(3)
+    result = reference.pairs(
+        [[1.0, 0.0], [0.0, 1.0]], scale=ln3, positive=[0, 1], grad_row_loss=1.0
+    )
+    np.testing.assert_allclose(result.row_lse, math.log(4))
+    np.testing.assert_allclose(result.column_lse, math.log(4))
+    np.testing.assert_allclose(result.positive, ln3)
+    np.testing.assert_allclose(result.grad, [[-0.25, 0.25], [0.25, -0.25]])
+    np.testing.assert_allclose(result.sigmoid, math.log(4 / 3) + math.log(2))
+    np.testing.assert_allclose(result.sigmoid_grad, [[-0.25, 0.5], [0.5, -0.25]])
+
+
+def test_pairs_torch_agrees(rng):
+    """Of rows and columns without exclusions: cross-entropy of the matrix and its transpose."""
+    similarity = rng.standard_normal((6, 6))
+    target = torch.arange(6)
+    result = reference.pairs(
+        similarity, scale=4.0, positive=np.arange(6), grad_row_loss=0.5, grad_column_loss=0.5
+    )
+    z = (torch.from_numpy(similarity) * 4).requires_grad_()
+    cross_entropy = torch.nn.functional.cross_entropy
+    loss = cross_entropy(z, target, reduction="sum") + cross_entropy(z.T, target, reduction="sum")
+    (loss / 2).backward()
+    np.testing.assert_allclose(result.grad, z.grad.numpy(), rtol=1e-12, atol=1e-15)
+    ours = (result.row_lse + result.column_lse - 2 * result.positive).sum() / 2
+    assert ours == pytest.approx(float(loss) / 2)

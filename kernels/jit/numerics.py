@@ -163,7 +163,7 @@ _REALS = {
 }  # fmt: skip
 
 
-def _polynomial(name, coefficients):
+def polynomial(name, coefficients):
     """An intrinsic of x: the polynomial, constant first, whose coefficients are x's type's."""
 
     def define(typingctx, x):
@@ -181,7 +181,7 @@ def _polynomial(name, coefficients):
 
 
 # (e^r - 1 - r) / r^2 on |r| <= ln2 / 2; relative error of e^r 1.0e-8 and 1.7e-17
-_exp_tail = _polynomial(
+_exp_tail = polynomial(
     "exp_tail",
     {
         types.float32: (0.5, 0.1666657699, 0.04166655462, 0.008363179053, 0.001392618358),
@@ -195,7 +195,7 @@ _exp_tail = _polynomial(
 )  # fmt: skip
 
 # (tanh(y) / y - 1) / y^2 in y^2 on |y| <= 0.625; relative error 6.1e-10 and 5.5e-20
-_tanh_tail = _polynomial(
+_tanh_tail = polynomial(
     "tanh_tail",
     {
         types.float32: (

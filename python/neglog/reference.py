@@ -120,3 +120,81 @@ def nll(
     if t.ndim == 1 and vocab:
         correct = counted & (z.argmax(axis=1) == t) & ~np.isnan(z).any(axis=1)
     return NLL(reduced, lse, correct, entropy, total_weight, grad)
+
+
+class Pairs(NamedTuple):
+    """What `pairs` returns: column_lse is (M,), the two gradients (N, M), the others (N,)."""
+
+    row_lse: Array
+    column_lse: Array
+    positive: Array
+    grad: Array
+    sigmoid: Array
+    sigmoid_grad: Array
+
+
+def probabilities(z: Array) -> tuple[Array, Array]:
+    """softmax(z) and log-sum-exp; a row of -inf has only zeros, and so no gradient."""
+    log_p, lse = log_softmax(z)
+    return np.where(np.isneginf(lse)[:, None], 0.0, np.exp(log_p)), lse
+
+
+def pairs(
+    similarity: ArrayLike,
+    *,
+    scale: ArrayLike = 1.0,
+    bias: ArrayLike = 0.0,
+    positive: ArrayLike | None = None,
+    excluded: ArrayLike | None = None,
+    row_group: ArrayLike | None = None,
+    column_group: ArrayLike | None = None,
+    grad_row_lse: ArrayLike = 0.0,
+    grad_column_lse: ArrayLike = 0.0,
+    grad_row_loss: ArrayLike = 0.0,
+    grad_column_loss: ArrayLike = 0.0,
+    grad_positive: ArrayLike = 0.0,
+    grad_sigmoid: float = 1.0,
+) -> Pairs:
+    """Log-sum-exps of the rows and columns of z = scale * similarity + bias, and the sigmoid loss.
+
+    similarity: (N, M). scale: () or (N,). bias: () or (M,).
+    positive, excluded: (N,), a column of each row (of excluded, -1 for none).
+    row_group (N,), column_group (M,): pairs of one group are excluded, but not a row's positive.
+
+    An excluded pair's z is -inf; the score of a positive is taken before that. `grad` is the
+    gradient of z for these upstreams, each a scalar or of its own shape: grad_row_lse (N,),
+    grad_column_lse (M,), grad_row_loss (N,) of row_lse - positive, grad_column_loss (N,) of
+    column_lse[positive] - positive, and grad_positive (N,).
+    sigmoid: softplus(-z) of a row's positive and softplus(z) of its others, added up;
+    sigmoid_grad is the gradient of z for grad_sigmoid times their sum.
+    """
+    s = np.asarray(similarity, np.float64)
+    rows, columns = s.shape
+
+    def each(upstream: ArrayLike, count: int) -> Array:
+        return np.array(np.broadcast_to(np.asarray(upstream, np.float64), (count,)))
+
+    every = np.arange(0 if positive is None else rows)
+    at = every, np.asarray(every if positive is None else positive, np.int64)
+    with np.errstate(all="ignore"):
+        z = s * np.reshape(np.asarray(scale, np.float64), (-1, 1)) + np.asarray(bias, np.float64)
+        score = z[at]
+        if row_group is not None:
+            z[np.asarray(row_group)[:, None] == np.asarray(column_group)] = -np.inf
+            z[at] = score
+        if excluded is not None:
+            named = np.flatnonzero(np.asarray(excluded) >= 0)
+            z[named, np.asarray(excluded)[named]] = -np.inf
+
+        of_rows, row_lse = probabilities(z)
+        of_columns, column_lse = probabilities(z.T)
+        through_rows, through_columns = each(grad_row_lse, rows), each(grad_column_lse, columns)
+        row_loss, column_loss = each(grad_row_loss, rows), each(grad_column_loss, rows)
+        through_rows[at[0]] += row_loss[at[0]]
+        np.add.at(through_columns, at[1], column_loss[at[0]])
+        grad = through_rows[:, None] * of_rows + through_columns * of_columns.T
+        grad[at] += (each(grad_positive, rows) - row_loss - column_loss)[at[0]]
+
+        terms, slopes = np.logaddexp(0.0, z), 1 / (1 + np.exp(-z))
+        terms[at], slopes[at] = np.logaddexp(0.0, -score), -1 / (1 + np.exp(score))
+    return Pairs(row_lse, column_lse, score, grad, terms.sum(axis=1), grad_sigmoid * slopes)
