@@ -1,0 +1,320 @@
+"""The ops infonce and siglip: derivatives, torch's transformations, bits, memory; bad input."""
+
+import re
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import neglog
+from neglog import dispatch
+from neglog.ops import infonce_autograd
+from neglog.ops.infonce import Pairs
+from tests import contrastive_formulas as formulas
+from tests.contrastive_formulas import (
+    BACKENDS, INF, KERNELS, LOSSES, OF_ONE_NUMBER, TILES, case, gradients, learned, normal, pair,
+)  # fmt: skip
+from tests.test_contrastive import FORMS, form
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with dispatch.use(request.param):
+        yield request.param
+
+
+def of_learned(function, arguments):
+    """function of those arguments alone that require grad, and these."""
+    places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def of(*values):
+        given = list(arguments)
+        for place, value in zip(places, values, strict=True):
+            given[place] = value
+        return function(*given)
+
+    return of, learned(arguments)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_derivatives_of_losses(backend, name):
+    for reduction in ("none", "mean")[name in OF_ONE_NUMBER :]:
+        options = {} if name in OF_ONE_NUMBER else {"reduction": reduction}
+        arguments = case(name, 5, 3, temperature=0.5)
+        function = partial(getattr(neglog, name), options=TILES, **options)
+        function, inputs = of_learned(function, arguments)
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("temperature", ["tensor", "of each row"])
+@pytest.mark.parametrize("name", FORMS)
+def test_derivatives_of_forms(backend, name, temperature):
+    arguments, options = form(name, temperature, rows=4, keys=3, features=2)
+    function, inputs = of_learned(partial(neglog.info_nce, **options), arguments)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("name", ["queue, weights", "further, weights", "exclude, symmetric"])
+def test_derivatives_of_statistics(backend, name):
+    arguments, options = form(name, "of each row", rows=4, keys=3, features=2)
+    statistics = partial(neglog.info_nce, return_stats=True, reduction="none", **options)
+    function, inputs = of_learned(lambda *given: statistics(*given)[:2], arguments)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+@pytest.mark.parametrize("name", LOSSES)
+def test_frozen_parts_have_no_gradient(backend, name, frozen):
+    arguments = list(case(name, 60, 5))
+    places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.requires_grad]
+    frozen = places[frozen % len(places)]
+    arguments[frozen] = arguments[frozen].detach()
+    inputs = learned(arguments)
+    grads = (gradients(getattr(home, name)(*arguments), inputs) for home in (neglog, formulas))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_second_derivative_and_retained_graph(backend, name):
+    arguments = case(name, 60, 5)
+    inputs = learned(arguments)
+    loss = getattr(neglog, name)(*arguments, options=TILES)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    twice = torch.autograd.grad(2 * loss, inputs, retain_graph=True)
+    torch.testing.assert_close(twice, tuple(2 * g for g in first))
+
+    def penalty(function):
+        grads = torch.autograd.grad(function(*arguments), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+
+    torch.testing.assert_close(penalty(getattr(neglog, name)), penalty(getattr(formulas, name)))
+
+
+# The ops themselves
+
+
+def pairs_of(rows=7, keys=7, features=3, columns=True, temperature=()):
+    query, key = normal(rows, features), normal(keys, features, seed=1)
+    scale = torch.linspace(1, 2, rows).double() if temperature else torch.tensor(1.5).double()
+    positive, excluded = torch.arange(rows).flip(0), torch.arange(rows).roll(1)
+    return Pairs(
+        query.requires_grad_(), key.requires_grad_(), scale.requires_grad_(), normal(keys),
+        positive, excluded, torch.arange(rows) % 3, torch.arange(keys) % 3, columns, False,
+        1 << 16, "",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("columns", [False, True])
+def test_opcheck_of_infonce(columns, per_row, keep):
+    pairs = pairs_of(columns=columns, temperature=per_row)
+    opcheck(torch.ops.neglog.infonce.default, (*pairs, keep))
+    out = torch.ops.neglog.infonce.default(*pairs, keep)
+    row, column, row_lse, column_lse, score, *rest = (x.detach() for x in out)
+    upstream = [torch.ones_like(x).requires_grad_() for x in (row, row_lse, score)]
+    of_column = torch.ones_like(column).requires_grad_() if columns else None
+    arguments = (
+        upstream[0], of_column, upstream[1], None, upstream[2], *pairs, row_lse, column_lse, *rest,
+        [True] * 3,
+    )  # fmt: skip
+    opcheck(
+        torch.ops.neglog.infonce_backward.default, arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", [[True] * 4, [False, True, False, True]])
+def test_opcheck_of_siglip(dtype, wanted):
+    image, text, scale, bias = case("siglip_loss", 7, 3, dtype)
+    positive = torch.arange(7)
+    inputs = (image, text, scale, bias, positive)
+    utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
+    opcheck(torch.ops.neglog.siglip.default, (*inputs, 1 << 16, "", wanted), test_utils=utilities)
+    _, *formed = torch.ops.neglog.siglip.default(*inputs, 1 << 16, "", wanted)
+    grad = torch.ones((), dtype=scale.dtype, requires_grad=True)
+    formed = [x.detach() for x in formed]
+    opcheck(
+        torch.ops.neglog.siglip_backward.default, (grad, *inputs, *formed), test_utils=utilities
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kept_similarities_make_what_new_ones_make(monkeypatch, backend, name, dtype):
+    inputs, options = form(name, rows=150, keys=140, dtype=dtype)
+    if dtype == torch.bfloat16 and "exclude" not in options:
+        inputs = (*inputs[:3], inputs[3].detach().float().requires_grad_())
+    kept = []
+    op = infonce_autograd.infonce
+    monkeypatch.setattr(
+        neglog.comparison, "infonce", lambda pairs, keep: kept.append(keep) or op(pairs, keep)
+    )
+    results = []
+    for workspace in (8, 0.01):
+        loss = neglog.info_nce(
+            *inputs, options={"workspace_mb": workspace}, backend=backend, **options
+        )
+        results.append((loss, *torch.autograd.grad(loss, learned(inputs))))
+    assert kept == ([] if "paired" in name else [True, False])
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+# torch's transformations
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("backend", [None, *KERNELS])
+def test_compiles_whole(name, dynamic, backend):
+    torch.compiler.reset()
+    function = getattr(neglog, name)
+    compiled = torch.compile(
+        partial(function, backend=backend), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    for rows in (30, 29):
+        arguments = case(name, rows, 8)
+        ours, theirs = compiled(*arguments), function(*arguments)
+        torch.testing.assert_close(ours, theirs)
+        inputs = learned(arguments)
+        torch.testing.assert_close(gradients(ours, inputs), gradients(theirs, inputs))
+
+
+@pytest.mark.parametrize("name", ["queue, weights", "paired, own weights", "exclude, further",
+                                  "smoothing, symmetric"])  # fmt: skip
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_compiles_forms(name, stats, backend):
+    torch.compiler.reset()
+    arguments, options = form(name, "of each row")
+    function = partial(neglog.info_nce, backend=backend, return_stats=stats, **options)
+    ours = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+    theirs = function(*arguments)
+    torch.testing.assert_close(ours, theirs)
+    losses = (ours.loss, theirs.loss) if stats else (ours, theirs)
+    torch.testing.assert_close(*(gradients(x, learned(arguments)) for x in losses))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_compiles_to_code(backend):
+    torch.compiler.reset()
+    function = partial(neglog.info_nce, symmetric=True, backend=backend)
+    arguments = case("info_nce", 30, 8, torch.float32)
+    ours, theirs = torch.compile(function, fullgraph=True)(*arguments), function(*arguments)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(gradients(x, learned(arguments)) for x in (ours, theirs)))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_torch_func(backend, name):
+    arguments = case(name, 60, 5)
+    grads = []
+    for home in (neglog, formulas):
+        function, inputs = of_learned(getattr(home, name), arguments)
+        places = tuple(range(len(inputs)))
+        grads.append(torch.func.grad(function, places)(*(x.detach() for x in inputs)))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_torch_func_twice(backend, name):
+    arguments = case(name, 6, 3)
+    second = []
+    for home in (neglog, formulas):
+        function, inputs = of_learned(getattr(home, name), arguments)
+        inputs = [x.detach() for x in inputs]
+
+        def slope(x, function=function, rest=inputs[1:]):
+            return torch.func.grad(function)(x, *rest).square().sum()
+
+        second.append(torch.func.grad(slope)(inputs[0]))
+    torch.testing.assert_close(*second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast(backend, name, dtype):
+    arguments = case(name, dtype=torch.float32)
+    expected = getattr(formulas, name)(*arguments)
+    with torch.autocast("cpu", dtype):
+        loss = getattr(neglog, name)(*arguments)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
+    found, truth = (gradients(x, learned(arguments)) for x in (loss, expected))
+    for mine, other in zip(found, truth, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - other).norm() <= 0.05 * other.norm() + 1e-5
+
+
+# Bits and memory
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_bits_repeat(backend, name):
+    arguments = case(name, dtype=torch.float32)
+    runs = []
+    for _ in range(2):
+        loss = getattr(neglog, name)(*arguments, options=TILES)
+        runs.append((loss, *torch.autograd.grad(loss, learned(arguments))))
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_threads_and_workspaces_change_only_roundings(name, backend):
+    arguments = case(name)
+    most = torch.get_num_threads()
+    results = []
+    try:
+        for threads, workspace in ((1, 64), (2, 64), (3, 0.1), (most, 0.3)):
+            torch.set_num_threads(threads)
+            loss = getattr(neglog, name)(
+                *arguments, backend=backend, options={"workspace_mb": workspace}
+            )
+            results.append((loss, *torch.autograd.grad(loss, learned(arguments))))
+    finally:
+        torch.set_num_threads(most)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-12)
+
+
+PEAK = """
+import sys, torch, neglog
+from resource import RUSAGE_SELF, getrusage
+
+def steps(rows, backend):
+    x, y = (torch.randn(rows, 32, requires_grad=True) for _ in range(2))
+    unit = torch.nn.functional.normalize
+    labels = torch.arange(rows) % 100
+    neglog.info_nce(x, y, symmetric=True, backend=backend).backward()
+    neglog.info_nce(x, y, exclude=labels, backend=backend).backward()
+    neglog.info_nce(x, y, y, return_stats=True, backend=backend).loss.backward()
+    neglog.siglip_loss(unit(x), unit(y), 10.0, -10.0, backend=backend).backward()
+    neglog.nt_xent(x[::2], y[::2], backend=backend).backward()
+    neglog.sup_con(x, labels, backend=backend).backward()
+
+def peak():
+    return getrusage(RUSAGE_SELF).ru_maxrss >> 10
+
+steps(700, sys.argv[1])  # what libraries take at their first call
+before = peak()
+steps(16384, sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_similarities_never_lie_in_memory(backend):
+    made = subprocess.run(
+        [sys.executable, "-c", PEAK, backend], capture_output=True, text=True, check=True
+    )
+    assert int(made.stdout) < 100  # MB; the similarities are 1024
