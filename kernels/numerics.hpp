@@ -406,6 +406,16 @@ inline void block_exp_sum_of_columns(const T* z, ptrdiff_t n, const T* shift, T*
     for (ptrdiff_t j = 0; j < n; ++j) column_sum[j] += exp_nonpositive(z[j] - shift[j]);
 }
 
+// Into sums in double, those of a few rows.
+template <class T>
+inline void block_pour(T* from, ptrdiff_t n, double* to) {
+#pragma omp simd
+    for (ptrdiff_t j = 0; j < n; ++j) {
+        to[j] += from[j];
+        from[j] = 0;
+    }
+}
+
 // row e^(z - row_lse) + column e^(z - column_lse), where the factors hold e^-lse already.
 template <class T>
 inline void block_pair_gradient_bounded(const T* z, ptrdiff_t n, T row, const T* column, T* out) {

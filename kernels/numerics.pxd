@@ -41,6 +41,7 @@ cdef extern from "numerics.hpp" namespace "neglog" nogil:
     void block_maximum_of_columns[T](const T* z, Py_ssize_t n, T* maximum)
     double block_exp_sum_both[T](const T* z, Py_ssize_t n, T* column_sum)
     void block_exp_sum_of_columns[T](const T* z, Py_ssize_t n, const T* shift, T* column_sum)
+    void block_pour[T](T* source, Py_ssize_t n, double* to)
     void block_pair_gradient_bounded[T](const T* z, Py_ssize_t n, T row, const T* column, T* out)
     void block_pair_gradient[T](const T* z, Py_ssize_t n, T row, T row_lse, const T* column,
                                 const T* column_lse, T* out)

@@ -174,4 +174,4 @@ def test_pairs_torch_agrees(rng):
     (loss / 2).backward()
     np.testing.assert_allclose(result.grad, z.grad.numpy(), rtol=1e-12, atol=1e-15)
     ours = (result.row_lse + result.column_lse - 2 * result.positive).sum() / 2
-    assert ours == pytest.approx(float(loss) / 2)
+    assert ours == pytest.approx(loss.item() / 2)

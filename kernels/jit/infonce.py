@@ -21,12 +21,13 @@ from neglog.kernels.jit.numerics import (  # isort: skip
 from neglog.kernels.jit.pairs import (  # isort: skip
     block_exclude, block_exp_sum_both, block_exp_sum_of_columns, block_fill, block_finite_shift,
     block_maximum_of_columns, block_pair_gradient, block_pair_gradient_bounded, block_pair_scores,
-    block_softplus, softplus,
+    block_pour, block_softplus, softplus,
 )  # fmt: skip
 
 FLOAT64 = 1
 CELL_ROWS, CELL_COLUMNS = 64, 1024
 ROWS_AT_ONCE = 8
+ROWS_IN_REAL = 8
 STATES_AT_ONCE = 256
 INT64, DOUBLE = np.int64(0), np.float64(0)
 
@@ -177,7 +178,15 @@ def pair_scores(t, row, at, z):
 
 
 @njit(**EXACT)
-def cell_rows(t, c, down, at, in_rows, maximum, total, positive):
+def pour(row, down, at, total, to):
+    """After every 8th row of a cell and its last."""
+    done = row - down.start + 1
+    if done % ROWS_IN_REAL == 0 or done == down.n:
+        block_pour(total, at.n, to)
+
+
+@njit(**EXACT)
+def cell_rows(t, c, down, at, in_rows, maximum, total, column_sum, positive):
     """The rows of a cell, and its columns' sums if bounded, else their maxima."""
     z = block_buffer(t.zero)
     row_maximum, row_sum = pointer(c.row_maximum, DOUBLE), pointer(c.row_sum, DOUBLE)
@@ -187,6 +196,7 @@ def cell_rows(t, c, down, at, in_rows, maximum, total, positive):
             pointer(positive, t.zero)[row] = score
         if t.bounded:
             row_sum[in_rows + row] = block_exp_sum_both(z, at.n, total)
+            pour(row, down, at, total, column_sum)
         else:
             state = absorb((real(-inf, t.zero), 0.0), z, at.n)
             row_maximum[in_rows + row], row_sum[in_rows + row] = state
@@ -194,20 +204,17 @@ def cell_rows(t, c, down, at, in_rows, maximum, total, positive):
 
 
 @njit(**EXACT)
-def cell_columns(t, c, down, at, in_columns, maximum, total):
-    """The columns of a cell, given their sums if bounded, else their maxima."""
-    if not t.bounded:
-        z = block_buffer(t.zero)
-        column_maximum = pointer(c.column_maximum, DOUBLE)
-        for j in range(at.n):
-            column_maximum[in_columns + j] = maximum[j]
-        block_finite_shift(maximum, at.n)
-        for row in range(down.start, down.start + down.n):
-            pair_scores(t, row, at, z)
-            block_exp_sum_of_columns(z, at.n, maximum, total)
-    column_sum = pointer(c.column_sum, DOUBLE)
+def cell_columns(t, c, down, at, in_columns, maximum, total, column_sum):
+    """The columns' sums of a cell, given their maxima."""
+    z = block_buffer(t.zero)
+    column_maximum = pointer(c.column_maximum, DOUBLE)
     for j in range(at.n):
-        column_sum[in_columns + j] = total[j]
+        column_maximum[in_columns + j] = maximum[j]
+    block_finite_shift(maximum, at.n)
+    for row in range(down.start, down.start + down.n):
+        pair_scores(t, row, at, z)
+        block_exp_sum_of_columns(z, at.n, maximum, total)
+        pour(row, down, at, total, column_sum)
 
 
 @njit(**EXACT)
@@ -215,11 +222,14 @@ def cell_forward(t, c, row_block, column_block, columns, positive):
     maximum, total = block_buffer(t.zero), block_buffer(t.zero)
     down = cut(row_block, CELL_ROWS, t.rows)
     at = cut(column_block, CELL_COLUMNS, t.columns)
+    in_columns = row_block * t.columns + at.start
+    column_sum = pointer(c.column_sum + in_columns * 8, DOUBLE)
     block_fill(maximum, at.n, real(-inf, t.zero))
     block_fill(total, at.n, t.zero)
-    cell_rows(t, c, down, at, column_block * t.rows, maximum, total, positive)
-    if columns:
-        cell_columns(t, c, down, at, row_block * t.columns + at.start, maximum, total)
+    block_fill(column_sum, at.n, 0.0)
+    cell_rows(t, c, down, at, column_block * t.rows, maximum, total, column_sum, positive)
+    if columns and not t.bounded:
+        cell_columns(t, c, down, at, in_columns, maximum, total, column_sum)
 
 
 @njit(**EXACT)

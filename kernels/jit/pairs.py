@@ -85,6 +85,15 @@ def block_exp_sum_of_columns(z, n, shift, column_sum):
         column_sum[j] += exp_nonpositive(z[j] - shift[j])
 
 
+@njit(**EXACT)
+def block_pour(source, n, to):
+    """Into sums in double, those of a few rows."""
+    none = real(0, source)
+    for j in range(n):
+        to[j] += source[j]
+        source[j] = none
+
+
 @njit(**FUSED)
 def block_pair_gradient_bounded(z, n, row, column, out):
     """row e^(z - row_lse) + column e^(z - column_lse), where the factors hold e^-lse already."""
