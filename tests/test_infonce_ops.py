@@ -1,6 +1,5 @@
-"""The ops infonce and siglip: derivatives, torch's transformations, bits, memory; bad input."""
+"""The ops infonce and siglip: derivatives, torch's transformations, bits, memory."""
 
-import re
 import subprocess
 import sys
 from functools import partial
@@ -10,12 +9,12 @@ import torch
 from torch.library import opcheck
 
 import neglog
-from neglog import dispatch
+from neglog import comparison, dispatch
 from neglog.ops import infonce_autograd
 from neglog.ops.infonce import Pairs
 from tests import contrastive_formulas as formulas
 from tests.contrastive_formulas import (
-    BACKENDS, INF, KERNELS, LOSSES, OF_ONE_NUMBER, TILES, case, gradients, learned, normal, pair,
+    BACKENDS, KERNELS, LOSSES, OF_ONE_NUMBER, TILES, case, gradients, learned, normal,
 )  # fmt: skip
 from tests.test_contrastive import FORMS, form
 
@@ -50,13 +49,12 @@ def test_derivatives_of_losses(backend, name):
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("temperature", ["tensor", "of each row"])
 @pytest.mark.parametrize("name", FORMS)
-def test_derivatives_of_forms(backend, name, temperature):
-    arguments, options = form(name, temperature, rows=4, keys=3, features=2)
+def test_derivatives_of_forms(backend, name):
+    arguments, options = form(name, "of each row", rows=4, keys=3, features=2)
     function, inputs = of_learned(partial(neglog.info_nce, **options), arguments)
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ["queue, weights", "further, weights", "exclude, symmetric"])
@@ -64,8 +62,8 @@ def test_derivatives_of_statistics(backend, name):
     arguments, options = form(name, "of each row", rows=4, keys=3, features=2)
     statistics = partial(neglog.info_nce, return_stats=True, reduction="none", **options)
     function, inputs = of_learned(lambda *given: statistics(*given)[:2], arguments)
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
@@ -156,14 +154,15 @@ def test_kept_similarities_make_what_new_ones_make(monkeypatch, backend, name, d
     kept = []
     op = infonce_autograd.infonce
     monkeypatch.setattr(
-        neglog.comparison, "infonce", lambda pairs, keep: kept.append(keep) or op(pairs, keep)
+        comparison, "infonce", lambda pairs, keep: kept.append(keep) or op(pairs, keep)
     )
     results = []
     for workspace in (8, 0.01):
         loss = neglog.info_nce(
-            *inputs, options={"workspace_mb": workspace}, backend=backend, **options
-        )
-        results.append((loss, *torch.autograd.grad(loss, learned(inputs))))
+            *inputs, reduction="none", options={"workspace_mb": workspace}, backend=backend,
+            **options,
+        )  # fmt: skip
+        results.append((loss, *torch.autograd.grad(loss.mean(), learned(inputs))))
     assert kept == ([] if "paired" in name else [True, False])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
@@ -172,21 +171,23 @@ def test_kept_similarities_make_what_new_ones_make(monkeypatch, backend, name, d
 # torch's transformations
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [(None, True), *((name, way) for name in KERNELS for way in (0, 1))]
+)
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("backend", [None, *KERNELS])
-def test_compiles_whole(name, dynamic, backend):
+def test_compiles_whole(name, backend, dynamic):
     torch.compiler.reset()
-    function = getattr(neglog, name)
-    compiled = torch.compile(
-        partial(function, backend=backend), fullgraph=True, dynamic=dynamic, backend="aot_eager"
-    )
-    for rows in (30, 29):
+    function = partial(getattr(neglog, name), backend=backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=bool(dynamic), backend="aot_eager")
+    for rows in (30, 29)[: 1 + dynamic]:
         arguments = case(name, rows, 8)
-        ours, theirs = compiled(*arguments), function(*arguments)
+        with dispatch.record() as ran:
+            ours = compiled(*arguments)
+            found = gradients(ours, learned(arguments))
+        assert backend is None or ran[0].endswith(f":{backend}")
+        theirs = function(*arguments)
         torch.testing.assert_close(ours, theirs)
-        inputs = learned(arguments)
-        torch.testing.assert_close(gradients(ours, inputs), gradients(theirs, inputs))
+        torch.testing.assert_close(found, gradients(theirs, learned(arguments)))
 
 
 @pytest.mark.parametrize("name", ["queue, weights", "paired, own weights", "exclude, further",
@@ -204,11 +205,10 @@ def test_compiles_forms(name, stats, backend):
     torch.testing.assert_close(*(gradients(x, learned(arguments)) for x in losses))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_compiles_to_code(backend):
+def test_compiles_to_code():
     torch.compiler.reset()
-    function = partial(neglog.info_nce, symmetric=True, backend=backend)
-    arguments = case("info_nce", 30, 8, torch.float32)
+    function = partial(neglog.info_nce, symmetric=True)
+    arguments = case("info_nce", 700, 8, torch.float32)
     ours, theirs = torch.compile(function, fullgraph=True)(*arguments), function(*arguments)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(gradients(x, learned(arguments)) for x in (ours, theirs)))
@@ -297,7 +297,8 @@ def steps(rows, backend):
     labels = torch.arange(rows) % 100
     neglog.info_nce(x, y, symmetric=True, backend=backend).backward()
     neglog.info_nce(x, y, exclude=labels, backend=backend).backward()
-    neglog.info_nce(x, y, y, return_stats=True, backend=backend).loss.backward()
+    few = [z[: rows // 8] for z in (x, y)]
+    neglog.info_nce(*few, y, return_stats=True, backend=backend).loss.backward()
     neglog.siglip_loss(unit(x), unit(y), 10.0, -10.0, backend=backend).backward()
     neglog.nt_xent(x[::2], y[::2], backend=backend).backward()
     neglog.sup_con(x, labels, backend=backend).backward()
@@ -307,7 +308,7 @@ def peak():
 
 steps(700, sys.argv[1])  # what libraries take at their first call
 before = peak()
-steps(16384, sys.argv[1])
+steps(10240, sys.argv[1])
 print(peak() - before)
 """
 
@@ -317,4 +318,4 @@ def test_similarities_never_lie_in_memory(backend):
     made = subprocess.run(
         [sys.executable, "-c", PEAK, backend], capture_output=True, text=True, check=True
     )
-    assert int(made.stdout) < 100  # MB; the similarities are 1024
+    assert int(made.stdout) < 100  # MB; the similarities are 400

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from neglog import dispatch, tiling
 from neglog.functional import LossStats
 from neglog.ops import infonce_composite as composite
-from neglog.ops.infonce import TILE_BYTES, Pairs
+from neglog.ops.infonce import Pairs
 from neglog.ops.infonce_autograd import infonce
 from neglog.ops.nll import real_dtype
 from neglog.validation import under_autocast
@@ -25,6 +25,8 @@ FEW = 1 << 18
 # 8192 x 8192 in float32. Up to here the similarities are kept for the backward, which saves one
 # matmul of four; beyond, no more than a tile of them exists.
 DEFAULT_WORKSPACE_MB = 256
+# Of scores whose statistics are formed at once; half a dozen temporaries have their size.
+STATS_BYTES = 4 << 20
 
 
 class Compared(NamedTuple):
@@ -133,7 +135,7 @@ def with_stats(loss: Tensor, pairs: Pairs, lse: Tensor, score: Tensor) -> LossSt
 
     Another walk over the similarities, some rows at a time, in torch's own functions.
     """
-    budget = min(TILE_BYTES, pairs.workspace)
+    budget = min(STATS_BYTES, pairs.workspace)
     height = tiling.rows_per_tile(len(score), len(pairs.key) * lse.itemsize, budget)
     found = []
     with torch.no_grad():
