@@ -14,7 +14,15 @@ from neglog.ops import infonce_autograd
 from neglog.ops.infonce import Pairs
 from tests import contrastive_formulas as formulas
 from tests.contrastive_formulas import (
-    BACKENDS, KERNELS, LOSSES, OF_ONE_NUMBER, TILES, case, gradients, learned, normal,
+    BACKENDS,
+    KERNELS,
+    LOSSES,
+    OF_ONE_NUMBER,
+    TILES,
+    case,
+    gradients,
+    learned,
+    normal,
 )  # fmt: skip
 from tests.test_contrastive import FORMS, form
 
