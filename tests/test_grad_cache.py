@@ -1,0 +1,331 @@
+"""cached_step, Queue and the modules."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import neglog
+from neglog import dispatch
+from tests.contrastive_formulas import BACKENDS, normal, pair
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with dispatch.use(request.param):
+        yield request.param
+
+
+def encoder(dropout=0.0, seed=0):
+    torch.manual_seed(seed)
+    parts = (nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 4))
+    return nn.Sequential(*parts).double()
+
+
+def step(parameters, run):
+    """Loss and gradients of a run."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.grad = None
+    loss = run()
+    return loss, [None if p.grad is None else p.grad.clone() for p in parameters]
+
+
+def whole(encode, inputs, loss):
+    """The step without a cache."""
+    encoders = [encode] * len(inputs) if callable(encode) else encode
+    value = loss(*(one(x) for one, x in zip(encoders, inputs, strict=True)))
+    value.backward()
+    return value.detach()
+
+
+@pytest.mark.parametrize("rows", [1, 12, 13])
+@pytest.mark.parametrize("chunk_size", [1, 4, 12, 64])
+def test_the_gradient_is_that_of_the_whole_batch(backend, rows, chunk_size):
+    encode = encoder()
+    inputs = (normal(rows, 6), normal(rows, 6, seed=1))
+    results = [
+        step(encode.parameters(), run)
+        for run in (
+            lambda: neglog.cached_step(encode, inputs, neglog.info_nce, chunk_size=chunk_size),
+            lambda: whole(encode, inputs, neglog.info_nce),
+        )
+    ]
+    torch.testing.assert_close(*results)
+    assert not results[0][0].requires_grad
+
+
+def test_gradients_are_added():
+    encode = encoder()
+    inputs = (normal(8, 6), normal(8, 6, seed=1))
+    once = step(encode.parameters(), lambda: neglog.cached_step(encode, inputs, neglog.nt_xent))
+    neglog.cached_step(encode, inputs, neglog.nt_xent)
+    twice = [p.grad for p in encode.parameters()]
+    torch.testing.assert_close(twice, [2 * g for g in once[1]])
+
+
+def test_dropout_draws_the_same_again():
+    """By hand: each chunk's first run draws in turn; its gradient is that of these draws."""
+    encode = encoder(dropout=0.5)
+    inputs = (normal(10, 6), normal(10, 6, seed=1))
+
+    def by_hand():
+        embeddings = [torch.cat([encode(part) for part in x.split(4)]) for x in inputs]
+        loss = neglog.info_nce(*embeddings)
+        loss.backward()
+        return loss.detach()
+
+    results, after = [], []
+    for run in (by_hand, lambda: neglog.cached_step(encode, inputs, neglog.info_nce, chunk_size=4)):
+        torch.manual_seed(5)
+        results.append(step(encode.parameters(), run))
+        after.append(torch.rand(1))  # the second run has taken nothing from the generator
+    torch.testing.assert_close(*results)
+    assert torch.equal(*after)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_two_towers(frozen):
+    image, text = encoder(seed=1), encoder(seed=2)
+    text.requires_grad_(not frozen)
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    parameters = [*image.parameters(), *text.parameters(), scale]
+    inputs = (normal(9, 6), normal(9, 6, seed=1))
+
+    def loss(image, text):
+        return neglog.clip_loss(image, text, scale.exp())
+
+    results = [
+        step(parameters, run)
+        for run in (
+            lambda: neglog.cached_step([image, text], inputs, loss, chunk_size=2),
+            lambda: whole([image, text], inputs, loss),
+        )
+    ]
+    torch.testing.assert_close(*results)
+    assert results[0][1][-1] is not None
+    assert all((p.grad is None) == frozen for p in text.parameters())
+
+
+class Batch(NamedTuple):
+    tokens: torch.Tensor
+    mask: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", ["dict", "list", "tuple", "named", "nested"])
+def test_inputs_of_parts(kind):
+    tower = encoder()
+    make = {
+        "dict": lambda x, y: {"x": x, "y": y},
+        "list": lambda x, y: [x, y],
+        "tuple": lambda x, y: (x, y),
+        "named": Batch,
+        "nested": lambda x, y: {"both": [x, {"y": y}]},
+    }[kind]
+    take = {
+        "dict": lambda given: (given["x"], given["y"]),
+        "named": lambda given: (given.tokens, given.mask),
+        "nested": lambda given: (given["both"][0], given["both"][1]["y"]),
+    }.get(kind, lambda given: tuple(given))
+
+    def encode(given):
+        x, y = take(given)
+        return tower(x) * y[:, None]
+
+    inputs = [make(normal(7, 6, seed=s), normal(7, seed=s)) for s in (1, 2)]
+    results = [
+        step(tower.parameters(), run)
+        for run in (
+            lambda: neglog.cached_step(encode, inputs, neglog.info_nce, chunk_size=3),
+            lambda: whole(encode, inputs, neglog.info_nce),
+        )
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_inputs_of_different_lengths():
+    encode = encoder()
+    inputs = (normal(7, 6), normal(7, 6, seed=1), normal(11, 6, seed=2))
+    results = [
+        step(encode.parameters(), run)
+        for run in (
+            lambda: neglog.cached_step(encode, inputs, neglog.info_nce, chunk_size=3),
+            lambda: whole(encode, inputs, neglog.info_nce),
+        )
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_a_loss_that_leaves_an_input_alone():
+    encode = encoder()
+    inputs = (normal(4, 6), normal(4, 6, seed=1), normal(4, 6, seed=2))
+    results = [
+        step(
+            encode.parameters(),
+            lambda run=run: run(encode, inputs, lambda a, b, c: neglog.dcl(a, b)),
+        )
+        for run in (neglog.cached_step, whole)
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_a_scaled_backward():
+    encode = encoder()
+    inputs = (normal(6, 6), normal(6, 6, seed=1))
+    plain = step(encode.parameters(), lambda: neglog.cached_step(encode, inputs, neglog.info_nce))
+    scaled = step(
+        encode.parameters(),
+        lambda: neglog.cached_step(
+            encode, inputs, neglog.info_nce, backward=lambda loss: (1024 * loss).backward()
+        ),
+    )
+    torch.testing.assert_close(scaled, (plain[0], [1024 * g for g in plain[1]]))
+
+
+def test_a_parallel_encoder_synchronises_once():
+    class Parallel(nn.Sequential):
+        apart = 0
+
+        def no_sync(self):
+            self.apart += 1
+            return torch.enable_grad()
+
+    encode = Parallel(encoder())
+    inputs = (normal(6, 6), normal(6, 6, seed=1))
+    neglog.cached_step(encode, inputs, neglog.info_nce, chunk_size=2)
+    assert encode.apart == 5  # of six chunks
+
+
+def test_no_rows():
+    encode = encoder()
+    inputs = (normal(0, 6), normal(0, 6))
+    loss = neglog.cached_step(encode, inputs, neglog.info_nce)
+    assert loss.isnan()
+
+
+X = torch.zeros(4, 6)
+BAD_STEPS = {
+    "tensor": (TypeError, "inputs: expected a sequence", (encoder(), X), {}),
+    "nothing": (TypeError, "inputs: expected a sequence", (encoder(), ()), {}),
+    "text": (TypeError, "inputs: expected tensors, or dicts or lists of them, got str",
+             (encoder(), (X, ["a"])), {}),
+    "chunk": (ValueError, "chunk_size: expected at least 1, got 0", (encoder(), (X,)),
+              {"chunk_size": 0}),
+    "encoders": (ValueError, "encode: expected 2, one an input, got 1", ([encoder()], (X, X)), {}),
+    "rows": (ValueError, r"inputs: expected tensors with one number of rows, got shapes \[\[4, 6\]",
+             (encoder(), ([X, X[:2]],)), {}),
+    "embeddings": (RuntimeError, r"encode: expected 4 embeddings, got \[2, 6\]",
+                   (lambda x: x[:2], (X,)), {}),
+    "no tensor": (TypeError, "encode: expected a Tensor of embeddings, got tuple",
+                  (lambda x: (x,), (X,)), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments", "options"), BAD_STEPS.values(), ids=BAD_STEPS.keys()
+)
+def test_bad_steps(error, message, arguments, options):
+    with pytest.raises(error, match=message):
+        neglog.cached_step(*arguments, neglog.info_nce, **options)
+
+
+# Queue
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [4, 3, 1, 0, 4], [10], [3, 25, 2], [20, 20]])
+def test_the_queue_holds_the_last(sizes):
+    queue = neglog.nn.Queue(10, 2)
+    pushed = torch.empty(0, 2)
+    assert queue().shape == (0, 2)
+    for seed, size in enumerate(sizes):
+        batch = normal(size, 2, seed=seed, dtype=torch.float32)
+        queue.push(batch.requires_grad_())
+        pushed = torch.cat([pushed, batch.detach()])[-10:]
+        assert len(queue) == len(pushed)
+        assert {tuple(row) for row in queue().tolist()} == {tuple(row) for row in pushed.tolist()}
+        assert not queue().requires_grad
+
+
+def test_a_queue_of_negatives(backend):
+    query, key = pair(8, 4)
+    queue = neglog.nn.Queue(6, 4, dtype=torch.float64)
+    torch.testing.assert_close(neglog.info_nce(query, key, queue()), (query * 0).sum())
+    queue.push(normal(5, 4))
+    loss = neglog.info_nce(query, key, queue())
+    expected = neglog.info_nce(query, key, normal(5, 4))
+    queue.push(key)  # before the backward
+    torch.testing.assert_close(loss, expected)
+    grads = [torch.autograd.grad(x, query)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_the_queue_is_saved(tmp_path):
+    queue, other = neglog.nn.Queue(5, 3), neglog.nn.Queue(5, 3)
+    for seed in range(3):
+        queue.push(normal(3, 3, seed=seed))
+    torch.save(queue.state_dict(), tmp_path / "queue.pt")
+    other.load_state_dict(torch.load(tmp_path / "queue.pt"))
+    for each in (queue, other):
+        each.push(normal(1, 3, seed=9))
+    assert torch.equal(queue(), other())
+    assert len(other) == 5
+    assert repr(other) == "Queue(size=5, dim=3)"
+
+
+def test_bad_queues():
+    with pytest.raises(ValueError, match="Queue: expected size and dim of at least 1, got 0 and 3"):
+        neglog.nn.Queue(0, 3)
+    queue = neglog.nn.Queue(4, 3)
+    for keys in (torch.zeros(2, 5), torch.zeros(3)):
+        with pytest.raises(RuntimeError, match=r"keys: expected shape \(N, 3\), got"):
+            queue.push(keys)
+
+
+# Modules
+
+A, B = (x.detach() for x in pair(20, 5))
+LABELS = torch.arange(20) % 4
+MODULES = {
+    "InfoNCELoss": (
+        neglog.nn.InfoNCELoss(0.2, "sum", symmetric=True), (A, B),
+        lambda: neglog.info_nce(A, B, temperature=0.2, reduction="sum", symmetric=True),
+    ),
+    "InfoNCELoss, negatives": (
+        neglog.nn.InfoNCELoss(0.2, negative_mode="in_batch"), (A, B, A + 1),
+        lambda: neglog.info_nce(A, B, A + 1, 0.2, negative_mode="in_batch"),
+    ),
+    "CLIPLoss": (neglog.nn.CLIPLoss(options={"workspace_mb": 1}), (A, B, 3.0),
+                 lambda: neglog.clip_loss(A, B, 3.0)),
+    "SigLIPLoss": (neglog.nn.SigLIPLoss(), (A, B, 3.0, -1.0),
+                   lambda: neglog.siglip_loss(A, B, 3.0, -1.0)),
+    "NTXentLoss": (neglog.nn.NTXentLoss(0.3, "none"), (A, B),
+                   lambda: neglog.nt_xent(A, B, 0.3, "none")),
+    "DCLLoss": (neglog.nn.DCLLoss(normalize=False), (A, B),
+                lambda: neglog.dcl(A, B, normalize=False)),
+    "SupConLoss": (neglog.nn.SupConLoss(0.3), (A, LABELS),
+                   lambda: neglog.sup_con(A, LABELS, 0.3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "arguments", "function"), MODULES.values(), ids=MODULES.keys())
+def test_modules(backend, module, arguments, function):
+    torch.testing.assert_close(module(*arguments), function())
+
+
+def test_options_at_the_call_come_first():
+    module = neglog.nn.InfoNCELoss(0.2, symmetric=True)
+    ids = torch.arange(20) // 2
+    torch.testing.assert_close(
+        module(A, B, exclude=ids, symmetric=False, temperature=0.5),
+        neglog.info_nce(A, B, temperature=0.5, exclude=ids),
+    )
+
+
+@pytest.mark.parametrize("make", [neglog.nn.InfoNCELoss, neglog.nn.NTXentLoss, neglog.nn.DCLLoss])
+def test_a_temperature_that_is_learned(backend, make):
+    module = make(nn.Parameter(torch.tensor(0.5)))
+    assert [name for name, _ in module.named_parameters()] == ["temperature"]
+    module(A, B).backward()
+    assert module.temperature.grad.isfinite()
+    assert "reduction='mean'" in repr(module)
