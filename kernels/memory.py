@@ -7,7 +7,7 @@
 (c) So a gradient's memory is kept when the gradient dies, and the next of its size, one training
     step later, finds it there: no fault at all. It is kept as MADV_FREE, which hands the pages to
     the kernel to take whenever anyone needs memory; until then they stay in the process's resident
-    size. At most one such buffer waits. NEGLOG_KEEP_MEMORY=0 gives it back at once instead.
+    size. At most three such buffers wait. NEGLOG_KEEP_MEMORY=0 gives it back at once instead.
 """
 
 from __future__ import annotations
@@ -25,19 +25,27 @@ HUGE_PAGE = 2 << 20
 LARGE = 4 << 20
 
 
+# Buffers that may wait: the scores that a contrastive loss keeps, and the gradients of both sides.
+PLACES = 3
+
+
 class _Shelf:
-    """The one buffer that waits for the next gradient."""
+    """The buffers that wait for the next gradients, the oldest first."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a garbage collection under the lock may return a buffer
-        self._waiting: mmap.mmap | None = None
+        self._waiting: list[mmap.mmap] = []
 
     def take(self, nbytes: int) -> mmap.mmap | None:
         with self._lock:
-            pages, self._waiting = self._waiting, None
-        # One that is too small, or half empty, goes back to the system as it is dropped here.
-        if pages is not None and nbytes <= len(pages) <= 2 * nbytes:
-            return pages
+            # One that is too small, or half empty, would not do.
+            fitting = [pages for pages in self._waiting if nbytes <= len(pages) <= 2 * nbytes]
+            if fitting:
+                best = min(fitting, key=len)
+                self._waiting = [pages for pages in self._waiting if pages is not best]
+                return best
+            # Sizes have changed: what was kept for others goes back, the oldest first.
+            del self._waiting[:1]
         return None
 
     def put(self, pages: mmap.mmap) -> None:
@@ -45,7 +53,11 @@ class _Shelf:
             return
         pages.madvise(mmap.MADV_FREE)
         with self._lock:
-            self._waiting = pages
+            self._waiting = [*self._waiting, pages][-PLACES:]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._waiting = []
 
 
 _shelf = _Shelf()
@@ -56,6 +68,11 @@ if hasattr(os, "register_at_fork"):
 
 def _keeps_memory() -> bool:
     return os.environ.get("NEGLOG_KEEP_MEMORY", "1") != "0"
+
+
+def give_back() -> None:
+    """Let go of all buffers that wait."""
+    _shelf.clear()
 
 
 def large_buffer(nbytes: int) -> Any:

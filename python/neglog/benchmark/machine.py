@@ -74,26 +74,10 @@ def _reset_peak() -> bool:
     return True
 
 
-def drop_kept_memory() -> None:
-    """Give the system the buffer that neglog keeps for the next gradient.
-
-    Asking for a buffer takes or drops the one that waits; NEGLOG_KEEP_MEMORY=0 when the new one
-    dies keeps it from waiting in turn.
-    """
-    before = os.environ.get("NEGLOG_KEEP_MEMORY")
-    os.environ["NEGLOG_KEEP_MEMORY"] = "0"
-    try:
-        memory.large_buffer(memory.LARGE)
-    finally:
-        del os.environ["NEGLOG_KEEP_MEMORY"]
-        if before is not None:
-            os.environ["NEGLOG_KEEP_MEMORY"] = before
-
-
 def _return_free_memory() -> None:
     """Give what is free back to the system: a call served from a pool would seem to cost none."""
     gc.collect()
-    drop_kept_memory()
+    memory.give_back()
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
         if trim is not None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from neglog import dispatch
 from neglog.benchmark import Mismatch
 from neglog.benchmark.cases import Contender, Problem, Spec
-from neglog.benchmark.machine import PeakMemory, drop_kept_memory
+from neglog.benchmark.machine import PeakMemory
+from neglog.kernels import memory
 
 # Relative error allowed against float64, and the absolute one below which it does not count (half
 # the spacing of float16's smallest numbers). Torch rounds log-probabilities of about -10 to the
@@ -133,7 +134,7 @@ def _no_collection() -> Iterator[None]:
 
 def _timed(contender: Contender, problem: Problem) -> tuple[float, float]:
     if contender.new_memory:
-        drop_kept_memory()
+        memory.give_back()
     leaves = _fresh(contender, problem)
     start = perf_counter()
     loss = contender.loss(*leaves, *problem.fixed)
