@@ -67,7 +67,7 @@ def test_curves_agree(make):
     assert len(set(runs[0].losses)) == 4  # it moves
     # Of losses near 10: a float32 there has steps of 1e-6.
     assert largest_difference(*runs) < 2e-5
-    assert runs[0].perplexity == pytest.approx(runs[1].perplexity, rel=1e-4)
+    assert runs[0].score == pytest.approx(runs[1].score, rel=1e-4)
 
 
 def test_every_way_to_the_masked_loss_is_the_same_number_with_the_same_gradients(masked):
