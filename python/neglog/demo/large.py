@@ -133,7 +133,8 @@ def _instead(whole: Step, large: Step, rows: int) -> str:
     extra = (whole.extra - fixed) * rows // WHOLE + fixed
     return (
         f"With the whole graph that batch would need about {megabytes(extra)} and {seconds:.0f} s, "
-        f"by what it took at {WHOLE}; not run. {megabytes(fixed)} of either are the gradients."
+        f"by what it took at {WHOLE}; not run. Of either, "
+        f"{megabytes(fixed)} are the encoder's gradients."
     )
 
 

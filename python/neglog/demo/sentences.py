@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ def load(tokenizer: Any) -> Sentences:
                 seen.add(tuple(piece.ids))
                 new.append(piece)
         if held_out:
-            pairs.extend(zip(new, new[1:], strict=False))
+            pairs.extend(pairwise(new))
         else:
             train.extend(new)
     first, following = zip(*pairs, strict=True)

@@ -20,7 +20,7 @@ from neglog.demo.task import Features, Task, Tell
 from neglog.demo.topics import EXTRA, wordpiece
 
 PURPOSE = "demo --task simcse"
-BATCH = 64
+BATCH, QUICK_BATCH = 64, 32
 TEMPERATURE = 0.05
 QUICK_LAYERS = 2
 
@@ -58,13 +58,14 @@ class SimCSE(Task):
         tokenizer = wordpiece(PURPOSE)
         need("transformers", PURPOSE, EXTRA)
         self.quick = quick
+        self.batch = QUICK_BATCH if quick else BATCH
         self.sentences = load_sentences(tokenizer)
         count = len(self.sentences.first.ids)
         self.metric = f"held-out next sentence found (chance {1 / count:.1%})"
 
     def describe(self) -> str:
         """The encoder and the sentences."""
-        cut = f", its first {QUICK_LAYERS} layers only (--quick)" if self.quick else ""
+        cut = f", its first {QUICK_LAYERS} layers alone (--quick)" if self.quick else ""
         return (
             f"all-MiniLM-L6-v2{cut}; {len(self.sentences.train.ids):,} distinct sentences of "
             f"Python's own documentation, cut at {LENGTH} pieces"
@@ -72,7 +73,7 @@ class SimCSE(Task):
 
     def shape(self) -> str:
         """What is found among how many."""
-        return f"each sentence among {BATCH}"
+        return f"each sentence among {self.batch}"
 
     def model(self) -> nn.Module:
         """MiniLM as it was published."""
@@ -87,7 +88,7 @@ class SimCSE(Task):
         step = 0
         while True:
             order = torch.randperm(len(train.ids), generator=generator)
-            for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
+            for chosen in order[: len(order) // self.batch * self.batch].split(self.batch):
                 yield Batch(train.rows(chosen), seed + step)
                 step += 1
 
@@ -117,10 +118,10 @@ class SimCSE(Task):
         before = self.metric_format.format(self.score(self.model()))
         tell(f"{self.metric[0].upper()}{self.metric[1:]}: {before} before the fine-tuning.")
         with dispatch.record() as ran:
-            neglog_loss(torch.randn(2, BATCH, 8).unbind(), None)
+            neglog_loss(torch.randn(2, self.batch, 8).unbind(), None)
         if set(ran) == {"infonce:torch"}:
             tell(
-                f"The loss above has {BATCH} x {BATCH} similarities: below {FEW:,} "
+                f"The loss above has {self.batch} x {self.batch} similarities: below {FEW:,} "
                 "neglog.info_nce hands them to torch's own formula, which is the faster there."
             )
         text = self.sentences.train

@@ -40,7 +40,7 @@ class Towers(nn.Module):
 
     def forward(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Ids (pairs, time) each -> both embeddings, and what their products are multiplied by."""
-        with torch.no_grad():  # of the parameter itself: a clamp in the graph would end its gradient
+        with torch.no_grad():  # a clamp in the graph would end its gradient
             self.logit_scale.clamp_(0, math.log(LARGEST_SCALE))
         embeddings = self.before(self.words(before)), self.after(self.words(after))
         return *embeddings, self.logit_scale.exp()
