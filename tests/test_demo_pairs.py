@@ -42,9 +42,9 @@ def test_both_losses_are_the_same_number_with_the_same_gradients(name, backend, 
     expected, gradients, ran = gradients_by(task, "torch")
     assert not ran
     value, others, ran = gradients_by(task, "neglog")
-    assert len(ran) == 1
     if backend == "torch" or library.kernels.available(backend).usable:
-        assert next(iter(ran)).startswith(f"infonce:{backend}")
+        assert f"infonce:{backend}" in ran
+        assert all(op.endswith(f":{backend}") for op in ran)
     assert value == pytest.approx(expected, rel=1e-6)
     assert large.apart(gradients, others) < 1e-5  # sums of 1024 float32 in another order
 
@@ -94,11 +94,10 @@ def test_two_passes_drop_differently_and_two_runs_alike(said):
     assert len(rows(batch.text.ids)) == said.batch
 
 
-@pytest.mark.parametrize("count", [64, 100])
-def test_cached_step_has_the_gradient_of_the_whole_graph(said, count):
+def test_cached_step_has_the_gradient_of_the_whole_graph(said):
     torch.manual_seed(0)
     model = said.model()
-    text = said.sentences.train.rows(slice(count))
+    text = said.sentences.train.rows(slice(80))  # a chunk, and the rest of one
     whole = large.measure(large.whole_graph, model, text, simcse.torch_loss, 3)
     ours = large.measure(large.cached, model, text, simcse.neglog_loss, 3)
     assert ours.loss == pytest.approx(whole.loss, rel=1e-6)

@@ -83,7 +83,7 @@ class Clip(Task):
     """Batches are pairs from all topics."""
 
     title = "Two towers trained by CLIP's loss, twice: only the loss function differs"
-    steps = 150
+    steps = 100
     rate = 2e-3
     losses = {"torch": torch_loss, "neglog": neglog_loss}  # noqa: RUF012
     metric_format = "{:.1%}"

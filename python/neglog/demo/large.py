@@ -103,8 +103,8 @@ def compare(
     taken = [_median_ms(loss, large.embeddings) for loss in losses]
     tell(
         f"Of that step the loss and its gradient are {taken[1]:.0f} ms; torch's formula takes "
-        f"{taken[0]:.0f} ms on the same embeddings. A GradCache written by hand in torch has the "
-        "same encoder passes: what neglog saves there is the writing, and these milliseconds."
+        f"{taken[0]:.0f} ms on the same embeddings. Written by hand in torch, a GradCache has the "
+        "same encoder passes."
     )
 
 

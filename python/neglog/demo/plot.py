@@ -51,7 +51,7 @@ def _curves(axes: Any, task: Task, runs: tuple[Run, Run]) -> None:
 
 
 def _label(task: Task, run: Run) -> str:
-    return f"{run.name}: {task.metric} {task.metric_format.format(run.score)}"
+    return f"{run.name}, {task.metric}: {task.metric_format.format(run.score)}"
 
 
 def _difference(axes: Any, runs: tuple[Run, Run]) -> None:

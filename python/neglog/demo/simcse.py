@@ -49,7 +49,7 @@ class SimCSE(Task):
     """Batches are distinct sentences."""
 
     title = "MiniLM fine-tuned by SimCSE, twice: only the loss function differs"
-    steps = 8
+    steps = 16
     rate = 3e-5
     losses = {"torch": torch_loss, "neglog": neglog_loss}  # noqa: RUF012
     metric_format = "{:.1%}"
