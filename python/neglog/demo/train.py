@@ -28,7 +28,7 @@ class Run(NamedTuple):
     in_loss: list[float]
     in_step: list[float]
     extra: int | None
-    perplexity: float
+    score: float
     model: nn.Module
 
 
@@ -128,7 +128,7 @@ def train(
             break
     first, second = (
         Run(made.name, made.losses, made.in_loss, made.in_step, memory,
-            task.perplexity(made.model), made.model)
+            task.score(made.model), made.model)
         for made, memory in zip(trainings, extra, strict=True)
     )  # fmt: skip
     return first, second
