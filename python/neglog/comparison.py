@@ -62,7 +62,8 @@ def number(value: float | Tensor, like: Tensor) -> Tensor:
     """() in the accumulation dtype."""
     real = real_dtype(like.dtype)
     if isinstance(value, Tensor):
-        return value.to(like.device, real).reshape(())
+        value = value.to(like.device, real)
+        return value if value.dim() == 0 else value.reshape(())
     return torch.scalar_tensor(value, dtype=real, device=like.device)
 
 

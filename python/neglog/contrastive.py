@@ -115,9 +115,14 @@ def info_nce(
     embeddings = [query, positive_key, *([] if negative_keys is None else [negative_keys])]
     query, key, *negatives = (prepared(x, normalize) for x in embeddings)
     scale = scale_of(temperature, query)
-    plain = negative_keys is None and exclude is None and not symmetric and not return_stats
-    if plain and reduction != "none" and _better_by_rows(query, temperature, how):
-        return _by_rows(query, key, temperature, reduction, label_smoothing, how)
+    if negative_keys is None and exclude is None and not return_stats:
+        if scale.dim() == 0 and in_memory(query, key, how.backend):
+            loss = _cross_entropy_in_memory(
+                query, key, scale, label_smoothing, symmetric, reduction
+            )
+            return returned(loss, "none", given)
+        if not symmetric and reduction != "none" and _better_by_rows(query, temperature, how):
+            return _by_rows(query, key, temperature, reduction, label_smoothing, how)
     further = len(negatives[0]) if negatives and negative_mode != "paired" else 0
     if not negatives or negative_mode == "in_batch":
         result = _in_batch(
@@ -174,6 +179,9 @@ def clip_loss(
             _of_processes(*sides, scale, how, group) for sides in ((image, text), (text, image))
         ]
         return returned((losses[0] + losses[1]) / 2, "mean", image_features)
+    if in_memory(image, text, how.backend):
+        loss = _cross_entropy_in_memory(image, text, scale, 0.0, True, "mean")
+        return returned(loss, "none", image_features)
     loss = _in_batch(image, text, scale, None, None, 0.0, True, False, how).loss
     return returned(loss, "mean", image_features)
 
@@ -238,7 +246,12 @@ def nt_xent(
     """
     z, scale, how = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
     rows = torch.arange(len(z), device=z.device)
-    pairs = pairs_of(z, z, scale, how, positive=rows.roll(len(z_i)), excluded=rows, symmetric=True)
+    positive = rows.roll(len(z_i))
+    if in_memory(z, z, how.backend):
+        dispatch.ran("infonce", "torch")
+        scores = ((z @ z.t()).to(scale.dtype) * scale).fill_diagonal_(-torch.inf)
+        return returned(F.cross_entropy(scores, positive, reduction=reduction), "none", z_i)
+    pairs = pairs_of(z, z, scale, how, positive=positive, excluded=rows, symmetric=True)
     return returned(compare(pairs).row_loss, reduction, z_i)
 
 
@@ -412,9 +425,6 @@ def _in_batch(
     smoothing: float, symmetric: bool, stats: bool, how: How,
 ) -> LossStats:  # fmt: skip
     """Queries against their positives, which are the first keys, and the further keys."""
-    plain = bias is None and exclude is None and not stats and scale.dim() == 0
-    if plain and in_memory(query, key, how.backend):
-        return _cross_entropy_in_memory(query, key, scale, smoothing, symmetric)
     rows = torch.arange(len(query), device=query.device)
     own, of_keys = _groups(exclude, len(key) - len(query))
     pairs = pairs_of(
@@ -461,18 +471,17 @@ def _of_processes(query: Tensor, key: Tensor, scale: Tensor, how: How, group: An
 
 
 def _cross_entropy_in_memory(
-    query: Tensor, key: Tensor, scale: Tensor, smoothing: float, symmetric: bool
-) -> LossStats:
+    query: Tensor, key: Tensor, scale: Tensor, smoothing: float, symmetric: bool, reduction: str
+) -> Tensor:
     """The formula that everyone writes, where it is the fastest."""
     dispatch.ran("infonce", "torch")
     scores = (query @ key.t()).to(scale.dtype) * scale
     target = torch.arange(len(query), device=query.device)
 
     def loss(scores: Tensor) -> Tensor:
-        return F.cross_entropy(scores, target, reduction="none", label_smoothing=smoothing)
+        return F.cross_entropy(scores, target, reduction=reduction, label_smoothing=smoothing)
 
-    rows = loss(scores)
-    return without_stats((rows + loss(scores.t())) / 2 if symmetric else rows)
+    return (loss(scores) + loss(scores.t())) / 2 if symmetric else loss(scores)
 
 
 def _of_queue(
