@@ -41,7 +41,7 @@ class _Shelf:
             # One that is too small, or half empty, would not do.
             fitting = [pages for pages in self._waiting if nbytes <= len(pages) <= 2 * nbytes]
             if fitting:
-                best = min(fitting, key=len)
+                best = min(reversed(fitting), key=len)  # of a size, the last to have been written
                 self._waiting = [pages for pages in self._waiting if pages is not best]
                 return best
             # Sizes have changed: what was kept for others goes back, the oldest first.

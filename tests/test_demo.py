@@ -50,10 +50,11 @@ def test_a_task_trains_twice_alike_and_draws_and_fetches_nothing(task, tmp_path)
     assert [name for name, _ in losses] == ["torch", "neglog"]
     assert float(losses[0][1]) == pytest.approx(float(losses[1][1]), abs=2e-4)
     scores = re.findall(
-        r"^ *(?:torch|neglog) .* \d+\.\d+ +([\d.]+)%?$", told.stdout.replace(" \n", "\n"), re.M
+        r"^ *(?:torch|neglog) .* \d+\.\d+ +([\d.,]+)%?$", told.stdout.replace(" \n", "\n"), re.M
     )
     assert len(scores) == 2
-    assert float(scores[0]) == pytest.approx(float(scores[1]), rel=1e-4)
+    first, second = (float(score.replace(",", "")) for score in scores)
+    assert first == pytest.approx(second, rel=1e-4)
     picture = tmp_path / "demo.png"
     assert files.made_by_us(picture)
     assert files.check_output(str(picture), ".png", force=False) == picture  # ours: no refusal
