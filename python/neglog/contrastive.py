@@ -19,6 +19,7 @@ from neglog.comparison import (
     in_memory,
     number,
     pairs_of,
+    plainly_few,
     prepared,
     returned,
     scale_of,
@@ -97,8 +98,10 @@ def info_nce(
 
     Source: arXiv:1807.03748; the arguments are those of info-nce-pytorch.
     """
-    check_embeddings(query=query, positive_key=positive_key)
-    check_same_rows(query=query, positive_key=positive_key)
+    plain = plainly_few(query, positive_key, options, backend)
+    if not plain:
+        check_embeddings(query=query, positive_key=positive_key)
+        check_same_rows(query=query, positive_key=positive_key)
     check_reduction(reduction)
     check_temperature(temperature, len(query), per_sample=True)
     _check_negatives(query, negative_keys, negative_mode, symmetric, hard_negative_weight)
@@ -110,12 +113,17 @@ def info_nce(
             raise ValueError(
                 "exclude: expected none with label_smoothing, 'unpaired' or 'paired' negatives"
             )
+    alone = negative_keys is None and exclude is None and not return_stats
+    if plain and alone and (not isinstance(temperature, Tensor) or temperature.dim() == 0):
+        query, key = (F.normalize(x) if normalize else x for x in (query, positive_key))
+        scale = scale_of(temperature, query)
+        return _cross_entropy_in_memory(query, key, scale, label_smoothing, symmetric, reduction)
     how = how_to_compare(options, backend)
     given = query
     embeddings = [query, positive_key, *([] if negative_keys is None else [negative_keys])]
     query, key, *negatives = (prepared(x, normalize) for x in embeddings)
     scale = scale_of(temperature, query)
-    if negative_keys is None and exclude is None and not return_stats:
+    if alone:
         if scale.dim() == 0 and in_memory(query, key, how.backend):
             loss = _cross_entropy_in_memory(
                 query, key, scale, label_smoothing, symmetric, reduction
@@ -166,11 +174,16 @@ def clip_loss(
 
     Source: arXiv:2103.00020; the arguments are those of open_clip's ClipLoss.
     """
-    check_embeddings(image_features=image_features, text_features=text_features)
-    check_same_rows(image_features=image_features, text_features=text_features)
+    plain = plainly_few(image_features, text_features, options, backend)
+    if not plain:
+        check_embeddings(image_features=image_features, text_features=text_features)
+        check_same_rows(image_features=image_features, text_features=text_features)
     check_scalar("logit_scale", logit_scale)
     if logit_bias is not None:
         check_scalar("logit_bias", logit_bias)
+    if plain and group is None:
+        scale = number(logit_scale, image_features)
+        return _cross_entropy_in_memory(image_features, text_features, scale, 0.0, True, "mean")
     how = how_to_compare(options, backend)
     image, text = (prepared(x, False) for x in (image_features, text_features))
     scale = number(logit_scale, image)
@@ -244,12 +257,13 @@ def nt_xent(
 
     Source: arXiv:2002.05709; NTXentLoss of pytorch-metric-learning and of lightly.
     """
-    z, scale, how = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
+    z, how = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
     rows = torch.arange(len(z), device=z.device)
     positive = rows.roll(len(z_i))
+    scale = scale_of(temperature, z)
     if in_memory(z, z, how.backend):
         dispatch.ran("infonce", "torch")
-        scores = ((z @ z.t()).to(scale.dtype) * scale).fill_diagonal_(-torch.inf)
+        scores = _scaled(z, z, scale).fill_diagonal_(-torch.inf)
         return returned(F.cross_entropy(scores, positive, reduction=reduction), "none", z_i)
     pairs = pairs_of(z, z, scale, how, positive=positive, excluded=rows, symmetric=True)
     return returned(compare(pairs).row_loss, reduction, z_i)
@@ -271,7 +285,8 @@ def dcl(
 
     Source: arXiv:2110.06848.
     """
-    z, scale, how = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
+    z, how = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
+    scale = scale_of(temperature, z)
     group = torch.arange(len(z_i), device=z.device).repeat(2)
     pairs = pairs_of(z, z, scale, how, query_group=group, key_group=group, symmetric=True)
     score = dots(z, z.roll(len(z_i), 0)) * scale
@@ -322,15 +337,17 @@ def sup_con(
 def _two_views(
     z_i: Tensor, z_j: Tensor, temperature: float | Tensor, reduction: str, normalize: bool,
     options: Any, backend: str | None,
-) -> tuple[Tensor, Tensor, How]:  # fmt: skip
-    """Both views as one (2N, D), the scale, and how to compare."""
-    check_embeddings(z_i=z_i, z_j=z_j)
-    check_same_rows(z_i=z_i, z_j=z_j)
+) -> tuple[Tensor, How]:  # fmt: skip
+    """Both views as one (2N, D), and how to compare them."""
+    plain = plainly_few(z_i, z_j, options, backend)
+    if not plain:
+        check_embeddings(z_i=z_i, z_j=z_j)
+        check_same_rows(z_i=z_i, z_j=z_j)
     check_reduction(reduction)
     check_temperature(temperature, len(z_i), per_sample=False)
     how = how_to_compare(options, backend)
-    z = torch.cat([prepared(z_i, normalize), prepared(z_j, normalize)])
-    return z, scale_of(temperature, z), how
+    z = torch.cat([z_i, z_j])
+    return (F.normalize(z) if plain and normalize else prepared(z, normalize)), how
 
 
 def _check_negatives(
@@ -470,12 +487,17 @@ def _of_processes(query: Tensor, key: Tensor, scale: Tensor, how: How, group: An
     return compare(pairs_of(query, keys, scale, how, positive=positive)).row_loss
 
 
+def _scaled(query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
+    similarity = query @ key.t()
+    return similarity.to(real_dtype(similarity.dtype)) * scale
+
+
 def _cross_entropy_in_memory(
     query: Tensor, key: Tensor, scale: Tensor, smoothing: float, symmetric: bool, reduction: str
 ) -> Tensor:
     """The formula that everyone writes, where it is the fastest."""
     dispatch.ran("infonce", "torch")
-    scores = (query @ key.t()).to(scale.dtype) * scale
+    scores = _scaled(query, key, scale)
     target = torch.arange(len(query), device=query.device)
 
     def loss(scores: Tensor) -> Tensor:
