@@ -32,21 +32,26 @@ for architecture in $architectures; do
 done
 
 # USE_CUDA shows the stable ABI's CUDA half; the version is the oldest torch the binary serves, 2.10.
-# shellcheck disable=SC2086
-"$nvcc" -std=c++20 -O3 $targets --threads 0 \
-    -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
-    -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Werror -Xptxas -v \
-    $includes -c "$here/nll.cu" -o "$out/nll.o" >"$out/nll.log" 2>&1 || {
-    grep -v "^ptxas info" "$out/nll.log" >&2
-    exit 1
-}
-if grep -E "[1-9][0-9]* bytes spill" "$out/nll.log"; then
-    echo "csrc/compile.sh: registers spill (above); the whole log is $out/nll.log" >&2
-    exit 1
-fi
+objects=
+for source in "$here"/*.cu; do
+    stem=$(basename "$source" .cu)
+    # shellcheck disable=SC2086
+    "$nvcc" -std=c++20 -O3 $targets --threads 0 \
+        -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
+        -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Werror -Xptxas -v \
+        $includes -c "$source" -o "$out/$stem.o" >"$out/$stem.log" 2>&1 || {
+        grep -v "^ptxas info" "$out/$stem.log" >&2
+        exit 1
+    }
+    if grep -E "[1-9][0-9]* bytes spill" "$out/$stem.log"; then
+        echo "csrc/compile.sh: registers spill (above); the whole log is $out/$stem.log" >&2
+        exit 1
+    fi
+    objects="$objects $out/$stem.o"
+done
 # CUDA's own symbols of torch are resolved when the module is loaded into a CUDA build of it.
 # shellcheck disable=SC2086
-"$nvcc" -shared "$out/nll.o" -o "$out/neglog_cuda.so" $libraries -ltorch -ltorch_cpu -lc10
+"$nvcc" -shared $objects -o "$out/neglog_cuda.so" $libraries -ltorch -ltorch_cpu -lc10
 
-kernels=$(grep -c "Compiling entry function" "$out/nll.log")
+kernels=$(cat "$out"/*.log | grep -c "Compiling entry function")
 echo "csrc/compile.sh: $kernels kernels for sm_${architectures}, no spills, linked: $out/neglog_cuda.so"

@@ -1,7 +1,8 @@
-// nll on CUDA: neglog::nll, neglog::nll_backward and neglog::nll_, all options.
+// nll on CUDA: neglog::nll, neglog::nll_backward and neglog::nll_, all options, and the product with
+// the upstream for what nll_ wrote.
 //
-// Compiled for sm_80, sm_90a and sm_100, not yet run on a GPU; no speed is claimed. The formulas and
-// the edge cases are those of kernels/nll.pyx, which is tested.
+// Compiled for sm_80, sm_90a and sm_100, run on the CPU by emulated.hpp, not yet on a GPU; no speed
+// is claimed. The formulas and the edge cases are those of kernels/nll.pyx.
 //
 // (a) One block walks one row, then the row a grid further. Each thread keeps an online (maximum,
 //     sum) over 16-byte vectors, several of them in flight; the block merges the states by shuffles
@@ -19,21 +20,7 @@
 // (f) In place, a thread writes only vectors that it has just read itself, after a barrier that ends
 //     all other reading of the row.
 
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <type_traits>
-#include <vector>
-
-#include "online_softmax.cuh"
+#include "tensors.cuh"
 
 #undef NDEBUG  // Python's own compiler flags set it, and without the assertion (e) reads anywhere
 #include <cassert>
@@ -345,6 +332,23 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
 }
 
+// Rows times their factors; nothing is read of those whose factor is 1, as an upstream mostly is.
+template <class S>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    scale_rows(Problem<S> p, Strided<real_of<S>> factor, S* x) {
+    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+        const real_of<S> own = factor[row];
+        if (own == 1) continue;
+        S* const at = x + row * p.logits_stride;
+        walk<kInFlight>(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& v) {
+            real_of<S> scaled[n];
+#pragma unroll
+            for (int i = 0; i < n; ++i) scaled[i] = widen(v.at[i]) * own;
+            store(at + column, narrowed<S>(scaled), true);
+        });
+    }
+}
+
 // The kernel of one block before them
 
 // The mean's divisor. Targets are checked here even where num_items is the divisor.
@@ -363,39 +367,20 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 // Launching
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
 constexpr int64_t kNone = 0, kMean = 1;
 // Beyond this a block takes several rows; enough to fill any GPU many times over.
 constexpr int64_t kMaxBlocks = 65536;
-
-struct Call {
-    torch::stable::accelerator::DeviceGuard guard;
-    cudaStream_t stream;
-
-    explicit Call(const Tensor& logits) : guard(logits.get_device_index()) {
-        void* current = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(
-            aoti_torch_get_current_cuda_stream(logits.get_device_index(), &current));
-        stream = static_cast<cudaStream_t>(current);
-    }
-};
 
 template <class S, class... Parameters, class... Arguments>
 void launch_rows(void (*kernel)(Problem<S>, Parameters...), const Call& call, const Problem<S>& p,
                  Arguments... arguments) {
     if (p.rows == 0) return;
-    const auto blocks = unsigned(std::min(p.rows, kMaxBlocks));
-    kernel<<<blocks, threads_for<S>(p.vocab), 0, call.stream>>>(p, arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(kernel, call, std::min(p.rows, kMaxBlocks), threads_for<S>(p.vocab), p, arguments...);
 }
 
 template <class... Parameters, class... Arguments>
 void launch_one_block(void (*kernel)(Parameters...), const Call& call, Arguments... arguments) {
-    kernel<<<1, kMaxThreads, 0, call.stream>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(kernel, call, 1, kMaxThreads, arguments...);
 }
 
 // Tensors
@@ -413,16 +398,6 @@ struct Results {
 };
 
 template <class T>
-T* pointer(const Tensor& tensor) {
-    return static_cast<T*>(tensor.data_ptr());
-}
-
-template <class T>
-T* pointer(const MaybeTensor& tensor) {
-    return tensor ? pointer<T>(*tensor) : nullptr;
-}
-
-template <class T>
 Strided<T> strided(const Tensor& tensor) {
     return {pointer<const T>(tensor), tensor.dim() == 0 ? 0 : tensor.stride(0)};
 }
@@ -431,16 +406,6 @@ bool columns_adjacent(const Tensor& rows) { return rows.stride(1) == 1 || rows.s
 
 Tensor adjacent(const Tensor& rows) {
     return columns_adjacent(rows) ? rows : torch::stable::contiguous(rows);
-}
-
-ScalarType real_dtype(const Tensor& logits) {
-    const bool wide = logits.scalar_type() == ScalarType::Double;
-    return wide ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_device(const char* name, const Tensor& tensor, const Tensor& logits) {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index(),
-                    name, ": expected a tensor on the device of the logits");
 }
 
 // One number in all, or one for each of `size`, in the accumulation dtype.
@@ -456,7 +421,7 @@ void check_real(const char* name, const MaybeTensor& tensor, const Tensor& logit
 // Only what would otherwise be read as something it is not; the public face words its own errors.
 Inputs checked(const Inputs& in) {
     const Tensor &logits = in.logits, &target = in.target;
-    STD_TORCH_CHECK(logits.is_cuda() && logits.dim() == 2, "logits: expected (N, V) on CUDA");
+    STD_TORCH_CHECK(on_device(logits) && logits.dim() == 2, "logits: expected (N, V) on CUDA");
     check_device("target", target, logits);
     STD_TORCH_CHECK(target.dim() == 1 || target.dim() == 2, "target: expected (N,) or (N, V)");
     STD_TORCH_CHECK(target.size(0) == logits.size(0), "target: expected as many rows as logits");
@@ -495,10 +460,6 @@ Problem<S> problem(const Inputs& in) {
     };
 }
 
-Tensor new_real(const Tensor& logits, const std::vector<int64_t>& shape) {
-    return torch::stable::new_empty(logits, shape, real_dtype(logits));
-}
-
 Results new_results(const Tensor& logits, bool stats) {
     const std::vector<int64_t> rows{logits.size(0)}, counted{stats ? logits.size(0) : 0};
     return {new_real(logits, rows), new_real(logits, rows),
@@ -513,18 +474,6 @@ Output<real_of<S>> output(const Results& r) {
     const bool stats = r.correct.numel() > 0;
     return {pointer<T>(r.row_loss), pointer<T>(r.lse), pointer<T>(r.lse_low),
             stats ? pointer<bool>(r.correct) : nullptr, stats ? pointer<T>(r.entropy) : nullptr};
-}
-
-// Calls body with a value of the logits' storage type, for its type.
-template <class Body>
-void with_storage(const Tensor& logits, Body body) {
-    switch (logits.scalar_type()) {
-        case ScalarType::Float: return body(float());
-        case ScalarType::Double: return body(double());
-        case ScalarType::BFloat16: return body(__nv_bfloat16());
-        case ScalarType::Half: return body(__half());
-        default: STD_TORCH_CHECK(false, "logits: expected a float of 16, 32 or 64 bits");
-    }
 }
 
 // The ops
@@ -611,11 +560,28 @@ Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const 
     return out;
 }
 
+void nll_scale_(const Tensor& grad, const Tensor& factor) {
+    STD_TORCH_CHECK(on_device(grad) && grad.dim() == 2, "grad: expected (N, V) on CUDA");
+    STD_TORCH_CHECK(columns_adjacent(grad), "grad: expected columns adjacent");
+    check_real("factor", factor, grad, grad.size(0));
+    const Call call(grad);
+    with_storage(grad, [&](auto storage) {
+        using S = decltype(storage);
+        Problem<S> p = {};
+        p.rows = grad.size(0);
+        p.vocab = grad.size(1);
+        p.logits = pointer<const S>(grad);
+        p.logits_stride = grad.stride(0);
+        launch_rows(scale_rows<S>, call, p, strided<real_of<S>>(factor), pointer<S>(grad));
+    });
+}
+
 }  // namespace
 }  // namespace neglog
 
-STABLE_TORCH_LIBRARY_IMPL(neglog, CUDA, m) {
+NEGLOG_IMPL(m) {
     m.impl("nll", TORCH_BOX(&neglog::nll));
     m.impl("nll_backward", TORCH_BOX(&neglog::nll_backward));
     m.impl("nll_", TORCH_BOX(&neglog::nll_));
+    m.impl("nll_scale_", TORCH_BOX(&neglog::nll_scale_));
 }

@@ -6,8 +6,12 @@
 
 #pragma once
 
+#ifdef NEGLOG_EMULATED
+#include "emulated.hpp"
+#else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#endif
 
 #include <cmath>
 #include <cstdint>

@@ -1,0 +1,113 @@
+// What every op's host half needs: torch's tensors by the stable ABI, checks, and launches.
+//
+// With NEGLOG_EMULATED the same ops are compiled for the CPU, in the namespace neglog_emulated.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#ifndef NEGLOG_EMULATED
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "online_softmax.cuh"
+
+namespace neglog {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Launching
+
+#ifdef NEGLOG_EMULATED
+#define NEGLOG_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(neglog_emulated, CPU, library)
+
+inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
+
+struct Call {
+    explicit Call(const Tensor&) {}
+};
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Call&, int64_t blocks, int threads,
+            Arguments... arguments) {
+    emulated::launch(unsigned(blocks), unsigned(threads), [&] { kernel(arguments...); });
+}
+#else
+#define NEGLOG_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(neglog, CUDA, library)
+
+inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
+
+// The device of a tensor, and its current stream there.
+struct Call {
+    torch::stable::accelerator::DeviceGuard guard;
+    cudaStream_t stream;
+
+    explicit Call(const Tensor& tensor) : guard(tensor.get_device_index()) {
+        void* current = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+        stream = static_cast<cudaStream_t>(current);
+    }
+};
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Call& call, int64_t blocks, int threads,
+            Arguments... arguments) {
+    kernel<<<unsigned(blocks), unsigned(threads), 0, call.stream>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+#endif
+
+// Tensors
+
+template <class T>
+T* pointer(const Tensor& tensor) {
+    return static_cast<T*>(tensor.data_ptr());
+}
+
+template <class T>
+T* pointer(const MaybeTensor& tensor) {
+    return tensor ? pointer<T>(*tensor) : nullptr;
+}
+
+inline ScalarType real_dtype(const Tensor& tensor) {
+    const bool wide = tensor.scalar_type() == ScalarType::Double;
+    return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor new_real(const Tensor& like, const std::vector<int64_t>& shape) {
+    return torch::stable::new_empty(like, shape, real_dtype(like));
+}
+
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
+    STD_TORCH_CHECK(
+        on_device(tensor) && tensor.get_device_index() == like.get_device_index(), name,
+        ": expected a tensor on the device of the first");
+}
+
+// Calls body with a value of the tensor's storage type, for its type.
+template <class Body>
+void with_storage(const Tensor& tensor, Body body) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float: return body(float());
+        case ScalarType::Double: return body(double());
+        case ScalarType::BFloat16: return body(__nv_bfloat16());
+        case ScalarType::Half: return body(__half());
+        default: STD_TORCH_CHECK(false, "expected a float of 16, 32 or 64 bits");
+    }
+}
+
+}  // namespace neglog
