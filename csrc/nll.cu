@@ -562,18 +562,20 @@ Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const 
 
 void nll_scale_(const Tensor& grad, const Tensor& factor) {
     STD_TORCH_CHECK(on_device(grad) && grad.dim() == 2, "grad: expected (N, V) on CUDA");
-    STD_TORCH_CHECK(columns_adjacent(grad), "grad: expected columns adjacent");
     check_real("factor", factor, grad, grad.size(0));
     const Call call(grad);
-    with_storage(grad, [&](auto storage) {
+    const Tensor rows = adjacent(grad);
+    with_storage(rows, [&](auto storage) {
         using S = decltype(storage);
         Problem<S> p = {};
-        p.rows = grad.size(0);
-        p.vocab = grad.size(1);
-        p.logits = pointer<const S>(grad);
-        p.logits_stride = grad.stride(0);
-        launch_rows(scale_rows<S>, call, p, strided<real_of<S>>(factor), pointer<S>(grad));
+        p.rows = rows.size(0);
+        p.vocab = rows.size(1);
+        p.logits = pointer<const S>(rows);
+        p.logits_stride = rows.stride(0);
+        launch_rows(scale_rows<S>, call, p, strided<real_of<S>>(factor), pointer<S>(rows));
     });
+    Tensor written = grad;
+    if (!columns_adjacent(grad)) torch::stable::copy_(written, rows);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ from torch.library import opcheck
 import neglog
 from neglog import comparison, dispatch
 from neglog.ops import infonce_autograd
-from neglog.ops.infonce import Pairs
+from neglog.ops.infonce_tile import Pairs
 from tests import contrastive_formulas as formulas
 from tests.contrastive_formulas import (
     BACKENDS,

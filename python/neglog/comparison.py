@@ -1,6 +1,6 @@
 """What contrastive losses share: embeddings made ready, compared, and their numbers reduced.
 
-Up to FEW similarities, on devices other than the CPU and for tensor subclasses the similarities are
+Up to FEW similarities, on devices without kernels and for tensor subclasses the similarities are
 made in memory; otherwise the op infonce makes them a tile at a time.
 """
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from neglog import dispatch, tiling
 from neglog.functional import LossStats
 from neglog.ops import infonce_composite as composite
-from neglog.ops.infonce import Pairs
 from neglog.ops.infonce_autograd import infonce
+from neglog.ops.infonce_tile import Pairs
 from neglog.ops.nll import real_dtype
 from neglog.validation import under_autocast
 
@@ -103,14 +103,16 @@ def plainly_few(x: Any, y: Any, options: Any, backend: str | None) -> bool:
 
 def in_memory(query: Tensor, key: Tensor, forced: str | None) -> bool:
     """Whether the similarities are made in memory, by torch."""
-    refusal = dispatch.kernels_refuse(query)
+    refusal = dispatch.kernels_refuse(query, backend=forced)
     if key is not query:
-        refusal = refusal or dispatch.kernels_refuse(key)
+        refusal = refusal or dispatch.kernels_refuse(key, backend=forced)
     if forced not in (None, "torch") and refusal:
         raise RuntimeError(f"backend={forced!r} cannot take this call: {refusal}")
     few = len(query) * len(key) < FEW
     return bool(
-        refusal or forced == "torch" or (forced is None and (few or not dispatch.kernel_backend()))
+        refusal
+        or forced == "torch"
+        or (forced is None and (few or not dispatch.kernel_backend(query)))
     )
 
 

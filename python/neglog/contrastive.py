@@ -29,7 +29,7 @@ from neglog.comparison import (
 from neglog.distributed import gathered
 from neglog.functional import LossStats
 from neglog.linear import linear_cross_entropy
-from neglog.ops.infonce import Pairs
+from neglog.ops.infonce_tile import Pairs
 from neglog.ops.nll import real_dtype
 from neglog.ops.siglip import composite as siglip_composite
 from neglog.ops.siglip import siglip
@@ -226,7 +226,7 @@ def siglip_loss(
         text, first = gathered(text, group)
         positive = positive + first
     inputs = (image, text, number(logit_scale, image), number(logit_bias, image))
-    if in_memory(image, text, forced):
+    if image.is_cuda or in_memory(image, text, forced):  # no kernel there
         dispatch.ran("siglip", "torch")
         total = siglip_composite(*inputs, positive)
     else:

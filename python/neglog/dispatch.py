@@ -1,7 +1,8 @@
 """Which backend runs a call, and why the others do not.
 
-Backends: "cython" (compiled kernels), "numba" (their twins) and "torch" (torch's own functions,
-which also take what no kernel does: other devices, tiny inputs, tensor subclasses). NEGLOG_BACKEND
+Backends: "cython" (compiled kernels), "numba" (their twins), "cuda" (those of a GPU, for tensors
+that lie there) and "torch" (torch's own functions, which also take what no kernel does: other
+devices, tiny inputs, tensor subclasses). NEGLOG_BACKEND
 in the environment, `use()` or the argument `backend=` name one; otherwise the best available runs.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from neglog import kernels
+from neglog import cuda, kernels
 from neglog.kernels import Build
 
 try:
@@ -25,7 +26,7 @@ try:
 except ImportError:  # `describe()` still tells a NumPy user what runs
     torch = None  # type: ignore[assignment]
 
-BACKENDS = (*kernels.BACKENDS, "torch")
+BACKENDS = (*kernels.BACKENDS, "cuda", "torch")
 
 # Logits, in numbers, up to which torch's own function is the faster: there the fixed cost of two
 # custom ops outweighs its slower arithmetic (docs/performance.md, "Small shapes").
@@ -34,6 +35,8 @@ CROSSOVER = 196608
 # Found once, at import: torch.compile would otherwise trace the search.
 _STATES = {name: kernels.available(name) for name in kernels.BACKENDS}
 _DEFAULT = next((name for name in kernels.BACKENDS if _STATES[name].usable), None)
+if torch is not None:
+    _STATES["cuda"] = cuda.state()
 
 _forced: str | None = os.environ.get("NEGLOG_BACKEND") or None
 _recorders: list[list[str]] = []
@@ -42,11 +45,12 @@ _recorders: list[list[str]] = []
 def describe() -> list[Build]:
     """Every backend, best first: its name, whether it can run here, and why or why not."""
     if torch is None:
-        own = Build("torch", False, "torch is not installed: pip install torch")
-    else:
-        own = Build("torch", True, f"torch {torch.__version__}, its own functions")
-    cuda = Build("cuda", False, "this version runs its kernels on the CPU; on GPUs torch runs")
-    return [*_STATES.values(), own, cuda]
+        missing = "torch is not installed: pip install torch"
+        return [*_STATES.values(), *(Build(name, False, missing) for name in ("cuda", "torch"))]
+    return [
+        *_STATES.values(),
+        Build("torch", True, f"torch {torch.__version__}, its own functions"),
+    ]
 
 
 def _refusal(source: str, name: str, problem: str) -> str:
@@ -64,7 +68,7 @@ def check(name: str, source: str = "backend") -> str:
     """
     if name not in BACKENDS:
         raise ValueError(_refusal(source, name, "unknown backend"))
-    if name != "torch" and not _STATES[name].usable:
+    if name != "torch" and not (name in _STATES and _STATES[name].usable):
         raise RuntimeError(_refusal(source, name, "backend not available here"))
     return name
 
@@ -108,10 +112,11 @@ def ran(op: str, backend: str) -> None:
         recorder.append(f"{op}:{backend}")
 
 
-def kernels_refuse(logits: Any, weight: Any = None) -> str | None:
-    """Why no kernel can take these logits, or None."""
-    if logits.device.type not in ("cpu", "meta"):
-        return f"logits on device {logits.device}, and the kernels run on the CPU"
+def kernels_refuse(logits: Any, weight: Any = None, backend: str | None = None) -> str | None:
+    """Why no kernel, or not that backend's, can take these logits, or None."""
+    elsewhere = _refused_by_device(logits.device, backend)
+    if elsewhere is not None:
+        return elsewhere
     if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"logits of dtype {logits.dtype}"
     if type(logits) not in (torch.Tensor, torch.nn.Parameter, *TRACED):
@@ -125,13 +130,26 @@ def kernels_refuse(logits: Any, weight: Any = None) -> str | None:
     return None
 
 
+def _refused_by_device(device: Any, backend: str | None) -> str | None:
+    if device.type == "cuda":
+        if backend in kernels.BACKENDS:
+            return f"logits on device {device}, and its kernels run on the CPU"
+        return None if _STATES["cuda"].usable else f"logits on {device}: {_STATES['cuda'].why}"
+    if device.type not in ("cpu", "meta") or backend == "cuda":
+        return f"logits on device {device}, which its kernels do not run on"
+    return None
+
+
 def prefers_torch(input: Any) -> bool:
     """Whether torch's own cross_entropy should run: tiny inputs, and what no kernel takes."""
     if not isinstance(input, torch.Tensor):
         return True  # for torch's own error
-    return input.numel() < CROSSOVER or kernels_refuse(input) is not None or not kernel_backend()
+    few = input.numel() < CROSSOVER
+    return few or kernels_refuse(input) is not None or not kernel_backend(input)
 
 
-def kernel_backend() -> str | None:
-    """The kernel backend that runs unless one is forced; None if neither can."""
+def kernel_backend(like: Any = None) -> str | None:
+    """The kernel backend that runs for such tensors unless one is forced; None if none can."""
+    if like is not None and like.is_cuda:
+        return "cuda" if _STATES["cuda"].usable else None
     return _DEFAULT

@@ -250,10 +250,10 @@ def _nll(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, lse, correct and entropy of rows, by the kernels or by torch's differentiable ops."""
     logits, target, weight, _ = problem
-    refusal = dispatch.kernels_refuse(logits, weight)
+    refusal = dispatch.kernels_refuse(logits, weight, backend)
     if backend not in (None, "torch") and refusal:
         raise RuntimeError(f"backend={backend!r} cannot take this call: {refusal}")
-    if backend == "torch" or refusal or (backend is None and not dispatch.kernel_backend()):
+    if backend == "torch" or refusal or (backend is None and not dispatch.kernel_backend(logits)):
         dispatch.ran("nll", "torch")
         if target.dim() == 1 and not torch.compiler.is_compiling():
             check_range(logits, target, options[1])

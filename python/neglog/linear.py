@@ -168,14 +168,15 @@ def _of_labels(
     weight, backend = common["weight"], dispatch.forced(common["backend"])
     if weight is not None:
         check_weight(weight, len(linear_weight), rows)
-    refusal = dispatch.kernels_refuse(rows, weight) or dispatch.kernels_refuse(linear_weight)
+    refusal = dispatch.kernels_refuse(rows, weight, backend)
+    refusal = refusal or dispatch.kernels_refuse(linear_weight, backend=backend)
     if backend not in (None, "torch") and refusal:
         raise RuntimeError(f"backend={backend!r} cannot take this call: {refusal}")
     few = len(labels) * len(linear_weight) < FEW
     if (
         refusal
         or backend == "torch"
-        or (backend is None and (few or not dispatch.kernel_backend()))
+        or (backend is None and (few or not dispatch.kernel_backend(rows)))
     ):
         logits = F.linear(rows, linear_weight, linear_bias)
         result = cross_entropy(logits, labels, ignore_index=ignored, **common)

@@ -37,7 +37,7 @@ def add_product(s: Tensor, weight: Tensor, out: Tensor, first: bool) -> None:
     if out.dtype == s.dtype:
         torch.addmm(out, s, weight, beta=0 if first else 1, out=out)
     else:
-        _put(out, torch.mm(s, weight), first)
+        _put(out, _wide(s, weight, out.dtype), first)
 
 
 def add_outer(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
@@ -81,13 +81,18 @@ def add_outer_by_blas(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
         return
     for start in range(0, s.shape[1], COLUMNS):
         part = slice(start, start + COLUMNS)
-        _put(out[part], torch.mm(s[:, part].t(), x), first)
+        _put(out[part], _wide(s[:, part].t(), x, out.dtype), first)
 
 
 def add_outer_by_onednn(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
     for start in range(0, s.shape[1], COLUMNS):
         part = slice(start, start + COLUMNS)
         _put(out[part], _onednn(s[:, part].t(), x.t(), None), first)
+
+
+def _wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, in `dtype` where torch can: on CUDA. The CPU rounds it to that of a and b."""
+    return torch.mm(a, b, dtype) if a.is_cuda else torch.mm(a, b)
 
 
 def _put(out: Tensor, tile: Tensor, first: bool) -> None:

@@ -20,14 +20,15 @@ similarities (N, M).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from neglog import dispatch, kernels, matmul, tiling
-from neglog.kernels.threads import allowed
-from neglog.ops.nll import DTYPE_CODES, library, new_memory, real_dtype
+from neglog import matmul, tiling
+from neglog.ops.infonce_tile import CpuTiles, CudaTiles, Marginal, Pairs, States, Upstream
+from neglog.ops.nll import library, new_memory
 
 PAIRS = (
     "Tensor query, Tensor key, Tensor scale, Tensor? bias, Tensor? positive, Tensor? excluded, "
@@ -47,78 +48,23 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-# Scores up to this size need no maximum: e^40 and the sum of a billion of them are float32's.
-BOUNDED = {torch.float32: 40.0, torch.float64: 300.0}
-# Bytes of a tile, if the workspace allows it. Half of that, which the last cache holds, is no
-# faster, and slower on a busy machine: each tile waits for all threads half a dozen times.
-TILE_BYTES = 16 << 20
-WIDTH = 4096
+# Bytes of a tile, if the workspace allows it, and its columns. On the CPU half of that, which the
+# last cache holds, is no faster, and slower on a busy machine: each tile waits for all threads half
+# a dozen times. On CUDA, not measured yet: what fills the device, and little more than its cache.
+TILE_BYTES, WIDTH = 16 << 20, 4096
+CUDA_TILE_BYTES, CUDA_WIDTH = 128 << 20, 8192
 
 
-class Pairs(NamedTuple):
-    """What is compared, as the schemas begin."""
-
-    query: Tensor
-    key: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    positive: Tensor | None
-    excluded: Tensor | None
-    query_group: Tensor | None
-    key_group: Tensor | None
-    columns: bool
-    symmetric: bool
-    workspace: int
-    backend: str
-
-    @property
-    def real(self) -> torch.dtype:
-        return real_dtype(self.query.dtype)
-
-    def rows(self, part: slice) -> Pairs:
-        """Some queries against all keys."""
-
-        def of_rows(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[part]
-
-        return self._replace(
-            query=self.query[part], scale=self.scale[part] if self.scale.dim() else self.scale,
-            positive=of_rows(self.positive), excluded=of_rows(self.excluded),
-            query_group=of_rows(self.query_group),
-        )  # fmt: skip
-
-    def ready(self) -> Pairs:
-        """As the kernels want them: contiguous, the small ones in the accumulation dtype."""
-
-        def of(x: Any, dtype: torch.dtype) -> Any:
-            return None if x is None else x.to(dtype).contiguous()
-
-        return self._replace(
-            query=self.query.contiguous(), key=self.key.contiguous(),
-            scale=of(self.scale, self.real), bias=of(self.bias, self.real),
-            positive=of(self.positive, torch.int64), excluded=of(self.excluded, torch.int64),
-            query_group=of(self.query_group, torch.int64),
-            key_group=of(self.key_group, torch.int64),
-        )  # fmt: skip
-
-    def bounded(self) -> bool:
-        """Whether no score can be too large, or too small, for e^score."""
-        if not self.query.numel() or not self.key.numel():
-            return False
-        lengths = (x.to(self.real).norm(dim=1).amax() for x in (self.query, self.key))
-        bound = self.scale.abs().amax() * next(lengths) * next(lengths)
-        if self.bias is not None:
-            bound = bound + self.bias.abs().where(self.bias != -torch.inf, 0).amax()
-        return bool(bound <= BOUNDED[self.real])
-
-    def tiles(self) -> Iterator[tuple[slice, slice]]:
-        rows, columns, size = len(self.query), len(self.key), self.query.itemsize
-        budget = min(TILE_BYTES, self.workspace)
-        width = min(columns, WIDTH)
-        height = tiling.rows_per_tile(rows, width * size, budget)
-        if self.symmetric:  # squares, so that the diagonal cuts none of the others
-            height = width = min(height, width)
-        return tiling.grid(rows, columns, height, width, self.symmetric)
+def tiles_of(pairs: Pairs) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of each tile."""
+    rows, columns, size = len(pairs.query), len(pairs.key), pairs.query.itemsize
+    cuda = pairs.query.is_cuda
+    budget = min(CUDA_TILE_BYTES if cuda else TILE_BYTES, pairs.workspace)
+    width = min(columns, CUDA_WIDTH if cuda else WIDTH)
+    height = tiling.rows_per_tile(rows, width * size, budget)
+    if pairs.symmetric:  # squares, so that the diagonal cuts none of the others
+        height = width = min(height, width)
+    return tiling.grid(rows, columns, height, width, pairs.symmetric)
 
 
 class Workspace:
@@ -133,7 +79,7 @@ class Workspace:
         """Room for a tile, until the next one."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
         if self._memory.numel() < height * width:  # the first tile is the largest
-            self._memory = new_memory((height * width,), self.pairs.query.dtype)
+            self._memory = new_memory((height * width,), self.pairs.query)
         return self._memory[: height * width].view(height, width)
 
     def filled(self, rows: slice, columns: slice) -> Tensor:
@@ -143,76 +89,28 @@ class Workspace:
         return out
 
 
-def address(tensor: Tensor | None, start: int = 0) -> int:
-    return 0 if tensor is None else tensor.data_ptr() + start * tensor.itemsize
-
-
-def step(tensor: Tensor | None) -> int:
-    """Between the numbers of a vector; 0 where one number stands for all."""
-    return int(tensor is not None and tensor.dim() == 1)
-
-
-def tile_arguments(
-    pairs: Pairs, similarity: Tensor, rows: slice, columns: slice, bounded: bool
-) -> tuple:
-    """The `tile` of the kernels."""
-    i, j = rows.start, columns.start
-    return (
-        DTYPE_CODES[similarity.dtype], *similarity.shape, j,
-        similarity.data_ptr(), similarity.stride(0),
-        address(pairs.scale, i * step(pairs.scale)), step(pairs.scale),
-        address(pairs.bias, j * step(pairs.bias)), step(pairs.bias),
-        address(pairs.positive, i), address(pairs.excluded, i),
-        address(pairs.query_group, i), address(pairs.key_group, j), bounded,
-    )  # fmt: skip
-
-
-def load_kernel(op: str, backend: str) -> Any:
-    dispatch.ran(op, backend or dispatch.kernel_backend() or "none")
-    return kernels.load("infonce", backend or None)
-
-
 # Forward
 
 
-class States:
-    """Maximum and sum of rows or columns; the maximum is 0 where none is needed."""
-
-    def __init__(self, count: int, real: torch.dtype, bounded: bool) -> None:
-        start = 0.0 if bounded else -torch.inf
-        self.maximum = torch.full((count,), start, dtype=real)
-        self.sum = torch.zeros(count, dtype=torch.float64)
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """The log-sum-exp as the unevaluated sum of two numbers."""
-        lse = self.maximum.double() + self.sum.log()
-        high = lse.to(self.maximum.dtype)
-        return high, (lse - high).nan_to_num(0.0).to(high.dtype)
-
-
-def _infonce_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward(kind: type[CpuTiles] | type[CudaTiles], *arguments: Any) -> tuple[Tensor, ...]:
     *given, keep = arguments
     pairs = Pairs(*given).ready()
-    kernel = load_kernel("infonce", pairs.backend)
-    bounded = pairs.bounded()
-    rows, columns = (States(len(x), pairs.real, bounded) for x in (pairs.query, pairs.key))
+    tiles = kind("infonce", pairs)
+    rows, columns = (States(len(x), x, tiles.bounded) for x in (pairs.query, pairs.key))
     score = rows.maximum.new_zeros(len(pairs.query) if pairs.positive is not None else 0)
-    kept = new_memory((len(pairs.query), len(pairs.key)), pairs.query.dtype) if keep else None
-    workspace, threads = Workspace(pairs, kept), allowed(torch.get_num_threads())
+    kept = new_memory((len(pairs.query), len(pairs.key)), pairs.query) if keep else None
+    workspace = Workspace(pairs, kept)
     of_columns = rows if pairs.symmetric else columns
-    for down, across in pairs.tiles():
+    for down, across in tiles_of(pairs):
         similarity = workspace.filled(down, across)
         both = pairs.columns or (pairs.symmetric and down != across)
-        kernel.forward(
-            tile_arguments(pairs, similarity, down, across, bounded),
-            address(rows.maximum, down.start), address(rows.sum, down.start),
-            address(of_columns.maximum, across.start) if both else 0,
-            address(of_columns.sum, across.start) if both else 0,
-            address(score, down.start) if len(score) else 0, threads,
+        tiles.forward(
+            similarity, down, across, rows, of_columns if both else None,
+            None if pairs.positive is None else score,
         )  # fmt: skip
     nothing = score.new_empty(0)
     if pairs.symmetric and pairs.positive is not None:  # of the two, one lies above the diagonal
-        below = pairs.positive < torch.arange(len(score))
+        below = pairs.positive < torch.arange(len(score), device=score.device)
         score = torch.where(below, score[pairs.positive], score)
     row_lse, row_low = rows.finish()
     column_lse, column_low = columns.finish() if pairs.columns else (nothing, nothing.clone())
@@ -230,28 +128,6 @@ def _infonce_cpu(*arguments: Any) -> tuple[Tensor, ...]:
 # Backward
 
 
-class Marginal(NamedTuple):
-    """What flows in by the log-sum-exps of rows or columns; see the kernel's struct."""
-
-    lse: Tensor
-    low: Tensor
-    grad: Tensor
-    hard: Tensor | None
-
-    def addresses(self, at: int, rows: int) -> tuple[int, ...]:
-        parts = (address(part, at) for part in self[:3])
-        return (*parts, address(self.hard, rows))
-
-
-class Upstream(NamedTuple):
-    """The five gradients that flow in, for unit size: divided by `size`."""
-
-    row: Marginal
-    column: Marginal | None
-    score: Tensor | None
-    size: float
-
-
 def _sum(*parts: Tensor | None) -> Tensor | None:
     total = None
     for part in parts:
@@ -260,14 +136,23 @@ def _sum(*parts: Tensor | None) -> Tensor | None:
     return total
 
 
+def _size(grads: tuple[Tensor | None, ...]) -> Tensor | float:
+    """The largest finite number among the largest of each; 1 if there is none but 0."""
+    largest = [g.abs().amax() for g in grads if g is not None and g.numel()]
+    if not largest:
+        return 1.0
+    finite = torch.stack(largest)
+    size = torch.where(finite < torch.inf, finite, 0).amax()
+    return torch.where(size > 0, size, 1)
+
+
 def _upstream(
     pairs: Pairs, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
 ) -> Upstream:
     row_lse, column_lse, row_low, column_low = saved
-    size = 1.0
+    size: float | Tensor = 1.0
     if pairs.query.itemsize == 2:  # products of small gradients and small probabilities vanish
-        largest = [float(g.abs().amax()) for g in grads if g is not None and g.numel()]
-        size = max([g for g in largest if 0 < g < torch.inf], default=1.0)
+        size = _size(grads)
         grads = tuple(None if g is None else g / size for g in grads)
     row_hard, column_hard, row_soft, column_soft, score = (
         None if g is None or not g.numel() else g.contiguous() for g in grads
@@ -286,7 +171,8 @@ def _upstream(
     column_grad = torch.zeros_like(column_lse) if column_soft is None else column_soft.clone()
     if column_hard is not None:
         assert pairs.positive is not None
-        column_grad.index_add_(0, pairs.positive, column_hard)
+        # Not index_add_: on CUDA its order is not determined.
+        column_grad.index_put_((pairs.positive,), column_hard, accumulate=True)
     return Upstream(row, Marginal(column_lse, column_low, column_grad, column_hard), score, size)
 
 
@@ -295,9 +181,8 @@ class Sums:
 
     def __init__(self, pairs: Pairs, by_row: bool, by_column: bool) -> None:
         self.pairs = pairs
-        real = pairs.real
-        self.by_row = new_memory(pairs.query.shape if by_row else (0,), real)
-        self.by_column = new_memory(pairs.key.shape if by_column else (0,), real)
+        self.by_row = new_memory(pairs.query.shape if by_row else (0,), pairs.query, pairs.real)
+        self.by_column = new_memory(pairs.key.shape if by_column else (0,), pairs.key, pairs.real)
         self._scaled = pairs.scale.dim() == 1  # a scale of its own: the sum must hold it
         self._has_rows = by_row
         if pairs.symmetric:
@@ -318,7 +203,7 @@ class Sums:
             matmul.add_outer(gradient, x, self.by_column[columns], rows.start == 0)
 
     def finished(
-        self, wanted: list[bool], size: float, dtype: torch.dtype
+        self, wanted: list[bool], size: float | Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query and key in `dtype`, and of scale; empty where not wanted."""
         pairs = self.pairs
@@ -348,36 +233,31 @@ def _dot_rows(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([(a * b).sum(1) for a, b in zip(x.split(4096), y.split(4096), strict=True)])
 
 
-def _infonce_backward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward(kind: type[CpuTiles] | type[CudaTiles], *arguments: Any) -> tuple[Tensor, ...]:
     grads, pairs = arguments[:5], Pairs(*arguments[5:17]).ready()
     *saved, kept, wanted = arguments[17:]
-    kernel = load_kernel("infonce_backward", pairs.backend)
     up = _upstream(pairs, tuple(saved), grads)
     from_columns = wanted[1] and not wanted[0] and pairs.scale.dim() == 0 and not pairs.symmetric
     sums = Sums(pairs, wanted[0] or (wanted[2] and not from_columns), wanted[1])
+    tiles = kind("infonce_backward", pairs)
     if not pairs.query.numel() or not pairs.key.numel():
         sums.by_row.zero_()
         sums.by_column.zero_()
         return sums.finished(wanted, up.size, pairs.query.dtype)
-    bounded, threads = pairs.bounded(), allowed(torch.get_num_threads())
     workspace = Workspace(pairs, None)
-    for down, across in pairs.tiles():
+    for down, across in tiles_of(pairs):
         if kept.numel():
             similarity, gradient = kept[down, across], workspace.new(down, across)
         else:
             similarity = gradient = workspace.filled(down, across)
-        kernel.backward(
-            tile_arguments(pairs, similarity, down, across, bounded),
-            up.row.addresses(down.start, down.start),
-            (0, 0, 0, 0) if up.column is None else up.column.addresses(across.start, down.start),
-            address(up.score, down.start), gradient.data_ptr(), gradient.stride(0), threads,
-        )  # fmt: skip
+        tiles.backward(similarity, down, across, up, gradient)
         sums.add(gradient, down, across)
     return sums.finished(wanted, up.size, pairs.query.dtype)
 
 
-library.impl("infonce", _infonce_cpu, "CPU")
-library.impl("infonce_backward", _infonce_backward_cpu, "CPU")
+for _kind, _key in ((CpuTiles, "CPU"), (CudaTiles, "CUDA")):
+    library.impl("infonce", partial(_forward, _kind), _key)
+    library.impl("infonce_backward", partial(_backward, _kind), _key)
 
 
 # Shapes alone

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from neglog.ops import infonce_composite as composite
-from neglog.ops.infonce import Pairs, library
+from neglog.ops.infonce import library
+from neglog.ops.infonce_tile import Pairs
 from neglog.ops.nll_autograd import as_function
 
 PAIRS = len(Pairs._fields)

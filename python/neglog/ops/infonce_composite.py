@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neglog.ops.infonce import Pairs
+from neglog.ops.infonce_tile import Pairs
 
 
 def scores(pairs: Pairs) -> tuple[Tensor, Tensor]:

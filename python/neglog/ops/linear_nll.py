@@ -100,14 +100,14 @@ class Gradients:
         real = real_dtype(head.input.dtype)
         new = head.input.new_zeros
         self.input = new(head.input.shape if wanted[0] else 0)
-        self.weight = new_memory(head.weight.shape if wanted[1] else (0,), real)
+        self.weight = new_memory(head.weight.shape if wanted[1] else (0,), head.weight, real)
         self.bias = new(head.vocab if wanted[2] else 0, dtype=real)
         self.wanted = wanted
         self.filter_eps = filter_eps
         self._first = True
 
     def add(
-        self, s: Tensor, x: Tensor, weight: Tensor, rows: Tensor | slice, upstream: float
+        self, s: Tensor, x: Tensor, weight: Tensor, rows: Tensor | slice, upstream: float | Tensor
     ) -> None:
         """A tile: s is the gradient of its logits, x the input that made them."""
         if self.wanted[2]:
@@ -135,7 +135,7 @@ class Gradients:
         matmul.add_outer(s, x, part, True)
         self.weight.index_add_(0, columns, part)
 
-    def _columns_that_count(self, s: Tensor, upstream: float) -> Tensor | None:
+    def _columns_that_count(self, s: Tensor, upstream: float | Tensor) -> Tensor | None:
         """Those with a gradient of at least filter_eps times the upstream; None for all."""
         if not self.filter_eps:
             return None
@@ -163,7 +163,7 @@ class Tiles:
         self.target = (target if self.rows is None else target[counted]).contiguous()
         row = head.vocab * head.input.itemsize
         self.height = tiling.rows_per_tile(len(self.target), row, workspace)
-        self.logits = new_memory((self.height, head.vocab), head.input.dtype)
+        self.logits = new_memory((self.height, head.vocab), head.input)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor | slice, Tensor, Tensor]]:
         """Which of the counted rows, which of all, their input, their logits."""
@@ -209,7 +209,7 @@ def _outputs(rows: Rows, start: int) -> tuple[int, ...]:
     return tuple(_pointer(tensor, start) for tensor in rows)
 
 
-def _contiguous(head: Head, weight: Tensor | None) -> tuple[Head, Tensor | None]:
+def contiguous(head: Head, weight: Tensor | None) -> tuple[Head, Tensor | None]:
     bias = head.bias
     ready = Head(head.input.contiguous(), head.weight.contiguous(), bias)
     return ready, None if weight is None else weight.contiguous()
@@ -258,7 +258,7 @@ def _linear_nll_cpu(
     *values, stats, wanted, workspace, filter_eps, backend = rest
     options = Options(*values)
     kernel = _kernel("linear_nll", backend)
-    head, weight = _contiguous(Head(input, linear_weight, linear_bias), weight)
+    head, weight = contiguous(Head(input, linear_weight, linear_bias), weight)
     divisor = _total_weight(kernel, head, target, weight, options.ignore_index)
     divisor = divisor if num_items is None else float(num_items)
     tiles = Tiles(head, target, options.ignore_index, workspace)
@@ -278,7 +278,7 @@ def _linear_nll_cpu(
         default if made is None else tiles.spread(made, len(target))
         for made, default in ((rows.correct, nothing.bool()), (rows.entropy, nothing))
     )
-    formed = gradients.finished(late) if gradients else tuple(input.new_empty(0) for _ in range(3))
+    formed = gradients.finished(late) if gradients else nothing_formed(input)
     return (
         loss, tiles.spread(rows.lse, len(target)), torch.scalar_tensor(divisor, dtype=loss.dtype),
         correct, entropy, *formed,
@@ -291,17 +291,14 @@ def _linear_nll_backward_cpu(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *values, wanted, workspace, filter_eps, backend = rest
     options = Options(*values)
-    formed = (grad_input, grad_weight, grad_bias)
-    likes = (input, linear_weight, input)
-    ready = all(not want or kept.numel() for want, kept in zip(wanted, formed, strict=True))
-    if grad_lse is None and options.reduction != NONE and ready:
-        factor = _late_factor(grad_loss, total_weight, options, input)
-        return tuple(
-            _times(kept, factor, like.dtype) if want else input.new_empty(0)
-            for want, kept, like in zip(wanted, formed, likes, strict=True)
-        )
+    ready = formed_times_upstream(
+        grad_loss, grad_lse, (input, linear_weight, input), total_weight,
+        (grad_input, grad_weight, grad_bias), options, wanted,
+    )  # fmt: skip
+    if ready is not None:
+        return ready
     kernel = _kernel("linear_nll_backward", backend)
-    head, weight = _contiguous(Head(input, linear_weight, linear_bias), weight)
+    head, weight = contiguous(Head(input, linear_weight, linear_bias), weight)
     tiles = Tiles(head, target, options.ignore_index, workspace)
     rows = _empty_rows(head, len(tiles.target), False)
     upstream = grad_loss / total_weight if options.reduction == MEAN else grad_loss
@@ -311,11 +308,30 @@ def _linear_nll_backward_cpu(
     return gradients.finished(False)
 
 
+def formed_times_upstream(
+    grad_loss: Tensor, grad_lse: Tensor | None, likes: tuple[Tensor, Tensor, Tensor],
+    total_weight: Tensor, formed: tuple[Tensor, ...], options: Options, wanted: list[bool],
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """The gradients formed in the forward, times the upstream; None if that is not one number."""
+    ready = all(not want or kept.numel() for want, kept in zip(wanted, formed, strict=True))
+    if grad_lse is not None or options.reduction == NONE or not ready:
+        return None
+    factor = _late_factor(grad_loss, total_weight, options, likes[0])
+    return tuple(
+        _times(kept, factor, like.dtype) if want else like.new_empty(0)
+        for want, kept, like in zip(wanted, formed, likes, strict=True)
+    )
+
+
+def nothing_formed(input: Tensor) -> tuple[Tensor, ...]:
+    return tuple(input.new_empty(0) for _ in range(3))
+
+
 def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """In new memory: the graph may be walked again."""
     if kept.dtype != dtype:
         return (kept * factor).to(dtype)
-    return torch.mul(kept, factor.to(dtype), out=new_memory(kept.shape, dtype))
+    return torch.mul(kept, factor.to(dtype), out=new_memory(kept.shape, kept, dtype))
 
 
 def _late_factor(

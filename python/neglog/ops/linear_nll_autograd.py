@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neglog.ops import linear_nll_cuda  # noqa: F401 - registers itself
 from neglog.ops import nll_composite as composite
 from neglog.ops.linear_nll import library
 from neglog.ops.nll import Options

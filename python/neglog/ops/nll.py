@@ -3,6 +3,7 @@
 neglog::nll            forward; keeps two numbers a row for the backward
 neglog::nll_backward   gradient of the logits; itself differentiable, by the composite formula
 neglog::nll_           forward, and the gradient for upstream 1 written over the logits
+neglog::nll_scale_     that gradient times the upstream, () or (N,); on CUDA alone
 
 Shapes: logits (N, V), any row stride. target (N,) int64, or (N, V) probabilities of the logits'
 dtype. weight (V,) and num_items () in the accumulation dtype, float32 or for float64 logits
@@ -32,7 +33,7 @@ OPTIONS = (
     "int reduction, int ignore_index, float label_smoothing, float logit_scale, float softcap, "
     "float z_loss"
 )
-_SCHEMAS = (
+SCHEMAS = (
     f"nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, "
     "str backend) -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor total_weight, "
     "Tensor correct, Tensor entropy)",
@@ -42,10 +43,11 @@ _SCHEMAS = (
     f"nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, "
     "bool stats, str backend) -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, "
     "Tensor entropy)",
+    "nll_scale_(Tensor(a!) grad, Tensor factor) -> ()",
 )
 
 library = torch.library.Library("neglog", "DEF")
-for _schema in _SCHEMAS:
+for _schema in SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -140,12 +142,13 @@ def _empty_stats(logits: Tensor, stats: bool) -> tuple[Tensor, Tensor]:
     return logits.new_empty(rows, dtype=torch.bool), logits.new_empty(rows, dtype=real)
 
 
-def new_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """torch.empty on huge pages, where it is large (kernels/memory.py)."""
+def new_memory(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """like.new_empty, on huge pages where it is large and on the CPU (kernels/memory.py)."""
+    dtype = dtype or like.dtype
     count = math.prod(shape)
-    buffer = large_buffer(count * dtype.itemsize)
+    buffer = large_buffer(count * dtype.itemsize) if like.is_cpu else None
     if buffer is None:
-        return torch.empty(shape, dtype=dtype)
+        return like.new_empty(shape, dtype=dtype)
     return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
 
 
@@ -178,7 +181,7 @@ def run_backward(
     logits = _adjacent(logits)
     problem, _alive = _problem(logits, target, weight, options)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    out = new_memory(logits.shape, logits.dtype)
+    out = new_memory(logits.shape, logits)
     kernel.backward(
         *problem, lse.data_ptr(), lse_low.data_ptr(),
         grad_loss.data_ptr(), grad_loss.stride(0) if grad_loss.dim() else 0,

@@ -24,7 +24,7 @@ NO_GRADIENTS = (None,) * ARGUMENTS
 
 def nll(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, lse, correct and entropy, by the door that fits. Arguments as the op neglog::nll."""
-    if torch.compiler.is_compiling() or _observed(arguments[0]):
+    if torch.compiler.is_compiling() or _needs_dispatcher(arguments[0]):
         loss, lse, _, _, correct, entropy = torch.ops.neglog.nll.default(*arguments)
     elif torch._C._are_functorch_transforms_active():
         loss, lse, _, _, correct, entropy = FunctionalNLL.apply(*arguments)
@@ -36,13 +36,14 @@ def nll(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return loss, lse, correct, entropy
 
 
-def _observed(logits: Tensor) -> bool:
-    """Whether a tracer or a dispatch mode must see the op itself, or the logits have no memory."""
+def _needs_dispatcher(logits: Tensor) -> bool:
+    """Whether a tracer or a dispatch mode must see the op itself, or the logits are not in the
+    CPU's memory."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or type(logits) in dispatch.TRACED
-        or logits.is_meta
+        or not logits.is_cpu
     )
 
 
@@ -206,7 +207,7 @@ def _eager_backward(ctx, grad_loss, grad_lse, logits, target, weight):
     # is_grads_batched=True: an upstream without memory, which the dispatcher takes apart.
     batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)
     # With create_graph the gradient has a graph of its own.
-    if batched or torch.is_grad_enabled() or _observed(logits):
+    if batched or torch.is_grad_enabled() or _needs_dispatcher(logits):
         return _differentiable_backward(
             grad_loss, grad_lse, logits, target, weight, ctx.lse, ctx.lse_low, _total_weight(ctx),
             *ctx.options, ctx.backend,
@@ -264,8 +265,15 @@ class InplaceNLL(Function):
         (grad,) = ctx.saved_tensors
         if ctx.late is not None:
             grad_loss = grad_loss / ctx.late
-        if grad_loss.dim():
-            grad.mul_(grad_loss.unsqueeze(1))
-        elif float(grad_loss) != 1:
-            grad.mul_(grad_loss)
+        _scale_in_place(grad, grad_loss)
         return grad, *NO_GRADIENTS[1:]
+
+
+def _scale_in_place(grad: Tensor, factor: Tensor) -> None:
+    if grad.is_cuda:  # to ask whether it is 1 would be to wait for the device
+        torch.ops.neglog.nll_scale_.default(grad, factor)
+        torch.autograd.graph.increment_version(grad)
+    elif factor.dim():
+        grad.mul_(factor.unsqueeze(1))
+    elif float(factor) != 1:
+        grad.mul_(factor)

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from neglog.kernels.threads import allowed
-from neglog.ops.infonce import Pairs, Sums, Workspace, address, load_kernel, tile_arguments
+from neglog.ops.infonce import Sums, Workspace, tiles_of
 from neglog.ops.infonce_autograd import second_derivative
+from neglog.ops.infonce_tile import Pairs, address, load_kernel, tile_arguments
 from neglog.ops.nll import library, new_memory, real_dtype
 from neglog.ops.nll_autograd import as_function
 
@@ -56,7 +57,7 @@ def _siglip_cpu(query, key, scale, bias, positive, workspace, backend, wanted):
     sums = Sums(pairs, wanted[0] or wanted[2], wanted[1])
     loss, grad_bias = (torch.zeros(len(query), dtype=torch.float64) for _ in range(2))
     tiles, threads = Workspace(pairs, None), allowed(torch.get_num_threads())
-    for down, across in pairs.tiles():
+    for down, across in tiles_of(pairs):
         similarity = tiles.filled(down, across)
         kernel.sigmoid(
             tile_arguments(pairs, similarity, down, across, False), 1.0, address(loss, down.start),
@@ -73,7 +74,7 @@ def _siglip_cpu(query, key, scale, bias, positive, workspace, backend, wanted):
 
 def _siglip_backward_cpu(grad, query, key, scale, bias, positive, *formed):
     return tuple(
-        torch.mul(kept, grad, out=new_memory(kept.shape, x.dtype))
+        torch.mul(kept, grad, out=new_memory(kept.shape, kept, x.dtype))
         for kept, x in zip(formed, (query, key, scale, bias), strict=True)
     )
 

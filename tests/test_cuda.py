@@ -1,0 +1,474 @@
+"""The CUDA kernels and the schedules over them: on a GPU and, emulated, on the CPU."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import neglog.contrastive
+import neglog.linear  # noqa: F401 - registers the ops
+from neglog import dispatch, reference
+from neglog.ops import infonce, infonce_composite, linear_nll_cuda
+from neglog.ops.infonce_tile import CpuTiles, CudaTiles, Pairs
+from tests import emulated
+
+ON_GPU = (
+    dispatch.kernel_backend(torch.empty(0, device="cuda")) if torch.cuda.is_available() else None
+)
+DEVICES = [*(["emulated"] if emulated.AVAILABLE else []), *(["cuda"] if ON_GPU else [])]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NONE, MEAN, SUM = 0, 1, 2
+INF, NAN = float("inf"), float("nan")
+# Largest errors relative to 1 + the largest number: of losses, and of gradients, rounded once.
+LOSS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+GRADIENT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+SHAPES = [(1, 1), (2, 7), (7, 31), (5, 257), (3, 2049), (2, 9001)]
+# label_smoothing, logit_scale, softcap, z_loss
+OPTIONS = {
+    "plain": (0.0, 1.0, 0.0, 0.0),
+    "smoothing": (0.1, 1.0, 0.0, 0.0),
+    "all": (0.2, 0.7, 5.0, 0.1),
+}
+
+
+class Device(NamedTuple):
+    name: str  # of torch's device
+    ops: Any
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, tmp_path_factory, monkeypatch):
+    """Where tensors lie, and the ops that work there; the schedules over them use those too."""
+    if request.param == "cuda":
+        return Device("cuda", torch.ops.neglog)
+    ops = emulated.operators(tmp_path_factory.getbasetemp() / "emulated")
+    monkeypatch.setattr(CudaTiles, "ops", ops)
+    monkeypatch.setattr(linear_nll_cuda, "ops", ops)
+    return Device("cpu", ops)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+def real_of(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def off(found, expected):
+    """The largest error relative to 1 + the largest finite number; NaN and inf in their places."""
+    found, expected = found.detach().double().cpu(), torch.as_tensor(expected, dtype=torch.float64)
+    assert found.shape == expected.shape
+    assert torch.equal(found.isnan(), expected.isnan())
+    finite = expected.isfinite()
+    assert torch.equal(found[~finite].nan_to_num(), expected[~finite].nan_to_num())
+    if not finite.any():
+        return 0.0
+    difference = (found - expected)[finite].abs().max()
+    return float(difference / (1 + expected[finite].abs().max()))
+
+
+# nll
+
+
+def problem(shape, dtype, probabilities, device, seed=0):
+    """Logits at a row stride that no vector divides, a target, a class weight."""
+    rows, vocab = shape
+    logits = (normal(rows, vocab + 3, seed=seed) * 3).to(dtype)
+    weight = (normal(vocab, seed=seed + 1).abs() + 0.5).to(real_of(dtype))
+    if probabilities:
+        target = normal(rows, vocab, seed=seed + 2).softmax(1).to(dtype)
+    else:
+        target = normal(rows, seed=seed + 2).abs().mul(1e6).long() % vocab
+        target[1::5] = -100
+    return logits.to(device)[:, 2:-1], target.to(device), weight.to(device)
+
+
+def truth(logits, target, weight, options, **more):
+    smoothing, scale, softcap, z_loss = options
+    target = target.cpu()
+    return reference.nll(
+        logits.double().cpu().numpy(),
+        target.double().numpy() if target.dim() == 2 else target.numpy(),
+        weight=None if weight is None else weight.double().cpu().numpy(),
+        label_smoothing=smoothing, logit_scale=scale, softcap=softcap or None, z_loss=z_loss,
+        **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nll_against_the_oracle(device, dtype, shape, options, probabilities):
+    logits, target, weight = problem(shape, dtype, probabilities, device.name)
+    values = (MEAN, -100, *options)
+    expected = truth(logits, target, weight, options)
+    loss, lse, low, total, correct, entropy = device.ops.nll(
+        logits, target, weight, None, *values, True, ""
+    )
+    assert off(loss, expected.loss) <= LOSS[dtype]
+    assert off(lse.double() + low.double(), expected.lse) <= LOSS[dtype]
+    assert off(entropy, expected.entropy) <= 10 * LOSS[dtype]
+    assert correct.tolist() == expected.correct.tolist()
+    upstream = torch.ones((), dtype=loss.dtype, device=device.name)
+    gradient = device.ops.nll_backward(
+        upstream, None, logits, target, weight, lse, low, total, *values, ""
+    )
+    assert off(gradient, expected.grad) <= GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_nll_in_place_and_its_upstream(device, dtype, options, reduction):
+    """Nothing is written beside the logits, in front of them, behind or between."""
+    given, target, weight = problem((7, 2049), dtype, False, device.name)
+    memory = torch.full((9, 2060), 7.0, dtype=dtype, device=device.name)
+    logits = memory[1:-1, 5:-6]
+    logits.copy_(given)
+    name = ("none", "mean", "sum")[reduction]
+    expected = truth(given, target, weight, options, reduction=name)
+    loss, lse, total, _, _ = device.ops.nll_(
+        logits, target, weight, None, reduction, -100, *options, False, ""
+    )
+    late = dtype == torch.float16 and reduction == MEAN  # divided in the backward
+    assert off(loss, expected.loss) <= LOSS[dtype]
+    assert off(logits / total if late else logits, expected.grad) <= GRADIENT[dtype]
+    before = logits.clone()
+    device.ops.nll_scale_(logits, torch.tensor(1.0, dtype=lse.dtype, device=device.name))
+    assert torch.equal(logits, before)
+    factor = torch.linspace(-1, 2, 7, dtype=lse.dtype, device=device.name)
+    device.ops.nll_scale_(logits, factor)
+    assert torch.equal(logits, (before * factor[:, None]).to(dtype))
+    logits.fill_(7.0)
+    assert bool((memory == 7.0).all())
+
+
+def test_nll_of_columns_that_are_not_adjacent(device):
+    given, target, weight = problem((5, 257), torch.float32, False, device.name)
+    logits = given.t().contiguous().t()
+    options = OPTIONS["all"]
+    expected = truth(given, target, weight, options)
+    device.ops.nll_(logits, target, weight, None, MEAN, -100, *options, False, "")
+    assert off(logits, expected.grad) <= GRADIENT[torch.float32]
+    device.ops.nll_scale_(logits, torch.tensor(2.0, device=device.name))
+    assert off(logits, 2 * expected.grad) <= GRADIENT[torch.float32]
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_nll_with_an_upstream_for_each_row_and_its_lse(device, dtype, probabilities):
+    logits, target, weight = problem((7, 257), dtype, probabilities, device.name)
+    options = OPTIONS["all"]
+    _, lse, low, total, _, _ = device.ops.nll(
+        logits, target, weight, None, NONE, -100, *options, True, ""
+    )
+    grad_loss, grad_lse = normal(2, 7).to(lse.dtype).to(device.name)
+    expected = truth(
+        logits, target, weight, options, reduction="none",
+        grad_loss=grad_loss.double().cpu().numpy(), grad_lse=grad_lse.double().cpu().numpy(),
+    )  # fmt: skip
+    gradient = device.ops.nll_backward(
+        grad_loss, grad_lse, logits, target, weight, lse, low, total, NONE, -100, *options, ""
+    )
+    assert off(gradient, expected.grad) <= GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("vocab", [5, 300])
+def test_nll_of_extremes(device, dtype, vocab):
+    rows = [[-INF], [INF], [NAN], [1e4], [-1e4], [1e4, -1e4], [-INF, 0.0], [INF, -INF], [NAN, INF]]
+    logits = torch.zeros(len(rows), vocab, dtype=torch.float64)
+    for row, start in zip(logits, rows, strict=True):
+        row[: len(start)] = torch.tensor(start)
+    logits = torch.cat([logits, torch.full((1, vocab), -INF)]).to(dtype).to(device.name)
+    target = torch.full((len(logits),), vocab - 1, device=device.name)
+    options = OPTIONS["plain"]
+    expected = truth(logits, target, None, options, reduction="none")
+    loss, lse, low, total, _, _ = device.ops.nll(
+        logits, target, None, None, NONE, -100, *options, False, ""
+    )
+    assert off(loss, expected.loss) <= LOSS[dtype]
+    upstream = torch.ones(len(logits), dtype=lse.dtype, device=device.name)
+    gradient = device.ops.nll_backward(
+        upstream, None, logits, target, None, lse, low, total, NONE, -100, *options, ""
+    )
+    assert off(gradient, expected.grad) <= GRADIENT[dtype]
+
+
+def test_nll_of_nothing(device):
+    for rows, vocab in ((0, 5), (3, 0)):
+        logits = torch.empty(rows, vocab, device=device.name)
+        target = torch.full((rows,), -100, device=device.name)
+        loss = device.ops.nll(logits, target, None, None, MEAN, -100, *OPTIONS["plain"], False, "")[
+            0
+        ]
+        assert loss.isnan()
+
+
+def test_nll_has_the_same_bits_in_any_order(device, dtype, monkeypatch):
+    logits, target, weight = problem((7, 2049), dtype, False, device.name)
+    found = []
+    for reverse in (False, True):
+        if reverse:
+            monkeypatch.setenv("NEGLOG_REVERSED", "1")
+        copy = logits.clone()
+        outputs = device.ops.nll_(copy, target, weight, None, MEAN, -100, *OPTIONS["all"], True, "")
+        found.append((*outputs, copy))
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+
+
+# infonce
+
+FORMS = {
+    "rows": {},
+    "columns": {"columns": True, "positive": True},
+    "scale of each row, bias": {"columns": True, "positive": True, "scales": True, "bias": True},
+    "one bias, excluded": {"columns": True, "positive": True, "one_bias": True, "excluded": True},
+    "groups": {"columns": True, "positive": True, "groups": True, "scales": True},
+    "everything left out": {"columns": True, "empty": True},
+    "symmetric": {"symmetric": True, "positive": True, "excluded": True},
+}
+
+
+def pairs(dtype, device, rows, keys, features=5, **form):
+    """Cosines, at scores of up to 30: beyond what needs no maximum with the bias."""
+    real, every = real_of(dtype), torch.arange(rows)
+    symmetric = form.get("symmetric", False)
+    query, key = (
+        torch.nn.functional.normalize(normal(n, features, seed=n + 1), dim=1).to(dtype).to(device)
+        for n in (rows, keys)
+    )
+    scale = torch.linspace(5, 30, rows) if form.get("scales") else torch.tensor(30.0)
+    bias = 20 * normal(keys, seed=3) if form.get("bias") else None
+    bias = torch.tensor(3.0) if form.get("one_bias") else bias
+    bias = torch.full((keys,), -INF) if form.get("empty") else bias
+    positive = every.roll(rows // 2) if symmetric else (every * 3 + 1) % keys
+    excluded = every if symmetric else (every * 7) % keys
+    groups = form.get("groups", False)
+    optional = {
+        "bias": None if bias is None else bias.to(real),
+        "positive": positive if form.get("positive") else None,
+        "excluded": excluded if form.get("excluded") else None,
+        "query_group": every % 5 if groups else None,
+        "key_group": torch.arange(keys) % 5 if groups else None,
+    }
+    return Pairs(
+        query, query if symmetric else key, scale.to(real).to(device),
+        **{name: None if x is None else x.to(device) for name, x in optional.items()},
+        columns=form.get("columns", False), symmetric=symmetric, workspace=1, backend="",
+    )  # fmt: skip
+
+
+def on_cpu(given):
+    return given._replace(
+        **{name: x.cpu() for name, x in given._asdict().items() if isinstance(x, torch.Tensor)}
+    )
+
+
+def exactly(given, upstream):
+    """Outputs and gradients in float64, of the similarities as the tiles have them rounded."""
+    wide = {
+        name: x.detach().double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in on_cpu(given)._asdict().items()
+    }
+    exact = Pairs(**wide)
+    leaves = [exact.query.requires_grad_(), exact.key, exact.scale.requires_grad_()]
+    if exact.symmetric:
+        exact = exact._replace(key=exact.query)
+        leaves[1] = torch.zeros((), requires_grad=True, dtype=torch.float64)
+    else:
+        exact.key.requires_grad_()
+    outputs = infonce_composite.infonce(exact)
+    total = sum((o * u.cpu().double()).sum() for o, u in zip(outputs, upstream, strict=True))
+    return outputs, torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def upstream_of(outputs):
+    return [normal(len(x), seed=i).to(x.dtype).to(x.device) for i, x in enumerate(outputs)]
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("shape", [(1, 1), (6, 5), (66, 131), (130, 300)], ids=str)
+@pytest.mark.parametrize("keep", [False, True])
+def test_infonce_against_the_composite(device, dtype, shape, form, keep, monkeypatch):
+    for name in ("WIDTH", "CUDA_WIDTH"):  # several tiles across, not aligned to any vector
+        monkeypatch.setattr(infonce, name, 97)
+    rows, keys = shape
+    keys = rows if form.get("symmetric") else keys
+    if form.get("symmetric") and rows % 2:
+        rows = keys = 2
+    given = pairs(dtype, device.name, rows, keys, **form)
+    with dispatch.record() as ran:
+        outputs = infonce._forward(CudaTiles, *given, keep)
+    upstream = upstream_of(outputs[:5])
+    exact, leaves = exactly(given, upstream)
+    # A similarity in 16 bits is one of 256 or 2048 steps, times the scale.
+    allowed = {torch.bfloat16: 6e-2, torch.float16: 8e-3}.get(dtype, 5 * LOSS[dtype])
+    for found, expected in zip(outputs[:5], exact, strict=True):
+        assert off(found, expected.detach()) <= allowed
+    wanted = [True, not given.symmetric, True]
+    with dispatch.record() as ran_backward:
+        grads = infonce._backward(
+            CudaTiles, *upstream, *given, outputs[2], outputs[3], outputs[5], outputs[6],
+            outputs[7], wanted,
+        )  # fmt: skip
+    assert (ran, ran_backward) == (["infonce:cuda"], ["infonce_backward:cuda"])
+    for found, expected, want in zip(grads, leaves, wanted, strict=True):
+        if want:
+            expected = torch.zeros(found.shape) if expected is None else expected
+            assert off(found, expected) <= 3 * allowed
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_infonce_is_what_the_cpu_has(device, dtype, form):
+    """The same similarities, rounded the same: closer than the oracle can tell in 16 bits."""
+    rows, keys = (130, 130) if form.get("symmetric") else (130, 300)
+    given = pairs(dtype, device.name, rows, keys, **form)
+    ours = infonce._forward(CudaTiles, *given, False)
+    theirs = infonce._forward(CpuTiles, *on_cpu(given), False)
+    for found, expected in zip(ours[:5], theirs, strict=False):
+        assert off(found, expected) <= 5 * LOSS[dtype]
+    upstream = upstream_of(ours[:5])
+    wanted = [True, not given.symmetric, True]
+    saved = [(made[2], made[3], made[5], made[6], made[7]) for made in (ours, theirs)]
+    found = infonce._backward(CudaTiles, *upstream, *given, *saved[0], wanted)
+    expected = infonce._backward(
+        CpuTiles, *(x.cpu() for x in upstream), *on_cpu(given), *saved[1], wanted
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert off(one, other.double()) <= 3 * GRADIENT[dtype]
+
+
+def test_infonce_of_sure_positives_keeps_its_digits(device):
+    """Losses near 0 are sums of small terms beside a 1. A row's are added as a tree in float, whose
+    rounding torch has too; a column's, one after the other, keep what the float has no room for."""
+    scores = -20 + normal(65, 65)
+    scores.diagonal().fill_(0.0)
+    every = torch.arange(65, device=device.name)
+    similarity = scores.float().to(device.name)
+    states = []
+    for _ in range(2):
+        maximum = torch.full((65,), -INF, device=device.name)
+        states.append((maximum, torch.zeros(65, dtype=torch.float64, device=device.name)))
+    (row_maximum, row_sum), (column_maximum, column_sum) = states
+    device.ops.infonce_tile(
+        similarity, torch.ones((), device=device.name), None, every, None, None, None, 0,
+        row_maximum, row_sum, column_maximum, column_sum, torch.zeros(65, device=device.name),
+    )  # fmt: skip
+    exact = similarity.double().cpu()
+    off_by = (row_sum.log().cpu() - exact.logsumexp(1)).abs().max()
+    assert off_by < 2e-7
+    torch.testing.assert_close(column_sum.log().cpu(), exact.logsumexp(0), rtol=1e-5, atol=0)
+
+
+def test_infonce_has_the_same_bits_in_any_order(device, dtype, monkeypatch):
+    given = pairs(dtype, device.name, 130, 300, **FORMS["groups"])
+    found = []
+    for reverse in (False, True):
+        if reverse:
+            monkeypatch.setenv("NEGLOG_REVERSED", "1")
+        outputs = infonce._forward(CudaTiles, *given, True)
+        saved = (outputs[2], outputs[3], outputs[5], outputs[6], outputs[7])
+        upstream = upstream_of(outputs[:5])
+        grads = infonce._backward(CudaTiles, *upstream, *given, *saved, [True] * 3)
+        found.append((*outputs, *grads))
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_infonce_writes_within_its_tile(device, dtype):
+    memory = torch.full((67, 200), 7.0, dtype=dtype, device=device.name)
+    tile = memory[1:-1, 3:-5]
+    numbers = torch.zeros(65, dtype=real_of(dtype), device=device.name)
+    one = torch.ones((), dtype=real_of(dtype), device=device.name)
+    device.ops.infonce_tile_backward(
+        tile.clone(), one, *[None] * 5, 0, numbers, numbers, numbers, *[None] * 6, tile
+    )
+    assert bool((tile == 0).all())
+    tile.fill_(7.0)
+    assert bool((memory == 7.0).all())
+
+
+def test_infonce_refuses_what_it_would_misread(device):
+    tile, one = torch.zeros(4, 6, device=device.name), torch.ones((), device=device.name)
+    numbers = torch.zeros(4, device=device.name)
+    sums = numbers.double()
+
+    def forward(similarity=tile, scale=one, row_sum=sums, **named):
+        optional = ("bias", "positive", "excluded", "query_group", "key_group")
+        device.ops.infonce_tile(
+            similarity, scale, *(named.get(name) for name in optional), 0, numbers, row_sum, None,
+            None, None,
+        )  # fmt: skip
+
+    for match, wrong in (
+        ("row_sum", {"row_sum": numbers}),
+        ("scale", {"scale": torch.ones(3, device=device.name)}),
+        ("bias", {"bias": numbers}),
+        ("positive", {"positive": numbers}),
+        ("key_group", {"query_group": numbers.long()}),
+        ("similarity: expected columns adjacent", {"similarity": tile.t()[:4, :4]}),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            forward(**wrong)
+
+
+# linear_nll
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("filter_eps", [0.0, 2.0**-12])
+def test_linear_nll_is_what_the_cpu_has(device, dtype, options, reduction, stats, filter_eps):
+    rows, features, vocab = 150, 6, 40
+    real = real_of(dtype)
+    parts = (normal(rows, features), normal(vocab, features, seed=1), normal(vocab, seed=2))
+    target = torch.arange(rows) % vocab
+    target[::7] = -100
+    weight = (normal(vocab, seed=3).abs() + 0.5).to(real)
+    fixed = [*(x.to(dtype) for x in parts), target, weight]
+    wanted = [reduction != NONE] * 3
+    tail = (reduction, -100, *options)
+
+    def run(place, forward, backward):
+        given = [x.to(place) for x in fixed]
+        outputs = forward(*given, None, *tail, stats, wanted, 1, filter_eps, "")
+        grad = normal(*outputs[0].shape, seed=5).to(real).to(place)
+        grad_lse = normal(rows, seed=6).to(real).to(place)
+        grads = []
+        for through_lse in (None, grad_lse):
+            made = backward(
+                grad, through_lse, *given, outputs[2], *outputs[5:], *tail, [True] * 3, 1,
+                filter_eps, "",
+            )  # fmt: skip
+            grads += made
+        return outputs, grads
+
+    cpu = torch.ops.neglog
+    expected, exact = run("cpu", cpu.linear_nll, cpu.linear_nll_backward)
+    with dispatch.record() as ran:
+        found, grads = run(device.name, linear_nll_cuda._forward, linear_nll_cuda._backward)
+    assert set(ran) == {"linear_nll:cuda", "linear_nll_backward:cuda"}
+    for one, other in zip(found[:5], expected, strict=False):
+        assert one.dtype == other.dtype
+        assert off(one, other) <= 10 * LOSS[dtype]
+    for one, other in zip([*found[5:], *grads], [*expected[5:], *exact], strict=True):
+        assert one.dtype == other.dtype
+        assert off(one, other) <= 3 * GRADIENT[dtype]
+
+
+def test_linear_nll_of_nothing(device):
+    given = [torch.zeros(shape, device=device.name) for shape in ((3, 2), (5, 2), (5,))]
+    target = torch.full((3,), -100, device=device.name)
+    for reduction, expected in ((MEAN, NAN), (SUM, 0.0)):
+        loss, *_, dx, dw, db = linear_nll_cuda._forward(
+            *given, target, None, None, reduction, -100, *OPTIONS["plain"], False, [True] * 3, 1,
+            0.0, "",
+        )  # fmt: skip
+        assert off(loss, expected) == 0
+        assert not any(x.any() for x in (dx, dw, db))
