@@ -30,7 +30,7 @@ bench: $(READY)
 
 # Compiles and links; says so and goes on where there is no nvcc.
 cuda: $(READY)
-	PYTHON=$(BIN)/python csrc/compile.sh --if-available
+	PYTHON=$(BIN)/python csrc/compile.sh --strict --if-available
 
 examples: $(READY)
 	$(BIN)/python examples/numpy_only.py

@@ -1,100 +1,36 @@
-"""The CUDA ops by themselves: held against the float64 oracle, then timed against torch.
+"""The CUDA ops timed against torch on the GPU at hand; the table comes last.
 
-python bench/device.py check [--device cuda] [--library build/cuda/neglog_cuda.so] [--small]
-python bench/device.py time  [--library build/cuda/neglog_cuda.so] [--json FILE]
+python bench/device.py [--json FILE] [--small]
+
+--small: sizes at which a run says only that everything runs. What is right is the tests' affair:
+python -m pytest tests/test_cuda.py
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from statistics import median
 
 import torch
 from torch.nn import functional as F
 
-import neglog.functional  # noqa: F401 - registers the ops
-from neglog import reference
+import neglog
+from neglog import dispatch
 
-# Relative to 1 + the largest number of the truth: losses are float32 for all but float64.
-LOSS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
-GRADIENT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-SMALL = ((1, 1), (2, 7), (7, 31), (5, 257), (3, 2049))
-LARGE = (*SMALL, (64, 1000), (33, 50257), (300, 32000))
-OPTIONS = {
-    "plain": (0.0, 1.0, 0.0, 0.0),
-    "smoothing": (0.1, 1.0, 0.0, 0.0),
-    "all": (0.2, 0.7, 5.0, 0.1),
-}
+ROUNDS = 15
+NLL_SHAPES = ((8192, 131072), (8192, 32000), (32768, 1000), (8192, 50257))
+LINEAR_SHAPES = ((4096, 4096, 128256, 1.0), (4096, 4096, 128256, 0.15))  # and the share that counts
+CLIP_SHAPES = ((65536, 768),)
+SMALL_NLL, SMALL_LINEAR, SMALL_CLIP = ((64, 5000),), ((64, 32, 5000, 0.5),), ((1024, 64),)
 MEAN = 1
-SHAPES = ((8192, 131072), (8192, 32000), (32768, 1000), (8192, 50257))
+Runs = dict[str, Callable[[], object]]
 
 
-def case(shape: tuple, dtype: torch.dtype, probabilities: bool, device: str) -> tuple:
-    """Logits at odd row strides, a target, and a class weight for index targets."""
-    rows, vocab = shape
-    generator = torch.Generator().manual_seed(rows + vocab)
-    wide = torch.randn(rows, vocab + 3, generator=generator).mul_(3).to(dtype)
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    weight = torch.rand(vocab, generator=generator).add_(0.5).to(real)
-    if probabilities:
-        target = torch.rand(rows, vocab, generator=generator).to(dtype)
-    else:
-        target = torch.randint(vocab, (rows,), generator=generator)
-        target[1::5] = -100
-    return wide.to(device)[:, 2:-1], target.to(device), weight.to(device)
-
-
-def errors(logits, target, weight, options: tuple) -> tuple[float, float, float]:
-    """Of the loss, the gradient, and the gradient in place."""
-    smoothing, scale, softcap, z_loss = options
-    values = (MEAN, -100, *options)
-    truth = reference.nll(
-        logits.double().cpu().numpy(), target.double().cpu().numpy()
-        if target.dim() == 2 else target.cpu().numpy(), weight=weight.double().cpu().numpy(),
-        label_smoothing=smoothing, logit_scale=scale, softcap=softcap or None, z_loss=z_loss,
-    )  # fmt: skip
-    ops = torch.ops.neglog
-    loss, lse, low, total, _, _ = ops.nll(logits, target, weight, None, *values, True, "")
-    upstream = torch.ones((), dtype=loss.dtype, device=loss.device)
-    gradient = ops.nll_backward(
-        upstream, None, logits, target, weight, lse, low, total, *values, ""
-    )
-    copy = logits.clone()
-    ops.nll_(copy, target, weight, None, *values, False, "")
-    if logits.dtype == torch.float16:
-        copy = copy / total
-    wanted = torch.from_numpy(truth.grad)
-
-    def off(found):
-        return float((found.double().cpu() - wanted).abs().max() / (1 + wanted.abs().max()))
-
-    exact = float(truth.loss)
-    return abs(float(loss) - exact) / (1 + abs(exact)), off(gradient), off(copy)
-
-
-def check(device: str, small: bool) -> bool:
-    """Every shape, dtype, kind of target and set of options; says what is wrong."""
-    wrong = count = 0
-    for shape in SMALL if small else LARGE:
-        for dtype, allowed in GRADIENT.items():
-            for name, options in OPTIONS.items():
-                for probabilities in (False, True):
-                    found = errors(*case(shape, dtype, probabilities, device), options)
-                    limits = (LOSS[dtype], allowed, allowed)
-                    count += 1
-                    if not all(f <= limit for f, limit in zip(found, limits, strict=True)):
-                        wrong += 1
-                        print(
-                            f"WRONG {shape} {dtype} {name} probabilities={probabilities}: {found}"
-                        )
-    print(f"check on {device}: {count} cases, {wrong} wrong")
-    return wrong == 0
-
-
-def milliseconds(run, rounds: int = 15) -> float:
+def milliseconds(run: Callable[[], object]) -> float:
     """Median by device events, after three calls that warm up."""
     times = []
-    for index in range(rounds + 3):
+    for index in range(ROUNDS + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -105,63 +41,153 @@ def milliseconds(run, rounds: int = 15) -> float:
     return median(times)
 
 
-def times_of(rows: int, vocab: int, dtype: torch.dtype) -> dict:
-    """Milliseconds of the copy, of torch, and of each op; passes each must make."""
+def peak_megabytes(run: Callable[[], object]) -> float:
+    """The most a call holds at once, beyond what was held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def measured(name: str, runs: Runs, amount: float, unit: str) -> list[dict]:
+    """`amount` is what a run moves or computes at the least: giga-bytes or tera-operations."""
+    rows = []
+    for way, run in runs.items():
+        try:
+            ms = milliseconds(run)
+            row = {"ms": ms, unit: amount / ms * 1e3, "peak MB": peak_megabytes(run)}
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            row = {"ms": float("inf"), unit: 0.0, "peak MB": float("inf")}
+        rows.append({"case": name, "way": way, **row})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def nll(rows: int, vocab: int, dtype: torch.dtype) -> list[dict]:
+    """One read forward; forward and gradient 2 reads and 1 write, in place 1 and 1."""
     logits = torch.randn(rows, vocab, device="cuda", dtype=dtype)
+    leaf = logits.clone().requires_grad_()
     target = torch.randint(vocab, (rows,), device="cuda")
     other = torch.empty_like(logits)
-    leaf = logits.clone().requires_grad_()
     values = (MEAN, -100, 0.0, 1.0, 0.0, 0.0)
     ops = torch.ops.neglog
-    loss, lse, low, total, _, _ = ops.nll(logits, target, None, None, *values, False, "")
-    upstream = torch.ones_like(loss)
-    backward = (upstream, None, logits, target, None, lse, low, total, *values, "")
+    compiled = torch.compile(F.cross_entropy, fullgraph=True, dynamic=False)
+    gigabytes = logits.nbytes / 1e9
+    name = f"{rows} x {vocab} {str(dtype)[6:]}"
 
-    def eager():
-        torch.autograd.grad(F.cross_entropy(leaf, target), leaf)
+    def gradient(loss: Callable) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(loss(leaf, target), leaf)
+
+    def in_place() -> object:  # of its own gradients after the first round: the same work
+        return ops.nll_(other, target, None, None, *values, False, "")
+
+    other.copy_(logits)
+    forward = {
+        "torch eager": lambda: F.cross_entropy(logits, target),
+        "torch.compile": lambda: compiled(logits, target),
+        "neglog": lambda: ops.nll(logits, target, None, None, *values, False, ""),
+    }
+    both = {
+        "torch eager": gradient(F.cross_entropy),
+        "torch.compile": gradient(compiled),
+        "neglog": gradient(neglog.cross_entropy),
+    }
+    return [
+        *measured(name, {"copy": lambda: leaf.data.clone()}, 2 * gigabytes, "GB/s"),
+        *measured(f"nll {name} forward", forward, gigabytes, "GB/s"),
+        *measured(f"nll {name} forward, backward", both, 3 * gigabytes, "GB/s"),
+        *measured(f"nll {name} in place", {"neglog": in_place}, 2 * gigabytes, "GB/s"),
+    ]
+
+
+def linear(rows: int, features: int, vocab: int, share: float) -> list[dict]:
+    """3 matmuls of the rows that count."""
+    x = torch.randn(rows, features, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(vocab, features, device="cuda") / features**0.5).bfloat16()
+    weight.requires_grad_()
+    target = torch.randint(vocab, (rows,), device="cuda")
+    target[int(rows * share) :] = -100
+    counted = int((target != -100).sum())
+
+    def gradients(loss: Callable[[], torch.Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(loss(), (x, weight))
 
     runs = {
-        "copy": (lambda: other.copy_(logits), 2),
-        "eager": (eager, 3),
-        "forward": (lambda: ops.nll(logits, target, None, None, *values, False, ""), 1),
-        "backward": (lambda: ops.nll_backward(*backward), 2),
-        "in place": (lambda: ops.nll_(other, target, None, None, *values, False, ""), 2),
+        "torch eager": gradients(lambda: F.cross_entropy(x @ weight.t(), target)),
+        "torch linear_cross_entropy": gradients(lambda: F.linear_cross_entropy(x, weight, target)),
+        "neglog": gradients(lambda: neglog.linear_cross_entropy(x, weight, target)),
     }
-    other.copy_(logits)
-    found = {}
-    for name, (run, passes) in runs.items():
-        ms = milliseconds(run)
-        found[name] = {"ms": ms, "passes": passes, "GB/s": passes * logits.nbytes / ms / 1e6}
-    return found
+    if not hasattr(F, "linear_cross_entropy"):
+        del runs["torch linear_cross_entropy"]  # new in torch 2.13
+    name = f"linear {rows} x {features} x {vocab} bfloat16, {share:.0%} counted"
+    return measured(name, runs, 6 * counted * features * vocab / 1e12, "TFLOP/s")
 
 
-def time(path: str | None) -> None:
-    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "shapes": []}
-    print(f"{report['device']}, torch {report['torch']}")
-    for rows, vocab in SHAPES:
-        for dtype in (torch.bfloat16, torch.float32):
-            found = times_of(rows, vocab, dtype)
-            report["shapes"].append({"rows": rows, "vocab": vocab, "dtype": str(dtype)} | found)
-            cells = (f"{name} {f['ms']:.3f} ms {f['GB/s']:.0f} GB/s" for name, f in found.items())
-            print(f"{rows} x {vocab} {str(dtype)[6:]}: " + ", ".join(cells))
-    if path:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+def clip(rows: int, features: int) -> list[dict]:
+    """4 matmuls where the similarities are not kept."""
+    made = (torch.randn(rows, features, device="cuda") for _ in range(2))
+    image, text = (F.normalize(x, dim=1).bfloat16().requires_grad_() for x in made)
+    scale = torch.tensor(100.0, device="cuda", requires_grad=True)
+    leaves = (image, text, scale)
+
+    def one_matrix() -> torch.Tensor:
+        z, target = scale * image @ text.t(), torch.arange(rows, device="cuda")
+        return (F.cross_entropy(z, target) + F.cross_entropy(z.t(), target)) / 2
+
+    runs = {
+        "torch eager": lambda: torch.autograd.grad(one_matrix(), leaves),
+        "neglog": lambda: torch.autograd.grad(neglog.clip_loss(*leaves), leaves),
+    }
+    name = f"clip_loss {rows} x {features} bfloat16"
+    return measured(name, runs, 8 * rows**2 * features / 1e12, "TFLOP/s")
+
+
+def matmul() -> list[dict]:
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    runs: Runs = {"torch": lambda: a @ b}
+    return measured("matmul 8192 bfloat16", runs, 2 * 8192**3 / 1e12, "TFLOP/s")
+
+
+def table(rows: list[dict]) -> None:
+    for row in rows:
+        rate = next(f"{row[unit]:.0f} {unit}" for unit in ("GB/s", "TFLOP/s") if unit in row)
+        print(f"{row['case']:<56} {row['way']:<28} {row['ms']:>9.3f} ms {rate:>14} "
+              f"{row['peak MB']:>9.0f} MB")  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("check", "time"))
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--library")
-    parser.add_argument("--small", action="store_true")
     parser.add_argument("--json")
+    parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
-    if options.library:
-        torch.ops.load_library(options.library)
-    if options.what == "check":
-        return 0 if check(options.device, options.small) else 1
-    time(options.json)
+    state = next(state for state in dispatch.describe() if state.name == "cuda")
+    if not (state.usable and torch.cuda.is_available()):
+        why = "torch finds no CUDA device" if state.usable else state.why
+        print(f"bench/device.py: nothing to time: {why}", file=sys.stderr)
+        return 2
+    small = options.small
+    rows = matmul()
+    for shape in SMALL_NLL if small else NLL_SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            rows += nll(*shape, dtype)
+    for shape in SMALL_LINEAR if small else LINEAR_SHAPES:
+        rows += linear(*shape)
+    for shape in SMALL_CLIP if small else CLIP_SHAPES:
+        rows += clip(*shape)
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "CUDA": torch.version.cuda,
+                     "neglog": neglog.__version__},
+        "rows": rows,
+    }  # fmt: skip
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+    print(f"\n{report['device']}, torch {torch.__version__}")
+    table(rows)
     return 0
 
 

@@ -1,16 +1,25 @@
 #!/bin/sh
 # Compile and link the CUDA kernels for every architecture they are written for, into one library.
 #
-#   csrc/compile.sh [--if-available] [OUTDIR]      OUTDIR defaults to build/cuda
+#   csrc/compile.sh [--strict] [--if-available] [OUTDIR]      OUTDIR defaults to build/cuda
 #
 # Needs nvcc 12.8 or later (13.0 is what CI has) and torch's headers, those of a CPU torch too: the
 # stable ABI asks for no CUDA build. --if-available: say so and succeed where nvcc is missing.
-# Fails on a register spill, and on any warning of the host compiler.
+# --strict: fail on a register spill, and on any warning of the host compiler.
 # PYTHON, NVCC and ARCHITECTURES may be set from outside.
 set -eu
 
 if_available=no
-if [ "${1:-}" = --if-available ]; then if_available=yes; shift; fi
+strict=no
+warnings=-Wall
+while :; do
+    case ${1:-} in
+        --if-available) if_available=yes ;;
+        --strict) strict=yes; warnings=-Wall,-Werror ;;
+        *) break ;;
+    esac
+    shift
+done
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-$here/../build/cuda}
 python=${PYTHON:-python}
@@ -38,14 +47,14 @@ for source in "$here"/*.cu; do
     # shellcheck disable=SC2086
     "$nvcc" -std=c++20 -O3 $targets --threads 0 \
         -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
-        -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Werror -Xptxas -v \
+        -Xcompiler -fPIC,-fvisibility=hidden,$warnings -Xptxas -v \
         $includes -c "$source" -o "$out/$stem.o" >"$out/$stem.log" 2>&1 || {
         grep -v "^ptxas info" "$out/$stem.log" >&2
         exit 1
     }
     if grep -E "[1-9][0-9]* bytes spill" "$out/$stem.log"; then
         echo "csrc/compile.sh: registers spill (above); the whole log is $out/$stem.log" >&2
-        exit 1
+        [ "$strict" = no ] || exit 1
     fi
     objects="$objects $out/$stem.o"
 done
@@ -53,5 +62,5 @@ done
 # shellcheck disable=SC2086
 "$nvcc" -shared $objects -o "$out/neglog_cuda.so" $libraries -ltorch -ltorch_cpu -lc10
 
-kernels=$(cat "$out"/*.log | grep -c "Compiling entry function")
-echo "csrc/compile.sh: $kernels kernels for sm_${architectures}, no spills, linked: $out/neglog_cuda.so"
+kernels=$(cat "$out"/*.log | grep -c "Compiling entry function" || true)
+echo "csrc/compile.sh: $kernels kernels for sm_${architectures}, linked: $out/neglog_cuda.so"

@@ -1,4 +1,4 @@
-"""An install from the sources alone, where no kernel can be compiled: the Numba twins take over."""
+"""Installs from the sources alone: where no kernel can be compiled, and with those of CUDA."""
 
 import os
 import shutil
@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels", "python")
+SOURCES = (
+    "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "kernels", "python",
+)  # fmt: skip
 # An editable install of the tree would lend its compiled modules to the one that has none.
 CODE = """
 import sys
@@ -21,6 +23,21 @@ print(kernels.isa_level(), kernels.available("cython").why)
 for _ in range(2):
     print(kernels.nll_forward(numpy.zeros((2, 4), "f"), [0, 1]).loss)
 """
+
+
+def install(scratch, target, environment):
+    """From a copy of the sources, without anything that was built."""
+    tree = scratch / "tree"
+    tree.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "x86_64_*")
+            shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, tree / name)
+    command = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps",
+               "--target", str(target), str(tree)]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
 @pytest.mark.parametrize(
@@ -35,19 +52,8 @@ for _ in range(2):
     ids=["not asked", "no compiler"],
 )
 def test_install_without_a_compiler(tmp_path, environment, said):
-    tree, target = tmp_path / "tree", tmp_path / "site"
-    tree.mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "x86_64_*")
-            shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-        else:
-            shutil.copy(ROOT / name, tree / name)
-    command = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps",
-               "--target", str(target), str(tree)]  # fmt: skip
-    installed = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | environment
-    )
+    target = tmp_path / "site"
+    installed = install(tmp_path, target, environment)
     assert installed.returncode == 0, installed.stdout + installed.stderr
     assert said in installed.stdout + installed.stderr
     assert not list(target.rglob("*.so"))
@@ -75,3 +81,49 @@ def test_a_failing_compiler_is_an_error_where_compiling_is_demanded(tmp_path):
     assert failed.returncode != 0
     assert "error: " in failed.stderr
     assert "false" in failed.stderr
+
+
+NVCC = """#!/bin/sh
+while [ $# -gt 0 ]; do
+    if [ "$1" = -o ]; then echo made by the test >"$2"; fi
+    shift
+done
+"""
+
+
+def nvcc(folder, text):
+    path = folder / "nvcc"
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_cuda_is_installed_where_it_is_demanded(tmp_path):
+    """With an nvcc that writes its outputs and no more: the sources are compiled by `make cuda`."""
+    demanded = {"NEGLOG_COMPILE": "0", "NEGLOG_CUDA": "1", "NVCC": nvcc(tmp_path, NVCC)}
+    installed = install(tmp_path, tmp_path / "site", demanded)
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    (library,) = (tmp_path / "site").rglob("*.so")
+    assert library == tmp_path / "site" / "neglog" / "neglog_cuda.so"
+    assert library.read_text() == "made by the test\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"NEGLOG_CUDA": "1", "NVCC": "no-such-nvcc"}, "NEGLOG_CUDA=1: nvcc is not found"),
+        ({"NEGLOG_CUDA": "yes"}, "NEGLOG_CUDA: expected 0, 1 or nothing, got 'yes'"),
+        ({"NEGLOG_CUDA": "1"}, "NEGLOG_CUDA=1: csrc/compile.sh failed"),
+    ],
+    ids=["no nvcc", "no such value", "failing nvcc"],
+)
+def test_cuda_demanded_and_impossible_is_an_error(tmp_path, environment, said):
+    failing = {"NVCC": nvcc(tmp_path, "#!/bin/sh\nexit 1\n")}
+    build = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"),
+             "--build-temp", str(tmp_path / "temp")]  # fmt: skip
+    failed = subprocess.run(
+        build, capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"NEGLOG_COMPILE": "0"} | failing | environment,
+    )  # fmt: skip
+    assert failed.returncode != 0
+    assert said in failed.stderr
