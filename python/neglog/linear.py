@@ -26,6 +26,7 @@ from neglog.validation import (
 # Logits, in numbers, up to which they are made in memory: 8 MB of float32, where the fixed cost of
 # tiles is still felt (512 x 64 x 1000 took 1.3 times torch's time).
 FEW = 1 << 21
+TORCH_OPTIONS: Any = getattr(torch.nn, "LinearCrossEntropyOptions", ())  # new in torch 2.13
 
 
 def linear_cross_entropy(
@@ -135,7 +136,7 @@ def linear_cross_entropy(
 
 def _tile_options(options: Any) -> tuple[int, float | str]:
     """Bytes of the workspace, and filter_eps as given."""
-    if options is None or isinstance(options, torch.nn.LinearCrossEntropyOptions):
+    if options is None or isinstance(options, TORCH_OPTIONS):
         options = {}
     if not isinstance(options, dict) or not set(options) <= {"workspace_mb", "filter_eps"}:
         raise TypeError(
