@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = (
-    "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "kernels", "python",
+    "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "kernels",
+    "python",
 )  # fmt: skip
 # An editable install of the tree would lend its compiled modules to the one that has none.
 CODE = """
