@@ -53,9 +53,11 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 
 using std::exp;
 using std::expm1;
+using std::fabs;
 using std::fmax;
 using std::isnan;
 using std::log;
+using std::log1p;
 using std::tanh;
 
 namespace neglog::emulated {

@@ -1,5 +1,6 @@
 // infonce on CUDA: what one tile of similarities adds to the log-sum-exps of its rows and columns,
-// and its gradient. The schedule over tiles and the matmuls are python/neglog/ops/infonce.py's.
+// and its gradient; and the loss by sigmoids. The schedules over tiles and the matmuls are those of
+// python/neglog/ops/infonce.py and siglip.py.
 //
 // Compiled for sm_80, sm_90a and sm_100, run on the CPU by emulated.hpp, not yet on a GPU; no speed
 // is claimed. The formulas and the edge cases are those of kernels/infonce.pyx.
@@ -366,6 +367,53 @@ __global__ void __launch_bounds__(kWarp* kWarpsOfBlock, 1)
     }
 }
 
+// The loss by sigmoids
+
+template <class T>
+struct Softplus {
+    T value, slope;
+};
+
+template <class T>
+__device__ Softplus<T> softplus(T z) {
+    const T e = exp(-fabs(z));
+    return {fmax(z, T(0)) + log1p(e), (z >= 0 ? T(1) : e) / (1 + e)};
+}
+
+// A warp to a row: adds softplus(-z) of the positive and softplus(z) of the others to the row's loss,
+// their derivatives to its sum of them, and writes these. Sums of one vector in real, then in double.
+template <class S>
+__global__ void __launch_bounds__(kWarp* kWarpsOfBlock, 1)
+    sigmoid_rows(Tile<S> t, double* loss, double* slopes, S* out, int64_t out_stride) {
+    using T = real_of<S>;
+    constexpr int n = kLanes<S>;
+    const int64_t row = int64_t(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarp;
+    if (row >= t.rows) return;
+    double row_loss = 0, row_slopes = 0;
+    for (int64_t column = threadIdx.x % kWarp * n; column < t.columns; column += kWarp * n) {
+        const auto s = scores_at(t, row, column);
+        T grad[n], sum = 0, slope = 0;
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const bool positive = i == s.positive;
+            const auto term = softplus(positive ? -s.score : s.z[i]);
+            grad[i] = positive ? -term.slope : term.slope;
+            sum += term.value;
+            slope += grad[i];
+        }
+        row_loss += sum;
+        row_slopes += slope;
+        const int count = columns_from(t.columns, column, n);
+        store_some(out + row * out_stride + column, narrowed<S>(grad), count);
+    }
+    row_loss = warp_sum(row_loss);
+    row_slopes = warp_sum(row_slopes);
+    if (threadIdx.x % kWarp == 0) {
+        loss[row] += row_loss;
+        slopes[row] += row_slopes;
+    }
+}
+
 // The ops
 
 constexpr int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -552,10 +600,33 @@ void infonce_tile_backward(const Tensor& similarity, const Tensor& scale, const 
     });
 }
 
+void infonce_tile_sigmoid(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
+                          const MaybeTensor& positive, const MaybeTensor& excluded,
+                          const MaybeTensor& query_group, const MaybeTensor& key_group,
+                          int64_t first_column, const Tensor& loss, const Tensor& slopes,
+                          const Tensor& out) {
+    const Inputs in = {similarity, scale,       bias,      positive,
+                       excluded,   query_group, key_group, first_column};
+    check(in);
+    check_matrix("out", out, similarity);
+    const int64_t rows = similarity.size(0), columns = similarity.size(1);
+    check_vector("loss", loss, similarity, rows, ScalarType::Double);
+    check_vector("slopes", slopes, similarity, rows, ScalarType::Double);
+    if (rows == 0 || columns == 0) return;
+    const Call call(similarity);
+    with_storage(similarity, [&](auto storage) {
+        using S = decltype(storage);
+        launch(sigmoid_rows<S>, call, ceiling(rows, kWarpsOfBlock), kWarp * kWarpsOfBlock,
+               tile<S>(in), pointer<double>(loss), pointer<double>(slopes), pointer<S>(out),
+               out.stride(0));
+    });
+}
+
 }  // namespace
 }  // namespace neglog
 
 NEGLOG_IMPL(m) {
     m.impl("infonce_tile", TORCH_BOX(&neglog::infonce_tile));
     m.impl("infonce_tile_backward", TORCH_BOX(&neglog::infonce_tile_backward));
+    m.impl("infonce_tile_sigmoid", TORCH_BOX(&neglog::infonce_tile_sigmoid));
 }

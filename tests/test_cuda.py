@@ -8,7 +8,7 @@ import torch
 import neglog.contrastive
 import neglog.linear  # noqa: F401 - registers the ops
 from neglog import dispatch, reference
-from neglog.ops import infonce, infonce_composite, linear_nll_cuda
+from neglog.ops import infonce, infonce_composite, linear_nll_cuda, siglip
 from neglog.ops.infonce_tile import CpuTiles, CudaTiles, Pairs
 from tests import emulated
 
@@ -415,6 +415,26 @@ def test_infonce_refuses_what_it_would_misread(device):
     ):
         with pytest.raises(RuntimeError, match=match):
             forward(**wrong)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (6, 5), (66, 131), (130, 300)], ids=str)
+def test_siglip_against_the_composite(device, dtype, shape, monkeypatch):
+    for name in ("WIDTH", "CUDA_WIDTH"):
+        monkeypatch.setattr(infonce, name, 97)
+    given = pairs(dtype, device.name, *shape, one_bias=True, positive=True)
+    leaves = [x.detach().double().cpu().requires_grad_() for x in given[:4]]
+    expected = siglip.composite(*leaves, given.positive.cpu())
+    exact = torch.autograd.grad(expected, leaves)
+    with dispatch.record() as ran:
+        loss, *grads = siglip._forward(CudaTiles, *given[:5], 1, "", [True] * 4)
+    assert ran == ["siglip:cuda"]
+    allowed = {torch.bfloat16: 6e-2, torch.float16: 8e-3}.get(dtype, 5 * LOSS[dtype])
+    assert off(loss, expected.detach()) <= allowed
+    for one, other in zip(grads, exact, strict=True):
+        assert off(one, other) <= 3 * allowed
+    cpu = siglip._forward(CpuTiles, *on_cpu(given)[:5], 1, "", [True] * 4)
+    for one, other in zip((loss, *grads), cpu, strict=True):  # of similarities rounded the same
+        assert off(one, other.double()) <= 3 * GRADIENT[dtype]
 
 
 # linear_nll

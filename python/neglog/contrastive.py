@@ -226,7 +226,7 @@ def siglip_loss(
         text, first = gathered(text, group)
         positive = positive + first
     inputs = (image, text, number(logit_scale, image), number(logit_bias, image))
-    if image.is_cuda or in_memory(image, text, forced):  # no kernel there
+    if in_memory(image, text, forced):
         dispatch.ran("siglip", "torch")
         total = siglip_composite(*inputs, positive)
     else:

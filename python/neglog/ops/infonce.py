@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from neglog import matmul, tiling
-from neglog.ops.infonce_tile import CpuTiles, CudaTiles, Marginal, Pairs, States, Upstream
+from neglog.ops.infonce_tile import (
+    CpuTiles,
+    CudaTiles,
+    Marginal,
+    Pairs,
+    States,
+    Tiles,
+    Upstream,
+)
 from neglog.ops.nll import library, new_memory
 
 PAIRS = (
@@ -92,7 +100,7 @@ class Workspace:
 # Forward
 
 
-def _forward(kind: type[CpuTiles] | type[CudaTiles], *arguments: Any) -> tuple[Tensor, ...]:
+def _forward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
     *given, keep = arguments
     pairs = Pairs(*given).ready()
     tiles = kind("infonce", pairs)
@@ -233,7 +241,7 @@ def _dot_rows(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([(a * b).sum(1) for a, b in zip(x.split(4096), y.split(4096), strict=True)])
 
 
-def _backward(kind: type[CpuTiles] | type[CudaTiles], *arguments: Any) -> tuple[Tensor, ...]:
+def _backward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
     grads, pairs = arguments[:5], Pairs(*arguments[5:17]).ready()
     *saved, kept, wanted = arguments[17:]
     up = _upstream(pairs, tuple(saved), grads)

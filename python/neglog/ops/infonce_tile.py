@@ -4,11 +4,12 @@ CpuTiles    by the kernels of kernels/infonce.pyx or of their Numba twin
 CudaTiles   by those of csrc/infonce.cu, which are ops:
     neglog::infonce_tile            merges a tile into the states
     neglog::infonce_tile_backward   writes the gradient of its scores
+    neglog::infonce_tile_sigmoid    adds to its rows' losses by sigmoids, writes their gradient
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ SCHEMAS = (
     f"infonce_tile_backward({_TILE}, Tensor row_lse, Tensor row_low, Tensor row_grad, "
     "Tensor? row_hard, Tensor? column_lse, Tensor? column_low, Tensor? column_grad, "
     "Tensor? column_hard, Tensor? grad_score, Tensor(a!) out) -> ()",
+    f"infonce_tile_sigmoid({_TILE}, Tensor(a!) loss, Tensor(b!) slopes, Tensor(c!) out) -> ()",
 )
 for _schema in SCHEMAS:
     library.define(_schema)
@@ -167,9 +169,9 @@ def load_kernel(op: str, backend: str) -> Any:
 class CpuTiles:
     """By kernels that are given addresses."""
 
-    def __init__(self, op: str, pairs: Pairs) -> None:
+    def __init__(self, op: str, pairs: Pairs, bounded: bool | None = None) -> None:
         self.pairs = pairs
-        self.bounded = pairs.bounded()
+        self.bounded = pairs.bounded() if bounded is None else bounded
         self._kernel = load_kernel(op, pairs.backend)
         self._threads = allowed(torch.get_num_threads())
 
@@ -197,6 +199,17 @@ class CpuTiles:
             address(up.score, down.start), out.data_ptr(), out.stride(0), self._threads,
         )  # fmt: skip
 
+    def sigmoid(
+        self, similarity: Tensor, down: slice, across: slice, loss: Tensor, slopes: Tensor
+    ) -> None:
+        """Add the rows' losses by sigmoids, and the sums of their gradients, to doubles; write the
+        gradient over the similarities."""
+        self._kernel.sigmoid(
+            tile_arguments(self.pairs, similarity, down, across, self.bounded), 1.0,
+            address(loss, down.start), address(slopes, down.start), similarity.data_ptr(),
+            similarity.stride(0), self._threads,
+        )  # fmt: skip
+
 
 # CUDA's
 
@@ -207,7 +220,7 @@ class CudaTiles:
     bounded = False  # to know it would be to wait
     ops = torch.ops.neglog
 
-    def __init__(self, op: str, pairs: Pairs) -> None:
+    def __init__(self, op: str, pairs: Pairs, bounded: bool | None = None) -> None:
         self.pairs = pairs
         dispatch.ran(op, "cuda")
 
@@ -242,3 +255,13 @@ class CudaTiles:
             *(nothing if up.column is None else up.column.parts(across, down)),
             None if up.score is None else up.score[down], out,
         )  # fmt: skip
+
+    def sigmoid(
+        self, similarity: Tensor, down: slice, across: slice, loss: Tensor, slopes: Tensor
+    ) -> None:
+        self.ops.infonce_tile_sigmoid(
+            *self._tile(similarity, down, across), loss[down], slopes[down], similarity
+        )
+
+
+Tiles: TypeAlias = type[CpuTiles] | type[CudaTiles]

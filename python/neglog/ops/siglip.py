@@ -14,16 +14,16 @@ Source: arXiv:2303.15343.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neglog.kernels.threads import allowed
 from neglog.ops.infonce import Sums, Workspace, tiles_of
 from neglog.ops.infonce_autograd import second_derivative
-from neglog.ops.infonce_tile import Pairs, address, load_kernel, tile_arguments
+from neglog.ops.infonce_tile import CpuTiles, CudaTiles, Pairs, Tiles
 from neglog.ops.nll import library, new_memory, real_dtype
 from neglog.ops.nll_autograd import as_function
 
@@ -49,38 +49,38 @@ def siglip(*arguments: Any) -> Tensor:
     return torch.ops.neglog.siglip.default(*arguments)[0]
 
 
-def _siglip_cpu(query, key, scale, bias, positive, workspace, backend, wanted):
+def _forward(
+    kind: Tiles, query, key, scale, bias, positive, workspace, backend, wanted
+) -> tuple[Tensor, ...]:
     pairs = Pairs(
         query, key, scale, bias, positive, None, None, None, False, False, workspace, backend
     ).ready()
-    kernel = load_kernel("siglip", backend)
+    tiles = kind("siglip", pairs, False)
     sums = Sums(pairs, wanted[0] or wanted[2], wanted[1])
-    loss, grad_bias = (torch.zeros(len(query), dtype=torch.float64) for _ in range(2))
-    tiles, threads = Workspace(pairs, None), allowed(torch.get_num_threads())
+    loss, slopes = (query.new_zeros(len(query), dtype=torch.float64) for _ in range(2))
+    place = Workspace(pairs, None)
     for down, across in tiles_of(pairs):
-        similarity = tiles.filled(down, across)
-        kernel.sigmoid(
-            tile_arguments(pairs, similarity, down, across, False), 1.0, address(loss, down.start),
-            address(grad_bias, down.start), similarity.data_ptr(), similarity.stride(0), threads,
-        )  # fmt: skip
+        similarity = place.filled(down, across)
+        tiles.sigmoid(similarity, down, across, loss, slopes)
         sums.add(similarity, down, across)
     if not len(query) or not len(key):
         sums.by_row.zero_()
         sums.by_column.zero_()
     formed = sums.finished([*wanted[:3]], 1.0, pairs.real)
-    of_bias = grad_bias.sum() if wanted[3] else grad_bias.new_empty(0)
+    of_bias = slopes.sum() if wanted[3] else slopes.new_empty(0)
     return loss.sum().to(pairs.real), *formed, of_bias.to(pairs.real)
 
 
-def _siglip_backward_cpu(grad, query, key, scale, bias, positive, *formed):
+def _times_upstream(grad, query, key, scale, bias, positive, *formed) -> tuple[Tensor, ...]:
     return tuple(
         torch.mul(kept, grad, out=new_memory(kept.shape, kept, x.dtype))
         for kept, x in zip(formed, (query, key, scale, bias), strict=True)
     )
 
 
-library.impl("siglip", _siglip_cpu, "CPU")
-library.impl("siglip_backward", _siglip_backward_cpu, "CPU")
+for _kind, _key in ((CpuTiles, "CPU"), (CudaTiles, "CUDA")):
+    library.impl("siglip", partial(_forward, _kind), _key)
+    library.impl("siglip_backward", _times_upstream, _key)
 
 
 @torch.library.register_fake("neglog::siglip", lib=library)
