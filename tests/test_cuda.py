@@ -4,10 +4,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import neglog.contrastive
-import neglog.linear  # noqa: F401 - registers the ops
-from neglog import dispatch, reference
+import neglog
+from neglog import dispatch, kernels, reference
 from neglog.ops import infonce, infonce_composite, linear_nll_cuda, siglip
 from neglog.ops.infonce_tile import CpuTiles, CudaTiles, Pairs
 from tests import emulated
@@ -71,6 +72,66 @@ def off(found, expected):
         return 0.0
     difference = (found - expected)[finite].abs().max()
     return float(difference / (1 + expected[finite].abs().max()))
+
+
+# The functions, on tensors that say they lie on a GPU
+
+CALLS = {
+    "cross_entropy": (lambda x, key, t: neglog.cross_entropy(x, t), "nll"),
+    "masked_cross_entropy": (lambda x, key, t: neglog.masked_cross_entropy(x, t, t > 5), "nll"),
+    "linear_cross_entropy": (lambda x, key, t: neglog.linear_cross_entropy(x, x, t), "linear_nll"),
+    "info_nce": (lambda x, key, t: neglog.info_nce(x, key, symmetric=True), "infonce"),
+    "info_nce, queue": (lambda x, key, t: neglog.info_nce(x, key, key), "infonce"),
+    "clip_loss": (lambda x, key, t: neglog.clip_loss(x, key, 10.0), "infonce"),
+    "siglip_loss": (lambda x, key, t: neglog.siglip_loss(x, key, 10.0, 1.0), "siglip"),
+    "nt_xent": (lambda x, key, t: neglog.nt_xent(x, key), "infonce"),
+    "dcl": (lambda x, key, t: neglog.dcl(x, key), "infonce"),
+}
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "neglog":
+            self.ops.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_functions_choose_the_cuda_kernels(function, monkeypatch):
+    """Shapes alone, so that it can be asked where there is no GPU; no gradients for the same
+    reason."""
+    call, op = CALLS[function]
+    pretended = kernels.Build("cuda", True, "for the test")
+    monkeypatch.setitem(dispatch._STATES, "cuda", pretended)
+    with FakeTensorMode():
+        x, key = (torch.randn(2000, 1000, device="cuda") for _ in range(2))
+        target = torch.randint(0, 1000, (2000,), device="cuda")
+        with Seen() as seen:
+            loss = call(x, key, target)
+    assert seen.ops == [op]
+    assert (loss.shape, loss.device.type) == ((), "cuda")
+
+
+def test_a_backend_for_another_device_is_refused(monkeypatch):
+    pretended = kernels.Build("cuda", True, "for the test")
+    monkeypatch.setitem(dispatch._STATES, "cuda", pretended)
+    x, target = torch.randn(4, 5), torch.arange(4)
+    with pytest.raises(
+        RuntimeError, match="backend='cuda' cannot take this call: logits on device"
+    ):
+        neglog.cross_entropy(x, target, backend="cuda")
+    with FakeTensorMode():
+        on_gpu, labels = torch.randn(4, 5, device="cuda"), torch.zeros(4, device="cuda").long()
+        with pytest.raises(RuntimeError, match=r"backend='cython'.*its kernels run on the CPU"):
+            neglog.cross_entropy(on_gpu, labels, backend="cython")
+    missing = kernels.Build("cuda", False, "not built: for the test")
+    monkeypatch.setitem(dispatch._STATES, "cuda", missing)
+    with pytest.raises(RuntimeError, match=r"(?s)not available here: 'cuda'.*not built: for the"):
+        neglog.clip_loss(x, x, 1.0, backend="cuda")
 
 
 # nll
