@@ -11,6 +11,7 @@ from torch.library import opcheck
 import neglog
 from neglog import comparison, dispatch
 from neglog.ops import infonce_autograd
+from neglog.ops.infonce import keeps
 from neglog.ops.infonce_tile import Pairs
 from tests import contrastive_formulas as formulas
 from tests.contrastive_formulas import (
@@ -162,7 +163,9 @@ def test_kept_similarities_make_what_new_ones_make(monkeypatch, backend, name, d
     kept = []
     op = infonce_autograd.infonce
     monkeypatch.setattr(
-        comparison, "infonce", lambda pairs, keep: kept.append(keep) or op(pairs, keep)
+        comparison,
+        "infonce",
+        lambda pairs, keep: kept.append(keeps(pairs, keep)) or op(pairs, keep),
     )
     results = []
     for workspace in (8, 0.01):

@@ -7,7 +7,7 @@ from torch.library import opcheck
 from torch.testing._internal.common_methods_invocations import op_db
 
 import neglog
-from neglog import dispatch, matmul, tiling
+from neglog import dispatch, tiling
 
 BACKENDS = [state.name for state in dispatch.describe() if state.usable]
 KERNELS = [name for name in BACKENDS if name != "torch"]
@@ -349,45 +349,6 @@ def test_module(backend):
     theirs.load_state_dict(module.state_dict())
     wide = neglog.nn.LinearCrossEntropyLoss(24, 10, out_features=(2,))
     assert wide(x, torch.zeros(300, 2, dtype=torch.int64)).shape == ()
-
-
-@pytest.mark.parametrize("way", ["blas", "onednn"])
-def test_both_ways_to_multiply(monkeypatch, way):
-    for name in ("linear", "add_outer"):
-        chosen = getattr(matmul, f"{name}_by_{way}")
-        monkeypatch.setattr(matmul, f"fastest_{name}", lambda chosen=chosen: chosen)
-    generator = torch.Generator().manual_seed(0)
-    x, w, s = (
-        torch.randn(n, m, generator=generator) for n, m in ((70, 33), (5000, 33), (70, 5000))
-    )
-    out = torch.empty(70, 5000)
-    for bias in (None, torch.randn(5000, generator=generator)):
-        matmul.linear(x, w, bias, out)
-        torch.testing.assert_close(out, F.linear(x, w, bias), rtol=1e-5, atol=1e-5)
-    total = torch.full((5000, 33), torch.nan)
-    matmul.add_outer(s, x, total, True)
-    matmul.add_outer(s, x, total, False)
-    torch.testing.assert_close(total, 2 * s.t() @ x, rtol=1e-4, atol=1e-4)
-    half, wide = s.bfloat16(), torch.zeros(5000, 33)
-    matmul.add_outer(half, x.bfloat16(), wide, False)
-    torch.testing.assert_close(wide, half.float().t() @ x.bfloat16().float(), rtol=1e-2, atol=0.1)
-
-
-def test_a_wrong_or_missing_product_is_not_chosen():
-    out = torch.empty(2)
-
-    def certain(to):
-        to.fill_(1.0)
-
-    def wrong(to):
-        to.fill_(1.1)
-
-    def missing(to):
-        raise AttributeError("no such op")
-
-    for other in (wrong, missing):
-        assert matmul._faster((certain, other), (out,), out) is certain
-    assert matmul.fastest_linear() in (matmul.linear_by_blas, matmul.linear_by_onednn)
 
 
 def test_the_workspace_is_kept_to(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neglog import dispatch, tiling
+from neglog import dispatch, matmul, tiling
 from neglog.functional import LossStats
 from neglog.ops import infonce_composite as composite
 from neglog.ops.infonce_autograd import infonce
@@ -108,12 +108,9 @@ def in_memory(query: Tensor, key: Tensor, forced: str | None) -> bool:
         refusal = refusal or dispatch.kernels_refuse(key, backend=forced)
     if forced not in (None, "torch") and refusal:
         raise RuntimeError(f"backend={forced!r} cannot take this call: {refusal}")
-    few = len(query) * len(key) < FEW
-    return bool(
-        refusal
-        or forced == "torch"
-        or (forced is None and (few or not dispatch.kernel_backend(query)))
-    )
+    if forced is not None or refusal:
+        return bool(refusal) or forced == "torch"
+    return not dispatch.kernel_backend(query) or matmul.few(query, key, FEW)
 
 
 def pairs_of(
@@ -133,10 +130,8 @@ def compare(pairs: Pairs) -> Compared:
     if in_memory(pairs.query, pairs.key, pairs.backend or None):
         dispatch.ran("infonce", "torch")
         return Compared(*composite.infonce(pairs))
-    numbers = len(pairs.query) * len(pairs.key)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in pairs[:3])
-    keep = learns and numbers * pairs.query.itemsize <= pairs.workspace
-    return Compared(*infonce(pairs, keep)[: len(Compared._fields)])
+    return Compared(*infonce(pairs, learns)[: len(Compared._fields)])
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:

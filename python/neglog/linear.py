@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from neglog import dispatch, tiling
+from neglog import dispatch, matmul, tiling
 from neglog.functional import REDUCTIONS, LossStats, cross_entropy, masked_cross_entropy
 from neglog.ops.linear_nll_autograd import linear_nll
 from neglog.ops.nll import real_dtype
@@ -173,12 +173,10 @@ def _of_labels(
     refusal = refusal or dispatch.kernels_refuse(linear_weight, backend=backend)
     if backend not in (None, "torch") and refusal:
         raise RuntimeError(f"backend={backend!r} cannot take this call: {refusal}")
-    few = len(labels) * len(linear_weight) < FEW
-    if (
-        refusal
-        or backend == "torch"
-        or (backend is None and (few or not dispatch.kernel_backend(rows)))
-    ):
+    by_torch = bool(refusal) or backend == "torch"
+    if backend is None and not refusal:
+        by_torch = not dispatch.kernel_backend(rows) or matmul.few(rows, linear_weight, FEW)
+    if by_torch:
         logits = F.linear(rows, linear_weight, linear_bias)
         result = cross_entropy(logits, labels, ignore_index=ignored, **common)
         return _without_ignored(result, labels != ignored)

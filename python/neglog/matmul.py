@@ -1,63 +1,133 @@
 """The fastest GEMM for a tile of logits on this machine.
 
 Three products make a linear cross-entropy: the logits x W^T, and of their gradient S the products
-S W and S^T x. `torch.mm` gives float32 to MKL, which is not at its best on every processor; oneDNN,
-which torch ships too, is reached by the op that torch.compile uses, and is fastest on tiles of some
-thousand columns. Which of the two wins is measured for each product at its first use. The private
-op is believed only if its result is right, and done without where it is missing.
+S W and S^T x. Two things are measured, each at its first use:
+
+(a) `torch.mm` gives float32 to MKL, which is not at its best on every processor; oneDNN, which
+    torch ships too, is reached by the op that torch.compile uses, and is fastest on tiles of some
+    thousand columns. The private op is believed only if its result is right, and done without
+    where it is missing.
+(b) A CPU without instructions for 16-bit products makes them 6 to 180 times slower than float32's
+    (Zen 3: 17, 0.7 and 5 GFLOP/s for the three products, 105 to 135 in float32). There a tile is
+    float32, and what is multiplied is widened some rows at a time: `tile_dtype`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from neglog import tiling
+
 COLUMNS = 4096  # of a oneDNN tile
 PROBE_ROWS, PROBE_FEATURES, PROBE_VOCAB = 256, 768, 2 * COLUMNS
+# Of 16-bit numbers: small, as the slowest CPU seen takes 0.1 s for these three products.
+PROBE_SMALL = (128, 256, 1024)
+WIDENED_BYTES = 8 << 20  # of 16-bit numbers, what is widened at a time
+# A product's numbers, up to which torch's own way is faster although its 16-bit products are slow.
+FEW_WIDENED = 1 << 13
+
+
+def tile_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a tile of such numbers' products; theirs, or float32 where that is faster."""
+    return torch.float32 if prefers_wide(x) else x.dtype
+
+
+def prefers_wide(x: Tensor) -> bool:
+    """Whether x's 16-bit numbers are multiplied faster after they were widened."""
+    return x.dtype in (torch.bfloat16, torch.float16) and x.is_cpu and wide_is_faster(x.dtype)
+
+
+def few(x: Tensor, y: Tensor, most: int) -> bool:
+    """Whether x (n, D) @ y (m, D)^T is so small that torch's own way is faster: n m < most.
+
+    `most` was measured where torch multiplies such numbers fast.
+    """
+    if not torch.compiler.is_compiling() and prefers_wide(x):  # no place to measure in
+        most = FEW_WIDENED
+    return len(x) * len(y) < most
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out (n, V) = x (n, D) @ weight (V, D)^T + bias (V,), rounded once."""
+    """out (n, V) = x (n, D) @ weight (V, D)^T + bias (V,), rounded once; `out` may be wider."""
+    if out.dtype != x.dtype:
+        linear_widened(x, weight, bias, out)
+        return
     way = fastest_linear() if _has_choice(x) else linear_by_blas
     way(x, weight, bias, out)
 
 
 def product(s: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (n, D) = s (n, V) @ weight (V, D)."""
-    torch.mm(s, weight, out=out)
+    """out (n, D) = s (n, V) @ weight (V, D), rounded once; `s` may be wider than the others."""
+    if s.dtype == weight.dtype:
+        torch.mm(s, weight, out=out)
+        return
+    total = torch.empty_like(out, dtype=s.dtype)
+    add_product(s, weight, total, True)
+    out.copy_(total)
 
 
 def add_product(s: Tensor, weight: Tensor, out: Tensor, first: bool) -> None:
-    """out (n, D) += s (n, V) @ weight (V, D), or = if it is the first; `out` may be wider."""
-    if out.dtype == s.dtype:
+    """out (n, D) += s (n, V) @ weight (V, D), or = if it is the first.
+
+    `out` may be wider than the others, or `s` and `out` wider than weight.
+    """
+    if s.dtype != weight.dtype:
+        for part, wide in widened(weight, s.dtype):
+            add_product(s[:, part], wide, out, first and part.start == 0)
+    elif out.dtype == s.dtype:
         torch.addmm(out, s, weight, beta=0 if first else 1, out=out)
     else:
         _put(out, _wide(s, weight, out.dtype), first)
 
 
 def add_outer(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
-    """out (V, D) += s (n, V)^T @ x (n, D), or = if it is the first; `out` may be wider."""
+    """out (V, D) += s (n, V)^T @ x (n, D), or = if it is the first.
+
+    `out` may be wider than the others, or `s` and `out` wider than x.
+    """
+    x = x.to(s.dtype)
     way = fastest_add_outer() if _has_choice(x) else add_outer_by_blas
     way(s, x, out, first)
 
 
 def describe() -> str:
-    """What multiplies float32, for `info`."""
+    """What multiplies what, for `info`."""
     names: dict[Any, str] = {linear_by_blas: "torch.mm", linear_by_onednn: "oneDNN"}
     names |= {add_outer_by_blas: "torch.mm", add_outer_by_onednn: "oneDNN"}
-    return f"logits {names[fastest_linear()]}, gradient {names[fastest_add_outer()]}"
+    short = [
+        f"{str(dtype).removeprefix('torch.')} {'widened' if wide_is_faster(dtype) else 'torch.mm'}"
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    ways = f"float32 logits {names[fastest_linear()]}, gradient {names[fastest_add_outer()]}"
+    return ", ".join([ways, *short])
 
 
 def _has_choice(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-# The two ways
+# The ways
+
+
+def linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    x = x.to(out.dtype)
+    for part, wide in widened(weight, out.dtype):
+        linear(x, wide, None if bias is None else bias[part].to(out.dtype), out[:, part])
+
+
+def widened(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """x (V, D) in a wider dtype, some rows at a time, each over the last."""
+    height = tiling.rows_per_tile(len(x), x.shape[1] * x.itemsize, WIDENED_BYTES)
+    room = x.new_empty(height, x.shape[1], dtype=dtype)
+    for part in tiling.row_tiles(len(x), height):
+        yield part, room[: part.stop - part.start].copy_(x[part])
 
 
 def linear_by_blas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -126,6 +196,34 @@ def fastest_add_outer() -> Callable[..., None]:
     return _faster((add_outer_by_blas, add_outer_by_onednn), (s, x, out, True), out)
 
 
+@cache
+def wide_is_faster(dtype: torch.dtype) -> bool:
+    """Whether three 16-bit products took less time through float32 when they were tried."""
+    # The first use may come while torch traces or transforms a function. The modes that do so
+    # belong to a thread, and a new one has none.
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(_wide_wins, dtype).result()
+
+
+def _wide_wins(dtype: torch.dtype) -> bool:
+    rows, features, vocab = PROBE_SMALL
+    x, weight, s = (
+        _random(*shape).to(dtype) for shape in ((rows, features), (vocab, features), (rows, vocab))
+    )
+    grad_x, grad_weight = torch.empty_like(x), torch.empty(vocab, features)
+
+    def products(s: Tensor) -> None:
+        linear(x, weight, None, torch.empty_like(s))
+        product(s, weight, grad_x)
+        add_outer(s, x, grad_weight, True)
+
+    narrow, wide = (partial(products, tile) for tile in (s, s.float()))
+    with torch.no_grad():
+        narrow(), wide()
+        times = _times((narrow, wide), 2)
+    return times[wide] < times[narrow]
+
+
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -142,10 +240,16 @@ def _faster(ways: tuple[Any, Any], arguments: tuple, out: Tensor) -> Any:
             return certain
         if not torch.allclose(out, expected, rtol=1e-4, atol=1e-3):
             return certain
-        times: dict[Any, list[float]] = {certain: [], other: []}
-        for _ in range(3):
-            for way, seconds in times.items():
-                start = perf_counter()
-                way(*arguments)
-                seconds.append(perf_counter() - start)
-    return min(ways, key=lambda way: min(times[way]))
+        times = _times(tuple(partial(way, *arguments) for way in ways), 3)
+    return min(zip(times.values(), ways, strict=True), key=lambda pair: pair[0])[1]
+
+
+def _times(ways: tuple[Any, ...], rounds: int) -> dict[Any, float]:
+    """The shortest time of each, taken in turn."""
+    times = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for way in ways:
+            start = perf_counter()
+            way()
+            times[way] = min(times[way], perf_counter() - start)
+    return times

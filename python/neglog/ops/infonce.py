@@ -13,8 +13,8 @@ the tiles on and above the diagonal are enough.
 
 Returned, (0,) where not asked for or without a positive: row_loss (N,) = row_lse - positive score;
 column_loss (N,) = column_lse[positive] - positive score; row_lse (N,), column_lse (M,), score (N,)
-of the positive; then what the backward needs: row_low (N,), column_low (M,) and, if `keep`, the
-similarities (N, M).
+of the positive; then what the backward needs: row_low (N,), column_low (M,) and, if `keep` and they
+fit in the workspace, the similarities (N, M).
 """
 
 from __future__ import annotations
@@ -63,9 +63,16 @@ TILE_BYTES, WIDTH = 16 << 20, 4096
 CUDA_TILE_BYTES, CUDA_WIDTH = 128 << 20, 8192
 
 
+def keeps(pairs: Pairs, keep: bool) -> bool:
+    """Whether the similarities are kept: they are asked for, and fit in the workspace."""
+    numbers = pairs.query.shape[0] * pairs.key.shape[0]
+    return keep and numbers * matmul.tile_dtype(pairs.query).itemsize <= pairs.workspace
+
+
 def tiles_of(pairs: Pairs) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of each tile."""
-    rows, columns, size = len(pairs.query), len(pairs.key), pairs.query.itemsize
+    rows, columns = len(pairs.query), len(pairs.key)
+    size = matmul.tile_dtype(pairs.query).itemsize
     cuda = pairs.query.is_cuda
     budget = min(CUDA_TILE_BYTES if cuda else TILE_BYTES, pairs.workspace)
     width = min(columns, CUDA_WIDTH if cuda else WIDTH)
@@ -81,13 +88,14 @@ class Workspace:
     def __init__(self, pairs: Pairs, kept: Tensor | None) -> None:
         self.pairs = pairs
         self.kept = kept
-        self._memory = pairs.query.new_empty(0)
+        self.dtype = matmul.tile_dtype(pairs.query)
+        self._memory = pairs.query.new_empty(0, dtype=self.dtype)
 
     def new(self, rows: slice, columns: slice) -> Tensor:
         """Room for a tile, until the next one."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
         if self._memory.numel() < height * width:  # the first tile is the largest
-            self._memory = new_memory((height * width,), self.pairs.query)
+            self._memory = new_memory((height * width,), self.pairs.query, self.dtype)
         return self._memory[: height * width].view(height, width)
 
     def filled(self, rows: slice, columns: slice) -> Tensor:
@@ -106,7 +114,10 @@ def _forward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
     tiles = kind("infonce", pairs)
     rows, columns = (States(len(x), x, tiles.bounded) for x in (pairs.query, pairs.key))
     score = rows.maximum.new_zeros(len(pairs.query) if pairs.positive is not None else 0)
-    kept = new_memory((len(pairs.query), len(pairs.key)), pairs.query) if keep else None
+    kept = None
+    if keeps(pairs, keep):
+        shape = (len(pairs.query), len(pairs.key))
+        kept = new_memory(shape, pairs.query, matmul.tile_dtype(pairs.query))
     workspace = Workspace(pairs, kept)
     of_columns = rows if pairs.symmetric else columns
     for down, across in tiles_of(pairs):
@@ -129,7 +140,7 @@ def _forward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
             column_loss = (column_lse[pairs.positive] - score) + column_low[pairs.positive]
     return (
         row_loss, column_loss, row_lse, column_lse, score, row_low, column_low,
-        pairs.query.new_empty(0) if kept is None else kept,
+        pairs.query.new_empty(0, dtype=workspace.dtype) if kept is None else kept,
     )  # fmt: skip
 
 
@@ -207,7 +218,7 @@ class Sums:
         if self.by_column.numel():
             x = pairs.query[rows]
             if self._scaled:
-                x = (x * pairs.scale[rows, None]).to(x.dtype)
+                x = (x * pairs.scale[rows, None]).to(gradient.dtype)
             matmul.add_outer(gradient, x, self.by_column[columns], rows.start == 0)
 
     def finished(
@@ -280,12 +291,13 @@ def _infonce_fake(*arguments: Any) -> tuple[Tensor, ...]:
     def numbers(count: Any) -> Tensor:
         return query.new_empty(count, dtype=pairs.real)
 
+    kept = (rows, columns) if keeps(pairs, keep) else 0
     of_positive = rows if pairs.positive is not None else 0
     of_columns = columns if pairs.columns else 0
     return (
         numbers(of_positive), numbers(of_positive if pairs.columns else 0), numbers(rows),
         numbers(of_columns), numbers(of_positive), numbers(rows), numbers(of_columns),
-        query.new_empty((rows, columns) if keep else 0),
+        query.new_empty(kept, dtype=matmul.tile_dtype(query)),
     )  # fmt: skip
 
 

@@ -161,9 +161,10 @@ class Tiles:
         counted = (target != ignore_index).nonzero().squeeze(1)
         self.rows = None if len(counted) == len(target) else counted
         self.target = (target if self.rows is None else target[counted]).contiguous()
-        row = head.vocab * head.input.itemsize
+        dtype = matmul.tile_dtype(head.input)
+        row = head.vocab * dtype.itemsize
         self.height = tiling.rows_per_tile(len(self.target), row, workspace)
-        self.logits = new_memory((self.height, head.vocab), head.input)
+        self.logits = new_memory((self.height, head.vocab), head.input, dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor | slice, Tensor, Tensor]]:
         """Which of the counted rows, which of all, their input, their logits."""

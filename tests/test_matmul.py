@@ -1,0 +1,194 @@
+"""The products of a tile: each way gives the right numbers, and the choice between them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+
+import neglog
+from neglog import dispatch, matmul
+
+KERNELS = [state.name for state in dispatch.describe() if state.usable and state.name != "torch"]
+SHORT = [torch.bfloat16, torch.float16]
+
+
+def draw(*shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+    ]
+
+
+def error(found, truth):
+    return float((found.detach().double() - truth.detach()).norm() / truth.detach().norm())
+
+
+@pytest.mark.parametrize("way", ["blas", "onednn"])
+def test_both_ways_to_multiply(monkeypatch, way):
+    for name in ("linear", "add_outer"):
+        chosen = getattr(matmul, f"{name}_by_{way}")
+        monkeypatch.setattr(matmul, f"fastest_{name}", lambda chosen=chosen: chosen)
+    generator = torch.Generator().manual_seed(0)
+    x, w, s = (
+        torch.randn(n, m, generator=generator) for n, m in ((70, 33), (5000, 33), (70, 5000))
+    )
+    out = torch.empty(70, 5000)
+    for bias in (None, torch.randn(5000, generator=generator)):
+        matmul.linear(x, w, bias, out)
+        torch.testing.assert_close(out, F.linear(x, w, bias), rtol=1e-5, atol=1e-5)
+    total = torch.full((5000, 33), torch.nan)
+    matmul.add_outer(s, x, total, True)
+    matmul.add_outer(s, x, total, False)
+    torch.testing.assert_close(total, 2 * s.t() @ x, rtol=1e-4, atol=1e-4)
+    half, wide = s.bfloat16(), torch.zeros(5000, 33)
+    matmul.add_outer(half, x.bfloat16(), wide, False)
+    torch.testing.assert_close(wide, half.float().t() @ x.bfloat16().float(), rtol=1e-2, atol=0.1)
+
+
+def test_a_wrong_or_missing_product_is_not_chosen():
+    out = torch.empty(2)
+
+    def certain(to):
+        to.fill_(1.0)
+
+    def wrong(to):
+        to.fill_(1.1)
+
+    def missing(to):
+        raise AttributeError("no such op")
+
+    for other in (wrong, missing):
+        assert matmul._faster((certain, other), (out,), out) is certain
+    assert matmul.fastest_linear() in (matmul.linear_by_blas, matmul.linear_by_onednn)
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("shape", [(70, 33, 5000), (1, 1, 1), (3, 7, 31)])
+def test_widened_products_round_once(monkeypatch, dtype, shape):
+    monkeypatch.setattr(matmul, "WIDENED_BYTES", 1)  # parts of the least height
+    rows, features, vocab = shape
+    x, w, bias = draw((rows, features), (vocab, features), (vocab,), dtype=dtype)
+    s, sum_x, sum_w = draw((rows, vocab), (rows, features), (vocab, features))
+    exact = [part.double() for part in (x, w, bias, s)]
+    out = torch.full((rows, vocab), torch.nan)
+    for given, added in ((None, 0), (bias, exact[2])):
+        matmul.linear(x, w, given, out)
+        assert error(out, exact[0] @ exact[1].t() + added) < 1e-6
+    short = torch.full((rows, features), torch.nan, dtype=dtype)
+    matmul.product(s, w, short)
+    truth = exact[3] @ exact[1]
+    assert error(short, truth) <= error(truth.to(dtype), truth) + 1e-6
+    for first in (True, False):
+        total, before = sum_x.clone(), 0 if first else sum_x.double()
+        matmul.add_product(s, w, total, first)
+        assert error(total, truth + before) < 1e-6
+        total, before = sum_w.clone(), 0 if first else sum_w.double()
+        matmul.add_outer(s, x, total, first)
+        assert error(total, exact[3].t() @ exact[0] + before) < 1e-6
+
+
+def clip(image, text, scale, **options):
+    return neglog.clip_loss(image, text, scale, **options)
+
+
+def clip_in_memory(image, text, scale):
+    z, target = scale * image @ text.t(), torch.arange(len(image))
+    return (F.cross_entropy(z, target) + F.cross_entropy(z.t(), target)) / 2
+
+
+def siglip(image, text, scale, **options):
+    return neglog.siglip_loss(image, text, scale, -1.0, **options)
+
+
+def siglip_in_memory(image, text, scale):
+    z = scale * image @ text.t() - 1.0
+    return -F.logsigmoid((2 * torch.eye(len(z), dtype=z.dtype) - 1) * z).sum() / len(z)
+
+
+def linear(x, w, bias, **options):
+    target = torch.arange(len(x)).where(torch.arange(len(x)) % 3 > 0, -100)
+    return neglog.linear_cross_entropy(x, w, target, linear_bias=bias, **options)
+
+
+def linear_in_memory(x, w, bias):
+    target = torch.arange(len(x)).where(torch.arange(len(x)) % 3 > 0, -100)
+    return F.cross_entropy(F.linear(x, w, bias), target)
+
+
+LOSSES = {
+    "linear": (linear, linear_in_memory, ((150, 24), (500, 24), (500,))),
+    "clip": (clip, clip_in_memory, ((150, 24), (150, 24), ())),
+    "siglip": (siglip, siglip_in_memory, ((150, 24), (150, 24), ())),
+}
+
+
+@pytest.mark.parametrize("workspace", [64, 0.05])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_losses_by_either_tile(monkeypatch, backend, name, dtype, wide, workspace):
+    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: wide)
+    tiles, multiply = set(), matmul.linear
+    monkeypatch.setattr(
+        matmul, "linear", lambda x, w, b, out: tiles.add(out.dtype) or multiply(x, w, b, out)
+    )
+    ours, theirs, shapes = LOSSES[name]
+    inputs = [x.requires_grad_() for x in draw(*shapes, dtype=dtype)]
+    if name != "linear":
+        inputs[2] = torch.tensor(0.5, requires_grad=True)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = theirs(*exact)
+    truth = (truth, *torch.autograd.grad(truth, exact))
+
+    def errors(loss):
+        found = (loss, *torch.autograd.grad(loss, inputs))
+        return [error(one, other) for one, other in zip(found, truth, strict=True)]
+
+    options = {"options": {"workspace_mb": workspace}, "backend": backend}
+    mine = errors(ours(*inputs, **options))
+    assert tiles == {torch.float32 if wide else dtype}
+    for one, other, exact in zip(mine, errors(theirs(*inputs)), truth, strict=True):
+        lucky = torch.finfo(dtype).eps if exact.dim() == 0 else 0  # one number may err by chance
+        assert one <= 1.2 * other + 1e-6 + lucky
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_faster_tile_is_chosen(monkeypatch, dtype, wide):
+    def times(ways, rounds):
+        return {way: float(index != wide) for index, way in enumerate(ways)}
+
+    monkeypatch.setattr(matmul, "_times", times)
+    matmul.wide_is_faster.cache_clear()
+    try:
+        x = torch.zeros(100, 4, dtype=dtype)
+        assert matmul.tile_dtype(x) == (torch.float32 if wide else dtype)
+        assert matmul.few(x, x, 20_000) == (not wide)
+    finally:
+        matmul.wide_is_faster.cache_clear()
+    assert matmul.tile_dtype(x.double()) == torch.float64
+    assert matmul.tile_dtype(x.to("meta")) == dtype
+
+
+def test_the_choice_can_be_made_while_torch_traces():
+    matmul.wide_is_faster.cache_clear()
+    with FakeTensorMode():
+        chosen = matmul.tile_dtype(torch.empty(3, 4, dtype=torch.bfloat16))
+    assert chosen in (torch.float32, torch.bfloat16)
+    assert chosen == matmul.tile_dtype(torch.empty(3, 4, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_either_tile_compiles_whole(monkeypatch, wide):
+    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: wide)
+    torch.compiler.reset()
+    image, text = (x.requires_grad_() for x in draw((600, 8), (600, 8), dtype=torch.bfloat16))
+    scale = torch.tensor(0.5, requires_grad=True)
+    inputs = (image, text, scale)
+    compiled = torch.compile(neglog.clip_loss, fullgraph=True)
+    results = []
+    for loss in (compiled(*inputs), neglog.clip_loss(*inputs)):
+        results.append((loss, *torch.autograd.grad(loss, inputs)))
+    torch.testing.assert_close(*results)
+    torch.compiler.reset()
