@@ -158,3 +158,67 @@ BAD = {
 def test_bad_input(backend, error, message, arguments):
     with pytest.raises(error, match=message):
         neglog.masked_cross_entropy(*arguments)
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"z_loss": 0.1}], ids=str)
+def test_what_does_not_count_may_be_nan(backend, options):
+    logits, target, mask = draw(8, 5)
+    with torch.no_grad():
+        logits[~mask] = torch.nan
+    loss = neglog.masked_cross_entropy(logits, target, mask, backend=backend, **options)
+    counted = neglog.cross_entropy(logits[mask], target[mask], **options)
+    torch.testing.assert_close(loss, counted)
+    torch.testing.assert_close(gradient(loss, logits), gradient(counted, logits))
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_statistics_are_of_what_counts(backend, probabilities):
+    logits, target, mask = draw(30, 9, probabilities=probabilities)
+    stats = neglog.masked_cross_entropy(logits, target, mask, return_stats=True)
+    expected = neglog.cross_entropy(logits[mask], target[mask], return_stats=True)
+    torch.testing.assert_close(stats.loss, expected.loss)
+    for ours, theirs in zip(stats[1:], expected[1:], strict=True):
+        assert not ours[~mask].any()
+        torch.testing.assert_close(ours[mask], theirs)
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum", "items"])
+def test_probabilities_compile_whole_and_map(backend, reduction, stats):
+    torch.compiler.reset()
+    logits, target, mask = draw(3, 8, 5, probabilities=True)
+    options = {"reduction": reduction, "return_stats": stats, "label_smoothing": 0.1}
+    if reduction == "items":
+        options |= {"reduction": "mean", "num_items": 7}
+
+    def loss(x, t, m):
+        return neglog.masked_cross_entropy(x, t, m, **options)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    expected = [loss(*each) for each in zip(logits, target, mask, strict=True)]
+    torch.testing.assert_close(compiled(logits[0], target[0], mask[0]), expected[0])
+    mapped = torch.func.vmap(loss)(logits, target, mask)
+    if not stats:
+        torch.testing.assert_close(mapped, torch.stack(expected))
+        return
+    for ours, theirs in zip(mapped, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(theirs))
+
+
+def test_nothing_in_place_and_no_classes():
+    x = torch.randn(3, 4, requires_grad=True) * 1
+    none = torch.zeros(3, dtype=torch.bool)
+    loss = neglog.masked_cross_entropy(
+        x, torch.rand(3, 4), none, inplace_backward=True, reduction="sum"
+    )
+    assert float(loss) == 0.0
+    target = torch.zeros(3, dtype=torch.int64)
+    assert float(neglog.masked_cross_entropy(x[:, :0], target, none, reduction="sum")) == 0.0
+
+
+@pytest.mark.parametrize("option", ["ignore_index", "size_average", "reduce"])
+def test_the_module_refuses_what_a_mask_replaces(option):
+    with pytest.raises(TypeError, match=f"{option}: expected none"):
+        neglog.nn.MaskedCrossEntropyLoss(**{option: 0})
+    assert "ignore_index" not in repr(neglog.nn.MaskedCrossEntropyLoss())

@@ -18,7 +18,7 @@ from neglog.ops import infonce_composite as composite
 from neglog.ops.infonce_autograd import infonce
 from neglog.ops.infonce_tile import Pairs
 from neglog.ops.nll import real_dtype
-from neglog.validation import under_autocast
+from neglog.validation import autocast_dtype, under_autocast
 
 # Similarities, in numbers, up to which they are made in memory.
 FEW = 1 << 18
@@ -51,7 +51,7 @@ class How(NamedTuple):
 
 def prepared(x: Tensor, normalize: bool) -> Tensor:
     """Embeddings as they are multiplied: normalised if asked, in autocast's dtype."""
-    dtype = torch.get_autocast_dtype(x.device.type) if under_autocast(x) else x.dtype
+    dtype = autocast_dtype(x)
     if not normalize:
         return x.to(dtype)
     # torch's eps, 1e-12, is 0 in float16, and a norm of 256 overflows when squared.
@@ -94,7 +94,7 @@ def plainly_few(x: Any, y: Any, options: Any, backend: str | None) -> bool:
     return (
         type(x) is Tensor and type(y) is Tensor
         and x.dtype is y.dtype and x.dtype in (torch.float32, torch.float64)
-        and x.dim() == 2 and x.shape == y.shape and len(x) ** 2 < FEW
+        and x.dim() == 2 and x.shape == y.shape and x.shape[0] ** 2 < FEW
         and x.is_cpu and y.is_cpu and x.layout is y.layout is torch.strided
         and options is None and backend is None and dispatch.forced() is None
         and not torch.is_autocast_enabled("cpu")
@@ -153,10 +153,10 @@ def with_stats(loss: Tensor, pairs: Pairs, lse: Tensor, score: Tensor) -> LossSt
     Another walk over the similarities, some rows at a time, in torch's own functions.
     """
     budget = min(STATS_BYTES, pairs.workspace)
-    height = tiling.rows_per_tile(len(score), len(pairs.key) * lse.itemsize, budget)
+    height = tiling.rows_per_tile(score.shape[0], pairs.key.shape[0] * lse.itemsize, budget)
     found = []
     with torch.no_grad():
-        for rows in tiling.row_tiles(len(score), height):
+        for rows in tiling.row_tiles(score.shape[0], height):
             part = pairs.rows(rows)
             plain, z = composite.scores(part)
             if part.positive is None:

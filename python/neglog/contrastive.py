@@ -103,12 +103,12 @@ def info_nce(
         check_embeddings(query=query, positive_key=positive_key)
         check_same_rows(query=query, positive_key=positive_key)
     check_reduction(reduction)
-    check_temperature(temperature, len(query), per_sample=True)
+    check_temperature(temperature, query.shape[0], per_sample=True)
     _check_negatives(query, negative_keys, negative_mode, symmetric, hard_negative_weight)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
     if exclude is not None:
-        check_groups("exclude", exclude, len(query), query.device)
+        check_groups("exclude", exclude, query.shape[0], query.device)
         if label_smoothing or (negative_keys is not None and negative_mode != "in_batch"):
             raise ValueError(
                 "exclude: expected none with label_smoothing, 'unpaired' or 'paired' negatives"
@@ -131,11 +131,11 @@ def info_nce(
             return returned(loss, "none", given)
         if not symmetric and reduction != "none" and _better_by_rows(query, temperature, how):
             return _by_rows(query, key, temperature, reduction, label_smoothing, how)
-    further = len(negatives[0]) if negatives and negative_mode != "paired" else 0
+    further = negatives[0].shape[0] if negatives and negative_mode != "paired" else 0
     if not negatives or negative_mode == "in_batch":
         result = _in_batch(
             query, torch.cat([key, *negatives]) if negatives else key, scale,
-            _bias(hard_negative_weight, len(key), further, scale), exclude, label_smoothing,
+            _bias(hard_negative_weight, key.shape[0], further, scale), exclude, label_smoothing,
             symmetric, return_stats, how,
         )  # fmt: skip
     elif negative_mode == "unpaired":
@@ -221,7 +221,7 @@ def siglip_loss(
     check_scalar("logit_bias", logit_bias)
     workspace, forced = how_to_compare(options, backend)
     image, text = (prepared(x, False) for x in (image_features, text_features))
-    positive = torch.arange(len(image), device=image.device)
+    positive = torch.arange(image.shape[0], device=image.device)
     if group is not None:
         text, first = gathered(text, group)
         positive = positive + first
@@ -232,7 +232,7 @@ def siglip_loss(
     else:
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
         total = siglip(*inputs, positive, workspace, forced or "", wanted)
-    return returned(total / len(image), "sum", image_features)
+    return returned(total / image.shape[0], "sum", image_features)
 
 
 def nt_xent(
@@ -258,8 +258,8 @@ def nt_xent(
     Source: arXiv:2002.05709; NTXentLoss of pytorch-metric-learning and of lightly.
     """
     z, how = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
-    rows = torch.arange(len(z), device=z.device)
-    positive = rows.roll(len(z_i))
+    rows = torch.arange(z.shape[0], device=z.device)
+    positive = rows.roll(z_i.shape[0])
     scale = scale_of(temperature, z)
     if in_memory(z, z, how.backend):
         dispatch.ran("infonce", "torch")
@@ -287,9 +287,9 @@ def dcl(
     """
     z, how = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
     scale = scale_of(temperature, z)
-    group = torch.arange(len(z_i), device=z.device).repeat(2)
+    group = torch.arange(z_i.shape[0], device=z.device).repeat(2)
     pairs = pairs_of(z, z, scale, how, query_group=group, key_group=group, symmetric=True)
-    score = dots(z, z.roll(len(z_i), 0)) * scale
+    score = dots(z, z.roll(z_i.shape[0], 0)) * scale
     return returned(compare(pairs).row_lse - score, reduction, z_i)
 
 
@@ -315,13 +315,13 @@ def sup_con(
     Source: arXiv:2004.11362, its L_out.
     """
     check_embeddings(features=features)
-    check_groups("labels", labels, len(features), features.device)
+    check_groups("labels", labels, features.shape[0], features.device)
     check_reduction(reduction)
-    check_temperature(temperature, len(features), per_sample=False)
+    check_temperature(temperature, features.shape[0], per_sample=False)
     how = how_to_compare(options, backend)
     z = prepared(features, normalize)
     scale = scale_of(temperature, z)
-    rows = torch.arange(len(z), device=z.device)
+    rows = torch.arange(z.shape[0], device=z.device)
     lse = compare(pairs_of(z, z, scale, how, excluded=rows, symmetric=True)).row_lse
     mean_score, mates = _mean_score_of_mates(z, labels)
     loss = torch.where(mates > 0, lse - scale * mean_score, 0)
@@ -344,7 +344,7 @@ def _two_views(
         check_embeddings(z_i=z_i, z_j=z_j)
         check_same_rows(z_i=z_i, z_j=z_j)
     check_reduction(reduction)
-    check_temperature(temperature, len(z_i), per_sample=False)
+    check_temperature(temperature, z_i.shape[0], per_sample=False)
     how = how_to_compare(options, backend)
     z = torch.cat([z_i, z_j])
     return (F.normalize(z) if plain and normalize else prepared(z, normalize)), how
@@ -365,7 +365,7 @@ def _check_negatives(
         raise TypeError(f"negative_keys: expected a Tensor, got {type(negative_keys).__name__}")
     elif negative_keys.dim() != 3 or negative_keys.shape[::2] != query.shape:
         raise RuntimeError(
-            f"negative_keys: expected shape ({len(query)}, M, {query.shape[1]}) for 'paired', "
+            f"negative_keys: expected shape ({query.shape[0]}, M, {query.shape[1]}) for 'paired', "
             f"got {list(negative_keys.shape)}"
         )
     else:
@@ -417,7 +417,7 @@ def _better_by_rows(query: Tensor, temperature: float | Tensor, how: How) -> boo
     It forms gradients in the forward: 3 matmuls, where the op infonce has 4 if it cannot keep the
     similarities. A temperature that learns is multiplied in before, which 16 bits would round.
     """
-    kept = len(query) ** 2 * query.itemsize <= how.workspace
+    kept = query.shape[0] ** 2 * query.itemsize <= how.workspace
     exact = not isinstance(temperature, Tensor) or query.itemsize > 2
     return exact and not kept and not in_memory(query, query, how.backend)
 
@@ -426,14 +426,15 @@ def _by_rows(
     query: Tensor, key: Tensor, temperature: float | Tensor, reduction: str, smoothing: float,
     how: How,
 ) -> Tensor:  # fmt: skip
+    budget = how.workspace if query.is_cuda else min(how.workspace, ROW_BYTES)
     learned = isinstance(temperature, Tensor)
     if isinstance(temperature, Tensor):
         scale = scale_of(temperature, query)
         query = query * (scale[:, None] if scale.dim() else scale)
     return linear_cross_entropy(
-        query, key, torch.arange(len(query), device=query.device), reduction=reduction,
+        query, key, torch.arange(query.shape[0], device=query.device), reduction=reduction,
         label_smoothing=smoothing, logit_scale=1.0 if learned else 1.0 / float(temperature),
-        options={"workspace_mb": min(how.workspace, ROW_BYTES) / 2**20}, backend=how.backend,
+        options={"workspace_mb": budget / 2**20}, backend=how.backend,
     )  # fmt: skip
 
 
@@ -442,8 +443,8 @@ def _in_batch(
     smoothing: float, symmetric: bool, stats: bool, how: How,
 ) -> LossStats:  # fmt: skip
     """Queries against their positives, which are the first keys, and the further keys."""
-    rows = torch.arange(len(query), device=query.device)
-    own, of_keys = _groups(exclude, len(key) - len(query))
+    rows = torch.arange(query.shape[0], device=query.device)
+    own, of_keys = _groups(exclude, key.shape[0] - query.shape[0])
     pairs = pairs_of(
         query, key, scale, how, bias=bias, positive=rows, query_group=own, key_group=of_keys,
         columns=symmetric,
@@ -483,7 +484,7 @@ def _column_loss(pairs: Pairs, compared: Compared, smoothing: float) -> Tensor:
 def _of_processes(query: Tensor, key: Tensor, scale: Tensor, how: How, group: Any) -> Tensor:
     """Losses of this process's queries against the keys of all processes."""
     keys, first = gathered(key, group)
-    positive = torch.arange(len(query), device=query.device) + first
+    positive = torch.arange(query.shape[0], device=query.device) + first
     return compare(pairs_of(query, keys, scale, how, positive=positive)).row_loss
 
 
@@ -498,7 +499,7 @@ def _cross_entropy_in_memory(
     """The formula that everyone writes, where it is the fastest."""
     dispatch.ran("infonce", "torch")
     scores = _scaled(query, key, scale)
-    target = torch.arange(len(query), device=query.device)
+    target = torch.arange(query.shape[0], device=query.device)
 
     def loss(scores: Tensor) -> Tensor:
         return F.cross_entropy(scores, target, reduction=reduction, label_smoothing=smoothing)
@@ -520,7 +521,7 @@ def _of_queue(
     if smoothing:
         total = scale * dots(query, negatives.sum(0, keepdim=True, dtype=scale.dtype)) + score
         total = total if bias is None else total + bias.sum()
-        loss = torch.lerp(loss, lse - total / (len(negatives) + 1), smoothing)
+        loss = torch.lerp(loss, lse - total / (negatives.shape[0] + 1), smoothing)
     return with_stats(loss, pairs, lse, score) if stats else without_stats(loss)
 
 
@@ -534,7 +535,7 @@ def _of_own_negatives(
     of_row = scale[:, None] if scale.dim() else scale
     others = similarity * of_row + torch.as_tensor(weight, dtype=scale.dtype, device=scale.device)
     scores = torch.cat([(dots(query, key) * scale)[:, None], others], 1)
-    target = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    target = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
     loss = F.cross_entropy(scores, target, reduction="none", label_smoothing=smoothing)
     if not stats:
         return without_stats(loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from neglog.validation import (
     check_range,
     is_probabilities,
     row_shape,
+    rows_of_last_axis,
     to_rows,
     under_autocast,
 )
@@ -37,6 +39,7 @@ class LossStats(NamedTuple):
     logsumexp: of the transformed logits; differentiable, unless the backward is in place.
     correct: whether the target is the argmax; False where ignored or given as probabilities.
     entropy: of softmax(logits), in nats; detached.
+    A position outside a mask, or whose logits are never made, has 0 in all of them.
     """
 
     loss: Tensor
@@ -123,6 +126,8 @@ def cross_entropy(
         reduction = "mean"
     check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
+    if torch.compiler.is_compiling() and isinstance(logit_scale, Tensor):  # no number for an op
+        input, logit_scale = input * logit_scale.to(input.dtype), 1.0
     problem = _rows_problem(input, target, weight, num_items)
     # The sum over num_items is a mean whose divisor is given.
     reduced = "mean" if num_items is not None else reduction
@@ -178,36 +183,67 @@ def masked_cross_entropy(
         "softcap": softcap, "z_loss": z_loss, "num_items": num_items,
         "inplace_backward": inplace_backward, "return_stats": return_stats, "backend": backend,
     }  # fmt: skip
-    shape, logits = input.shape[:-1], input.reshape(-1, input.shape[-1])
+    shape, logits = input.shape[:-1], rows_of_last_axis(input)
     counted = mask.expand(shape).reshape(-1)
     if is_probabilities(input, target):
-        return _masked_probabilities(
-            logits, target.reshape_as(logits), counted, shape, weight, options
-        )
+        target = rows_of_last_axis(target)
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        way = _masked_in_place if traced else _masked_taken_out
+        result = way(logits, target, counted, weight, options)
+        return by_row(result, lambda x: x.view(shape), reduction)
     labels = torch.where(counted, target.reshape(-1).long(), MASKED)
+    chosen = dispatch.forced(backend)
+    by_torch = chosen == "torch" or (chosen is None and dispatch.prefers_torch(logits))
+    if by_torch and not inplace_backward:  # it reads what does not count, and that may be NaN
+        logits = torch.where(counted[:, None], logits, 0)
     result = cross_entropy(logits, labels, weight, ignore_index=MASKED, **options)
-    return _in_shape(result, lambda x: x.view(shape), reduction)
+    if return_stats:
+        result = _counted_stats(result.loss, result, counted)
+    return by_row(result, lambda x: x.view(shape), reduction)
 
 
-def _masked_probabilities(
-    logits: Tensor, target: Tensor, counted: Tensor, shape: Any, weight: Any, options: dict
+def _masked_taken_out(
+    logits: Tensor, target: Tensor, counted: Tensor, weight: Any, options: dict
 ) -> Any:
     """Rows with a distribution as target have no ignore_index: those that count are taken out."""
     rows = counted.nonzero().squeeze(1)
     result = cross_entropy(logits[rows], target[rows], weight, **options)
 
     def put_back(x: Tensor) -> Tensor:
-        return x.new_zeros(len(counted)).index_put((rows,), x).view(shape)
+        return x.new_zeros(counted.shape[0]).index_put((rows,), x)
 
-    return _in_shape(result, put_back, options["reduction"])
+    return by_row(result, put_back, options["reduction"])
 
 
-def _in_shape(result: Any, reshape: Any, reduction: str) -> Any:
-    """What has a number for each row, in the shape of the target."""
+def _masked_in_place(
+    logits: Tensor, target: Tensor, counted: Tensor, weight: Any, options: dict
+) -> Any:
+    """The same where no size may depend on data: under torch.compile and torch.func."""
+    real, dtype = real_dtype(logits.dtype), _loss_dtype(logits, logits)
+    kept, num_items, reduction = counted[:, None], options["num_items"], options["reduction"]
+    alone = options | {"reduction": "none", "num_items": None}
+    x, q = (torch.where(kept, part, 0).to(real) for part in (logits, target))
+    result = cross_entropy(x, q, weight, **alone)
+    loss = torch.where(counted, result.loss if options["return_stats"] else result, 0)
+    if num_items is not None or reduction == "mean":
+        loss = loss.sum() / (counted.sum() if num_items is None else num_items)
+    elif reduction == "sum":
+        loss = loss.sum()
+    loss = loss.to(dtype)
+    return _counted_stats(loss, result, counted) if options["return_stats"] else loss
+
+
+def _counted_stats(loss: Tensor, stats: LossStats, counted: Tensor) -> LossStats:
+    """Statistics that are 0 where the mask is False."""
+    return LossStats(loss, *(x.masked_fill(~counted, 0) for x in stats[1:]))
+
+
+def by_row(result: Any, change: Callable[[Tensor], Tensor], reduction: str) -> Any:
+    """A loss, or LossStats, in which all that has a number for each row was changed."""
     if not isinstance(result, LossStats):
-        return reshape(result) if reduction == "none" else result
-    loss = reshape(result.loss) if reduction == "none" else result.loss
-    return LossStats(loss, *(reshape(x) for x in result[1:]))
+        return change(result) if reduction == "none" else result
+    loss = change(result.loss) if reduction == "none" else result.loss
+    return LossStats(loss, *(change(x) for x in result[1:]))
 
 
 def _torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
@@ -279,7 +315,7 @@ def _may_overwrite(logits: Tensor, target: Tensor) -> bool:
             "overwriting it would lose the values being trained: expected the output of an "
             "operation"
         )
-    if target.dim() == 2 and _storage(target) == _storage(logits):
+    if target.dim() == 2 and target.numel() and _storage(target) == _storage(logits):
         raise RuntimeError(
             "inplace_backward: expected a target in memory of its own, got the input's"
         )

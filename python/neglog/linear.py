@@ -10,16 +10,24 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from neglog import dispatch, matmul, tiling
-from neglog.functional import REDUCTIONS, LossStats, cross_entropy, masked_cross_entropy
+from neglog.functional import (
+    REDUCTIONS,
+    LossStats,
+    by_row,
+    cross_entropy,
+    masked_cross_entropy,
+)
 from neglog.ops.linear_nll_autograd import linear_nll
 from neglog.ops.nll import real_dtype
 from neglog.validation import (
+    autocast_dtype,
     check_extensions,
     check_index_dtype,
     check_linear,
     check_linear_target,
     check_options,
     check_weight,
+    rows_of_last_axis,
     under_autocast,
 )
 
@@ -72,7 +80,8 @@ def linear_cross_entropy(
         return_stats: LossStats(loss, logsumexp, correct, entropy); all 0 where a row is ignored.
 
     Options:
-        workspace_mb: megabytes for the logits of one tile; otherwise NEGLOG_WORKSPACE_MB, else 64.
+        workspace_mb: megabytes for the logits of one tile; otherwise NEGLOG_WORKSPACE_MB, else 64,
+            on CUDA 1024.
         filter_eps: number, or "auto" for a 32nd of the dtype's eps (2**-12 in bfloat16). The
             gradients of a tile of rows against a class are left out if each is smaller than
             filter_eps times g, the largest gradient of any row's loss (1 / divisor for "mean").
@@ -100,12 +109,13 @@ def linear_cross_entropy(
     check_options(-100 if ignore_index is None else ignore_index, reduction, label_smoothing)
     check_linear(input, linear_weight, linear_bias, target)
     check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
-    workspace, filter_eps = _tile_options(options)
-    if under_autocast(input):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
-        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
-    head = (input, linear_weight, linear_bias)
+    workspace, filter_eps = _tile_options(options, input)
+    if torch.compiler.is_compiling() and isinstance(logit_scale, Tensor):  # no number for an op
+        input, logit_scale = input * logit_scale.to(input.dtype), 1.0
+    head = tuple(
+        None if part is None else part.to(autocast_dtype(part))
+        for part in (input, linear_weight, linear_bias)
+    )
     common: dict[str, Any] = {
         "weight": weight, "reduction": reduction, "label_smoothing": label_smoothing,
         "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss, "num_items": num_items,
@@ -114,7 +124,7 @@ def linear_cross_entropy(
     if linear_weight.dim() > 2:
         return _of_many_dimensions(head, target, ignore_index, mask, shift, common)
     positions = list(input.shape[:-1])
-    check_linear_target(positions, [*positions, len(linear_weight)], target, mask, shift)
+    check_linear_target(positions, [*positions, linear_weight.shape[0]], target, mask, shift)
     if target.dim() == input.dim():  # one more than the positions
         return _of_probabilities(head, target, ignore_index, mask, shift, common)
     ignored = -100 if ignore_index is None else ignore_index
@@ -128,13 +138,10 @@ def linear_cross_entropy(
         x = x.view(positions)
         return x[..., :-1] if shift else x
 
-    if not isinstance(result, LossStats):
-        return in_place_of_targets(result) if reduction == "none" else result
-    loss = in_place_of_targets(result.loss) if reduction == "none" else result.loss
-    return LossStats(loss, *(in_place_of_targets(x) for x in result[1:]))
+    return by_row(result, in_place_of_targets, reduction)
 
 
-def _tile_options(options: Any) -> tuple[int, float | str]:
+def _tile_options(options: Any, input: Tensor) -> tuple[int, float | str]:
     """Bytes of the workspace, and filter_eps as given."""
     if options is None or isinstance(options, TORCH_OPTIONS):
         options = {}
@@ -146,7 +153,8 @@ def _tile_options(options: Any) -> tuple[int, float | str]:
     filter_eps = options.get("filter_eps", 0.0)
     if filter_eps != "auto" and not (isinstance(filter_eps, (int, float)) and 0 <= filter_eps < 1):
         raise ValueError(f"filter_eps: expected 'auto' or 0 <= number < 1, got {filter_eps!r}")
-    return tiling.workspace_bytes(options.get("workspace_mb")), filter_eps
+    default = tiling.CUDA_WORKSPACE_MB if input.is_cuda else tiling.DEFAULT_WORKSPACE_MB
+    return tiling.workspace_bytes(options.get("workspace_mb"), default), filter_eps
 
 
 def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> Tensor:
@@ -156,7 +164,8 @@ def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> T
     if mask is not None:
         target = torch.where(mask, target, ignored)
     if shift:  # the input stays as it lies: only its labels move
-        target = F.pad(target[..., 1:], (0, 1), value=ignored)
+        last = torch.full_like(target[..., :1], ignored)
+        target = torch.cat([target[..., 1:], last], -1)
     return target
 
 
@@ -165,10 +174,10 @@ def _of_labels(
 ) -> Any:
     """Rows against their labels, by tiles if a kernel can and it is worth it."""
     input, linear_weight, linear_bias = head
-    rows = input.reshape(-1, input.shape[-1])
+    rows = rows_of_last_axis(input)
     weight, backend = common["weight"], dispatch.forced(common["backend"])
     if weight is not None:
-        check_weight(weight, len(linear_weight), rows)
+        check_weight(weight, linear_weight.shape[0], rows)
     refusal = dispatch.kernels_refuse(rows, weight, backend)
     refusal = refusal or dispatch.kernels_refuse(linear_weight, backend=backend)
     if backend not in (None, "torch") and refusal:
@@ -177,9 +186,11 @@ def _of_labels(
     if backend is None and not refusal:
         by_torch = not dispatch.kernel_backend(rows) or matmul.few(rows, linear_weight, FEW)
     if by_torch:
+        counted = labels != ignored
+        rows = torch.where(counted[:, None], rows, 0)  # what does not count may be NaN
         logits = F.linear(rows, linear_weight, linear_bias)
         result = cross_entropy(logits, labels, ignore_index=ignored, **common)
-        return _without_ignored(result, labels != ignored)
+        return _without_ignored(result, counted)
     common = common | {"backend": backend or ""}
     return _tiled((rows, linear_weight, linear_bias), labels, ignored, tile_options, common)
 
@@ -229,9 +240,11 @@ def _of_probabilities(
         mask = None if mask is None else mask.expand(input.shape[:-1])[..., 1:]
         input, target = input[..., :-1, :], target[..., 1:, :]
     logits = F.linear(input, linear_weight, linear_bias)
-    if mask is None:
-        mask = torch.ones((), dtype=torch.bool, device=logits.device)
-    return masked_cross_entropy(logits, target, mask, **common)
+    if mask is not None:
+        return masked_cross_entropy(logits, target, mask, **common)
+    result = cross_entropy(rows_of_last_axis(logits), rows_of_last_axis(target), **common)
+    shape = logits.shape[:-1]
+    return by_row(result, lambda x: x.view(shape), common["reduction"])
 
 
 def _of_many_dimensions(
@@ -245,7 +258,7 @@ def _of_many_dimensions(
     input, linear_weight, linear_bias = head
     flat = linear_weight.reshape(-1, linear_weight.shape[-1])
     bias = None if linear_bias is None else linear_bias.reshape(-1)
-    logits = F.linear(input, flat, bias).view(len(input), *linear_weight.shape[:-1])
+    logits = F.linear(input, flat, bias).view(input.shape[0], *linear_weight.shape[:-1])
     if target.shape == logits.shape:
         _refuse_ignore_index(ignore_index)
     ignored = -100 if ignore_index is None else ignore_index

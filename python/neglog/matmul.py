@@ -51,7 +51,7 @@ def few(x: Tensor, y: Tensor, most: int) -> bool:
     """
     if not torch.compiler.is_compiling() and prefers_wide(x):  # no place to measure in
         most = FEW_WIDENED
-    return len(x) * len(y) < most
+    return x.shape[0] * y.shape[0] < most
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -110,7 +110,7 @@ def describe() -> str:
 
 
 def _has_choice(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+    return x.dtype == torch.float32 and x.is_cpu and x.numel() > 0  # oneDNN refuses empty ones
 
 
 # The ways
@@ -161,8 +161,11 @@ def add_outer_by_onednn(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
 
 
 def _wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, in `dtype` where torch can: on CUDA. The CPU rounds it to that of a and b."""
-    return torch.mm(a, b, dtype) if a.is_cuda else torch.mm(a, b)
+    """a @ b, in `dtype` where torch can: on CUDA. The CPU rounds it to that of a and b, and a sum
+    over rows may be beyond float16's 65504."""
+    if a.is_cuda:
+        return torch.mm(a, b, dtype)
+    return torch.mm(a.to(dtype), b.to(dtype)) if a.dtype == torch.float16 else torch.mm(a, b)
 
 
 def _put(out: Tensor, tile: Tensor, first: bool) -> None:

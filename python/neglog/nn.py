@@ -75,7 +75,14 @@ class MaskedCrossEntropyLoss(CrossEntropyLoss):
         label_smoothing: float = 0.0,
         **options: Any,
     ) -> None:
+        """options: the further ones of `CrossEntropyLoss`."""
+        for name in ("ignore_index", "size_average", "reduce"):
+            if name in options:
+                raise TypeError(f"{name}: expected none, as the mask says what counts")
         super().__init__(weight, reduction=reduction, label_smoothing=label_smoothing, **options)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr().partition(", ")[2]  # without ignore_index
 
     def forward(  # type: ignore[override]
         self, input: Tensor, target: Tensor, mask: Tensor, num_items: int | Tensor | None = None
@@ -109,6 +116,10 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
             "shift": shift, "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss,
             "return_stats": return_stats, "backend": backend,
         }  # fmt: skip
+
+    def extra_repr(self) -> str:
+        further = (f"{name}={value!r}" for name, value in self.further.items())
+        return ", ".join([super().extra_repr(), *further])
 
     def forward(
         self,

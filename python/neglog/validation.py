@@ -34,9 +34,21 @@ def to_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(0, -2)
 
 
+def rows_of_last_axis(x: Tensor) -> Tensor:
+    """(..., C) as (N, C), where C may be 0."""
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
 def under_autocast(x: Tensor) -> bool:
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """That in which x is multiplied: autocast changes all floats but doubles."""
+    if not under_autocast(x) or not x.dtype.is_floating_point or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _shape(x: Tensor) -> list[int]:
@@ -71,7 +83,7 @@ def check_cross_entropy(
 
 
 def check_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> None:
-    if not isinstance(ignore_index, int | torch.SymInt):
+    if not isinstance(ignore_index, int | torch.SymInt) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
@@ -144,6 +156,8 @@ def check_masked(input: Any, target: Any, mask: Any) -> None:
         )
     if target.shape != input.shape:
         check_index_dtype(target)
+    if target.device != input.device:
+        raise RuntimeError(f"target: expected device {input.device}, got {target.device}")
     if mask.dtype != torch.bool:
         raise RuntimeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
     if mask.device != input.device:
@@ -161,10 +175,10 @@ def check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any) 
             raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
         if value.device != input.device:
             raise RuntimeError(f"{name}: expected device {input.device}, got {value.device}")
-        if name != "target" and value.dtype != input.dtype and not under_autocast(input):
+        if name != "target" and autocast_dtype(value) != autocast_dtype(input):
             raise RuntimeError(f"{name}: expected dtype {input.dtype}, got {value.dtype}")
     if not input.dtype.is_floating_point:
-        raise RuntimeError(f"input: expected a floating-point dtype, got {input.dtype}")
+        raise NotImplementedError(f"input: expected a floating-point dtype, got {input.dtype}")
     if input.dim() < 1:
         raise RuntimeError("input: expected shape (..., in_features), got a scalar")
     if linear_weight.dim() < 2:
@@ -193,10 +207,14 @@ def check_linear_target(
 ) -> None:
     """Index targets (...) and mask of a projection with shape (..., C)."""
     if _shape(target) not in (positions, logits):
-        raise RuntimeError(
+        # As torch has it: a ValueError for batches that differ.
+        batches_differ = len(positions) == target.dim() == 1
+        raise (ValueError if batches_differ else RuntimeError)(
             f"target: expected shape {positions} (class indices) or {logits} (class "
             f"probabilities), got {_shape(target)}"
         )
+    if not isinstance(shift, bool):
+        raise TypeError(f"shift: expected a bool, got {type(shift).__name__}")
     if shift and not positions:
         raise RuntimeError(
             "shift: expected an input of shape (..., T, in_features), got one vector"
@@ -251,6 +269,8 @@ def check_extensions(
     if num_items is None:
         return
     _check_number("num_items", num_items)
+    if not isinstance(num_items, Tensor) and num_items < 0:
+        raise ValueError(f"num_items: expected a number from 0, got {num_items}")
     if reduction == "none":
         raise ValueError("num_items: expected reduction 'mean' or 'sum', got 'none'")
 
@@ -267,6 +287,8 @@ def _check_number(name: str, value: Any) -> None:
             )
     elif not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    elif not -math.inf < float(value) < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def check_embeddings(**named: Any) -> None:
@@ -281,7 +303,7 @@ def check_embeddings(**named: Any) -> None:
             raise RuntimeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
         if x.device != first.device:
             raise RuntimeError(f"{name}: expected device {first.device}, got {x.device}")
-        if x.dtype != first.dtype and not under_autocast(x):
+        if autocast_dtype(x) != autocast_dtype(first):
             raise RuntimeError(f"{name}: expected dtype {first.dtype}, got {x.dtype}")
         if x.shape[1] != first.shape[1]:
             raise RuntimeError(

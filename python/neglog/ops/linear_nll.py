@@ -6,8 +6,10 @@ neglog::linear_nll_backward   those gradients times the upstream; formed anew wh
 
 (a) A tile of rows against the whole vocabulary: its logits are made in a workspace, turned into
     their gradient where they lie by the fused nll kernel, and used for both gradients: 3 GEMMs.
-(b) Ignored rows leave before the first of them.
-(c) The gradient of the weight is accumulated over tiles in float32 or wider.
+(b) Ignored rows leave before the first of them. On CUDA their number is asked of the device; while
+    a graph is captured nothing can be, and they stay, as zeros.
+(c) The gradient of the weight is accumulated over tiles in float32 or wider. One tile is one
+    product, which needs no memory for that.
 (d) With filter_eps, the columns of a tile whose gradients are all below filter_eps times the
     largest upstream leave before the last two of them.
 
@@ -96,11 +98,17 @@ class Upstream(NamedTuple):
 class Gradients:
     """What the tiles add up to. Those not wanted stay empty."""
 
-    def __init__(self, head: Head, wanted: list[bool], filter_eps: float) -> None:
+    def __init__(self, tiles: Tiles, wanted: list[bool], filter_eps: float) -> None:
+        head = tiles.head
         real = real_dtype(head.input.dtype)
+        once = (
+            tiles.one and tiles.logits.dtype == head.weight.dtype and not divides_late(head.input)
+        )
         new = head.input.new_zeros
         self.input = new(head.input.shape if wanted[0] else 0)
-        self.weight = new_memory(head.weight.shape if wanted[1] else (0,), head.weight, real)
+        self.weight = new_memory(
+            head.weight.shape if wanted[1] else (0,), head.weight, None if once else real
+        )
         self.bias = new(head.vocab if wanted[2] else 0, dtype=real)
         self.wanted = wanted
         self.filter_eps = filter_eps
@@ -156,14 +164,21 @@ class Gradients:
 class Tiles:
     """The rows that count, tile by tile: their input, and a workspace that holds their logits."""
 
-    def __init__(self, head: Head, target: Tensor, ignore_index: int, workspace: int) -> None:
+    def __init__(
+        self, head: Head, target: Tensor, ignore_index: int, workspace: int, compact: bool = True
+    ) -> None:
+        """Not compact: the rows that do not count stay, as zeros."""
         self.head = head
-        counted = (target != ignore_index).nonzero().squeeze(1)
-        self.rows = None if len(counted) == len(target) else counted
-        self.target = (target if self.rows is None else target[counted]).contiguous()
+        counted = target != ignore_index
+        self.kept = None if compact else counted[:, None]
+        self.rows = counted.nonzero().squeeze(1) if compact else None
+        if self.rows is not None and len(self.rows) == len(target):
+            self.rows = None
+        self.target = (target if self.rows is None else target[self.rows]).contiguous()
         dtype = matmul.tile_dtype(head.input)
         row = head.vocab * dtype.itemsize
         self.height = tiling.rows_per_tile(len(self.target), row, workspace)
+        self.one = len(self.target) <= self.height
         self.logits = new_memory((self.height, head.vocab), head.input, dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor | slice, Tensor, Tensor]]:
@@ -171,12 +186,16 @@ class Tiles:
         for part in tiling.row_tiles(len(self.target), self.height):
             everywhere = part if self.rows is None else self.rows[part]
             x = self.head.input[everywhere]
+            if self.kept is not None:  # what does not count may be NaN
+                x = torch.where(self.kept[part], x, 0)
             logits = self.logits[: len(x)]
             matmul.linear(x, self.head.weight, self.head.bias, logits)
             yield part, everywhere, x, logits
 
     def spread(self, of_counted: Tensor, rows: int) -> Tensor:
         """Numbers of the counted rows among all rows; 0 for the others."""
+        if self.kept is not None:
+            return torch.where(self.kept.squeeze(1), of_counted, 0)
         if self.rows is None:
             return of_counted
         return of_counted.new_zeros(rows).index_copy_(0, self.rows, of_counted)
@@ -211,7 +230,7 @@ def _outputs(rows: Rows, start: int) -> tuple[int, ...]:
 
 
 def contiguous(head: Head, weight: Tensor | None) -> tuple[Head, Tensor | None]:
-    bias = head.bias
+    bias = None if head.bias is None else head.bias.contiguous()
     ready = Head(head.input.contiguous(), head.weight.contiguous(), bias)
     return ready, None if weight is None else weight.contiguous()
 
@@ -264,7 +283,7 @@ def _linear_nll_cpu(
     divisor = divisor if num_items is None else float(num_items)
     tiles = Tiles(head, target, options.ignore_index, workspace)
     rows = _empty_rows(head, len(tiles.target), stats)
-    gradients = Gradients(head, wanted, filter_eps) if any(wanted) else None
+    gradients = Gradients(tiles, wanted, filter_eps) if any(wanted) else None
     late = divides_late(input)
     now = options.reduction == MEAN and not (late and divisor)
     scale = quotient(1.0, divisor) if now else 1.0
@@ -304,7 +323,7 @@ def _linear_nll_backward_cpu(
     rows = _empty_rows(head, len(tiles.target), False)
     upstream = grad_loss / total_weight if options.reduction == MEAN else grad_loss
     upstream = Upstream(upstream.expand(len(target)), grad_lse)
-    gradients = Gradients(head, wanted, filter_eps)
+    gradients = Gradients(tiles, wanted, filter_eps)
     _sweep(kernel, tiles, weight, options, rows, gradients, 1.0, upstream)
     return gradients.finished(False)
 
@@ -332,7 +351,10 @@ def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """In new memory: the graph may be walked again."""
     if kept.dtype != dtype:
         return (kept * factor).to(dtype)
-    return torch.mul(kept, factor.to(dtype), out=new_memory(kept.shape, kept, dtype))
+    # In 16 bits the factor itself would be rounded, a third by 0.2%. The CPU takes a number as it
+    # is; on CUDA a vector of one makes the product's type that of the wider.
+    factor = factor if kept.is_cpu else factor.reshape(1)
+    return torch.mul(kept, factor, out=new_memory(kept.shape, kept, dtype))
 
 
 def _late_factor(

@@ -1,7 +1,8 @@
 """linear_nll on CUDA: the same tiles of logits, each by the ops nll and nll_ of csrc/nll.cu.
 
 The divisor stays on the device. What makes the host wait is the number of rows that count, which
-the matmuls must know, and the columns that filter_eps leaves.
+the matmuls must know, and the columns that filter_eps leaves. While a graph is captured the host
+cannot wait: all rows are multiplied then, and filter_eps is an error of CUDA's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from neglog.ops.nll import MEAN, NONE, Options, divides_late, library, real_dtyp
 ops = torch.ops.neglog
 
 
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _total_weight(target: Tensor, weight: Tensor | None, ignored: int, real: torch.dtype) -> Tensor:
     """The sum of the counted targets' weights."""
     counted = target != ignored
@@ -42,8 +47,8 @@ def _forward(
     divisor = num_items
     if divisor is None:
         divisor = _total_weight(target, weight, options.ignore_index, real)
-    tiles = Tiles(head, target, options.ignore_index, workspace)
-    gradients = Gradients(head, wanted, filter_eps) if any(wanted) else None
+    tiles = Tiles(head, target, options.ignore_index, workspace, not _capturing())
+    gradients = Gradients(tiles, wanted, filter_eps) if any(wanted) else None
     late = divides_late(input)
     largest = 1 / divisor if options.reduction == MEAN and not late else 1.0
     found = []
@@ -84,10 +89,10 @@ def _backward(
         return ready
     dispatch.ran("linear_nll_backward", "cuda")
     head, weight = contiguous(Head(input, linear_weight, linear_bias), weight)
-    tiles = Tiles(head, target, options.ignore_index, workspace)
+    tiles = Tiles(head, target, options.ignore_index, workspace, not _capturing())
     upstream = grad_loss / total_weight if options.reduction == MEAN else grad_loss
     upstream = upstream.expand(len(target))
-    gradients = Gradients(head, wanted, filter_eps)
+    gradients = Gradients(tiles, wanted, filter_eps)
     of_rows = options._replace(reduction=NONE)
     largest = upstream.abs().amax() if len(upstream) else 0.0
     for part, everywhere, x, logits in tiles:

@@ -127,8 +127,8 @@ def _vmap_by_loop(function: Any) -> Any:
     def vmap(info, in_dims, *inputs):
         calls = [
             function.apply(
-                *(
-                    value if dim is None else value.select(dim, index)
+                *(  # a list's dim is a list
+                    value.select(dim, index) if isinstance(dim, int) else value
                     for value, dim in zip(inputs, in_dims, strict=True)
                 )
             )
