@@ -384,3 +384,57 @@ def test_numbers_for_scale_and_bias(backend):
     torch.testing.assert_close(
         neglog.siglip_loss(image, text, 20, -9), formulas.siglip_loss(image, text, 20, -9)
     )
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sup_con_of_sure_pairs(backend, dtype, temperature):
+    """Only mates that are almost the same: losses near 0, of which rounding would be all."""
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.linalg.qr(torch.randn(96, 96, generator=generator))[0][:48]
+    labels = torch.arange(48).repeat(2)
+    z = (centres[labels] + 0.01 * torch.randn(96, 96, generator=generator)).to(dtype)
+    rows = neglog.sup_con(z, labels, temperature, "none")
+    exact = neglog.sup_con(z.double(), labels, temperature, "none", backend="torch")
+    assert bool((rows >= 0).all())
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(rows.double(), exact, rtol=0.2, atol=tolerance)
+    mean = neglog.sup_con(z, labels, temperature)
+    torch.testing.assert_close(mean, rows.mean(), rtol=2e-2, atol=1e-6)
+
+
+def test_sup_con_of_one_long_row(backend):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(40, 6, generator=generator)
+    z[3] *= 1e4
+    labels = torch.arange(40) // 4
+    ours = neglog.sup_con(z, labels, 1e4, "none", normalize=False)
+    exact = neglog.sup_con(z.double(), labels, 1e4, "none", normalize=False)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("mode", ["in_batch", "unpaired", "paired"])
+def test_smoothing_leaves_padding_out(backend, mode, smoothing):
+    query, key = pair(6)
+    keys = torch.randn(6, 3, query.shape[1], dtype=query.dtype)
+    keys = keys if mode == "paired" else keys[0]
+    weight = torch.tensor([0.0, -torch.inf, 1.0], dtype=query.dtype)
+    temperature = torch.tensor(0.1, dtype=query.dtype, requires_grad=True)
+    found = []
+    for kept in ([0, 1, 2], [0, 2]):
+        loss = neglog.info_nce(
+            query, key, keys[..., kept, :], temperature, negative_mode=mode,
+            hard_negative_weight=weight[kept], label_smoothing=smoothing,
+        )  # fmt: skip
+        found.append((loss, *torch.autograd.grad(loss, (query, key, temperature))))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("mode", ["in_batch", "unpaired", "paired"])
+def test_statistics_of_nothing(backend, mode):
+    x = torch.zeros(0, 4)
+    negatives = torch.zeros(0, 2, 4) if mode == "paired" else torch.zeros(2, 4)
+    stats = neglog.info_nce(x, x, negatives, negative_mode=mode, return_stats=True)
+    assert stats.loss.isnan()
+    assert [part.shape for part in stats[1:]] == [(0,)] * 3

@@ -50,7 +50,7 @@ BAD = {
                   {"symmetric": True}),
     "reduction": (ValueError, "reduction: expected 'none', 'mean' or 'sum', got 'avg'", (Q, K),
                   {"reduction": "avg"}),
-    "smoothing": (ValueError, "label_smoothing: expected 0 <= value <= 1, got 2", (Q, K),
+    "smoothing": (RuntimeError, "label_smoothing: expected 0 <= value <= 1, got 2", (Q, K),
                   {"label_smoothing": 2}),
     "weight shape": (RuntimeError, r"hard_negative_weight: expected shape \[\] or \[5\], got \[4\]",
                      (Q, K, NEG), {"hard_negative_weight": torch.ones(4)}),
@@ -66,6 +66,16 @@ BAD = {
                       {"exclude": IDS.float()}),
     "exclude type": (TypeError, "exclude: expected a Tensor, got list", (Q, K),
                      {"exclude": [1, 2, 3]}),
+    "smoothing's type": (TypeError, "label_smoothing: expected a float, got str", (Q, K),
+                         {"label_smoothing": "a"}),
+    "temperature too small": (ValueError, "temperature: expected a number above 0, got 1e-320",
+                              (Q, K), {"temperature": 1e-320}),
+    "temperature inf": (ValueError, "temperature: expected numbers above 0, got inf", (Q, K),
+                        {"temperature": torch.tensor(torch.inf)}),
+    "weight NaN": (ValueError, "hard_negative_weight: expected numbers below inf, got nan",
+                   (Q, K, K), {"hard_negative_weight": float("nan")}),
+    "weight complex": (RuntimeError, "hard_negative_weight: expected a real dtype", (Q, K, K),
+                       {"hard_negative_weight": torch.tensor(1j)}),
     "exclude, smoothing": (ValueError, "exclude: expected none with label_smoothing", (Q, K),
                            {"exclude": IDS, "label_smoothing": 0.1}),
     "exclude, queue": (ValueError, "exclude: expected none with .*'unpaired'", (Q, K, NEG),
@@ -179,3 +189,25 @@ OTHERS = {
 def test_other_losses(backend, error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+QUEUE = {
+    "list": (TypeError, r"keys: expected a Tensor, got list", [1.0]),
+    "integers": (RuntimeError, r"keys: expected a floating-point dtype", torch.zeros(2, 4).long()),
+    "shape": (RuntimeError, r"keys: expected shape \(N, 4\), got \[2, 3\]", torch.zeros(2, 3)),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "keys"), QUEUE.values(), ids=QUEUE.keys())
+def test_queue(error, message, keys):
+    queue = neglog.nn.Queue(8, 4)
+    with pytest.raises(error, match=message):
+        queue.push(keys)
+    assert len(queue) == 0
+
+
+def test_a_queue_takes_its_own_keys():
+    queue = neglog.nn.Queue(4, 2)
+    queue.push(torch.arange(6.0).view(3, 2))
+    queue.push(queue.keys[:3])
+    assert queue.keys.tolist() == [[2, 3], [4, 5], [4, 5], [0, 1]]

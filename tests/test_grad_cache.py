@@ -1,5 +1,6 @@
 """cached_step, Queue and the modules."""
 
+from collections import UserDict
 from typing import NamedTuple
 
 import pytest
@@ -217,6 +218,14 @@ BAD_STEPS = {
              (encoder(), ([X, X[:2]],)), {}),
     "embeddings": (RuntimeError, r"encode: expected 4 embeddings, got \[2, 6\]",
                    (lambda x: x[:2], (X,)), {}),
+    "chunk's type": (TypeError, "chunk_size: expected an int, got float", (encoder(), (X,)),
+                     {"chunk_size": 2.5}),
+    "no encoder": (TypeError, "encode: expected a function or several, got NoneType", (None, (X,)),
+                   {}),
+    "integers": (RuntimeError, r"encode: expected floating-point embeddings, got torch\.int64",
+                 (lambda x: x.long(), (X,)), {}),
+    "a graph": (ValueError, "inputs: expected tensors that require no grad",
+                (encoder(), (X.clone().requires_grad_(),)), {}),
     "no tensor": (TypeError, "encode: expected a Tensor of embeddings, got tuple",
                   (lambda x: (x,), (X,)), {}),
 }  # fmt: skip
@@ -228,6 +237,41 @@ BAD_STEPS = {
 def test_bad_steps(error, message, arguments, options):
     with pytest.raises(error, match=message):
         neglog.cached_step(*arguments, neglog.info_nce, **options)
+
+
+@pytest.mark.parametrize(("got", "made"), [("float", lambda x: 1.0), (r"shape \[4\]", torch.sum)])
+def test_a_loss_that_is_no_number(got, made):
+    def loss(x):
+        return made(x, 1) if made is torch.sum else made(x)
+
+    with pytest.raises(TypeError, match=f"loss: expected a function that returns .* got {got}"):
+        neglog.cached_step(encoder(), (X.double(),), loss)
+
+
+def test_encoders_may_be_a_list_of_modules():
+    towers = nn.ModuleList([encoder(), encoder(seed=1)])
+    inputs = (normal(6, 6), normal(6, 6, seed=1))
+    results = [
+        step(towers.parameters(), run)
+        for run in (
+            lambda: neglog.cached_step(towers, inputs, neglog.info_nce, chunk_size=4),
+            lambda: whole(list(towers), inputs, neglog.info_nce),
+        )
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_a_mapping_keeps_its_type():
+    class Named(UserDict):  # as a tokenizer's BatchEncoding
+        @property
+        def ids(self):
+            return self["ids"]
+
+    encode = encoder()
+    inputs = (Named({"ids": normal(6, 6)}), Named({"ids": normal(6, 6, seed=1)}))
+    found = neglog.cached_step(lambda x: encode(x.ids), inputs, neglog.info_nce, chunk_size=4)
+    expected = whole(lambda x: encode(x.ids), inputs, neglog.info_nce)
+    torch.testing.assert_close(found, expected)
 
 
 # Queue

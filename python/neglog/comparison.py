@@ -165,6 +165,8 @@ def with_stats(loss: Tensor, pairs: Pairs, lse: Tensor, score: Tensor) -> LossSt
             else:  # from this product: another may round differently, and would seem to be beaten
                 own = plain.gather(1, part.positive[:, None]).squeeze(1)
             found.append(correct_and_entropy(own, z))
+    if not found:
+        found = [(score.new_zeros(0, dtype=torch.bool), score.new_zeros(0))]
     correct, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
     return LossStats(loss, lse, correct, entropy)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from neglog.validation import (
     check_reduction,
     check_same_rows,
     check_scalar,
+    check_smoothing,
     check_temperature,
 )
 
@@ -84,7 +85,8 @@ def info_nce(
         hard_negative_weight: added to the scores of negative_keys, as SimCSE does: a number, or a
             tensor without gradient (M,), with "paired" also (N, M). -inf leaves a key out, such as
             padding.
-        label_smoothing: this much of the target's mass is spread over all keys.
+        label_smoothing: this much of the target's mass is spread over all keys that are not left
+            out.
         return_stats: LossStats(loss, logsumexp, correct, entropy), (N,) but for the loss, of each
             query among its keys; correct where no key scores above the positive.
         options: {"workspace_mb": number}, the budget for similarities; otherwise
@@ -105,8 +107,7 @@ def info_nce(
     check_reduction(reduction)
     check_temperature(temperature, query.shape[0], per_sample=True)
     _check_negatives(query, negative_keys, negative_mode, symmetric, hard_negative_weight)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
+    check_smoothing(label_smoothing)
     if exclude is not None:
         check_groups("exclude", exclude, query.shape[0], query.device)
         if label_smoothing or (negative_keys is not None and negative_mode != "in_batch"):
@@ -263,7 +264,7 @@ def nt_xent(
     scale = scale_of(temperature, z)
     if in_memory(z, z, how.backend):
         dispatch.ran("infonce", "torch")
-        scores = _scaled(z, z, scale).fill_diagonal_(-torch.inf)
+        scores = _scaled(z, z, scale).masked_fill(rows == rows[:, None], -torch.inf)
         return returned(F.cross_entropy(scores, positive, reduction=reduction), "none", z_i)
     pairs = pairs_of(z, z, scale, how, positive=positive, excluded=rows, symmetric=True)
     return returned(compare(pairs).row_loss, reduction, z_i)
@@ -308,8 +309,8 @@ def sup_con(
     Args:
         features: (N, D); labels: (N,) integers.
         temperature: a number or a tensor (), which receives a gradient.
-        reduction: a row without a mate has loss 0; "mean" is over the rows whose loss is above 0,
-            and 0 if there is none, as pytorch-metric-learning's SupConLoss has it.
+        reduction: a row without a mate has loss 0 and no share in the "mean", which is 0 if no row
+            has one, as pytorch-metric-learning's SupConLoss has it.
         normalize, options, backend: as in `info_nce`.
 
     Source: arXiv:2004.11362, its L_out.
@@ -322,12 +323,16 @@ def sup_con(
     z = prepared(features, normalize)
     scale = scale_of(temperature, z)
     rows = torch.arange(z.shape[0], device=z.device)
-    lse = compare(pairs_of(z, z, scale, how, excluded=rows, symmetric=True)).row_lse
-    mean_score, mates = _mean_score_of_mates(z, labels)
-    loss = torch.where(mates > 0, lse - scale * mean_score, 0)
+    mates = _Mates.of(labels)
+    # A row's only mate is a positive, whose loss may be near 0 and then needs the score that its
+    # log-sum-exp was made of. With more mates than one the loss is log 2 or more.
+    only = mates.number == 1
+    positive = torch.where(only, mates.first, rows)
+    compared = compare(pairs_of(z, z, scale, how, positive=positive, excluded=rows, symmetric=True))
+    of_many = compared.row_lse - scale * mates.mean_score(z)
+    loss = torch.where(only, compared.row_loss, torch.where(mates.number > 0, of_many, 0))
     if reduction == "mean":
-        counted = loss > 0
-        loss = torch.where(counted, loss, 0).sum() / counted.sum().clamp(min=1)
+        return returned(loss.sum() / (mates.number > 0).sum().clamp(min=1), "none", features)
     return returned(loss, reduction, features)
 
 
@@ -374,6 +379,8 @@ def _check_negatives(
         _check_weight(weight, negative_keys, mode)
     else:
         check_scalar("hard_negative_weight", weight)
+        if not float(weight) < torch.inf:
+            raise ValueError(f"hard_negative_weight: expected numbers below inf, got {weight}")
 
 
 def _check_weight(weight: Tensor, negative_keys: Tensor, mode: str) -> None:
@@ -385,7 +392,9 @@ def _check_weight(weight: Tensor, negative_keys: Tensor, mode: str) -> None:
             f"hard_negative_weight: expected shape {' or '.join(map(str, shapes))}, "
             f"got {list(weight.shape)}"
         )
-    if weight.requires_grad:
+    if weight.is_complex() or weight.dtype == torch.bool:
+        raise RuntimeError(f"hard_negative_weight: expected a real dtype, got {weight.dtype}")
+    if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("hard_negative_weight: expected no gradient; detach() it")
 
 
@@ -397,15 +406,34 @@ def _bias(weight: float | Tensor, plain: int, weighted: int, scale: Tensor) -> T
     return torch.cat([scale.new_zeros(plain), value.expand(weighted)])
 
 
-def _mean_score_of_mates(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's mean similarity to its label mates, by sums over labels, and their number."""
-    # A label's number is its first place in their order. torch.unique, whose result's size depends
-    # on the values, would break a graph that is being compiled.
-    of_row = torch.searchsorted(labels.sort().values, labels)
-    z = z.to(real_dtype(z.dtype))
-    sums = torch.zeros_like(z).index_add(0, of_row, z)
-    mates = torch.zeros_like(of_row).index_add(0, of_row, torch.ones_like(of_row))[of_row] - 1
-    return dots(z, sums[of_row] - z) / mates.clamp(min=1), mates
+class _Mates(NamedTuple):
+    """The other rows with a row's label, (N,) each."""
+
+    of_row: Tensor  # the label's number: its first place in the order of all
+    number: Tensor
+    first: Tensor  # a mate, if there is one
+
+    @classmethod
+    def of(cls, labels: Tensor) -> _Mates:
+        # torch.unique, whose result's size depends on the values, would break a graph that is
+        # being compiled.
+        labels = labels.long().contiguous()
+        sorted_labels, order = labels.sort(stable=True)
+        of_row = torch.searchsorted(sorted_labels, labels)
+        number = torch.zeros_like(of_row).index_add(0, of_row, torch.ones_like(of_row))[of_row] - 1
+        one, other = order[of_row], order[(of_row + 1).clamp(max=max(labels.shape[0] - 1, 0))]
+        rows = torch.arange(one.shape[0], device=one.device)
+        return cls(of_row, number, torch.where(one == rows, other, one))
+
+    def mean_score(self, z: Tensor) -> Tensor:
+        """Each row's mean similarity to its mates, by sums over labels."""
+        # In double: a sum less one of its terms cancels where that is the longest.
+        wide = z.double() if z.device.type in ("cpu", "cuda") else z.to(real_dtype(z.dtype))
+        sums = torch.zeros_like(wide).index_add(0, self.of_row, wide)
+        # Not sums[of_row], in whose backward threads race: the bits would change.
+        others = sums.index_select(0, self.of_row) - wide
+        score = (wide * others).sum(-1) / self.number.clamp(min=1)
+        return score.to(real_dtype(z.dtype))
 
 
 # The forms of info_nce
@@ -452,14 +480,27 @@ def _in_batch(
     compared = compare(pairs)
     loss = compared.row_loss
     if smoothing:
-        mean_score = scale * dots(query, key.mean(0, keepdim=True, dtype=scale.dtype))
-        mean_score = mean_score if bias is None else mean_score + bias.mean()
+        mean_key, mean_bias, _ = _mean_of_kept(key, bias, scale)
+        mean_score = scale * dots(query, mean_key) + mean_bias
         loss = torch.lerp(loss, compared.row_lse - mean_score, smoothing)
     if symmetric:
         loss = (loss + _column_loss(pairs, compared, smoothing)) / 2
     if not stats:
         return without_stats(loss)
     return with_stats(loss, pairs, compared.row_lse, compared.score)
+
+
+def _mean_of_kept(
+    keys: Tensor, bias: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor | float, Tensor | int]:
+    """Mean key (1, D) and bias of the keys that -inf does not leave out, and their number."""
+    if bias is None:
+        total = keys.sum(0, keepdim=True, dtype=scale.dtype)
+        return total / max(keys.shape[0], 1), 0.0, keys.shape[0]
+    kept = bias != -torch.inf
+    number = kept.sum().clamp(min=1)
+    total = torch.where(kept[:, None], keys, 0).sum(0, keepdim=True, dtype=scale.dtype)
+    return total / number, torch.where(kept, bias, 0).sum() / number, kept.sum()
 
 
 def _groups(exclude: Tensor | None, further: int) -> tuple[Tensor | None, Tensor | None]:
@@ -519,9 +560,9 @@ def _of_queue(
     loss = F.softplus(compared.row_lse - score, threshold=40)
     lse = loss + score
     if smoothing:
-        total = scale * dots(query, negatives.sum(0, keepdim=True, dtype=scale.dtype)) + score
-        total = total if bias is None else total + bias.sum()
-        loss = torch.lerp(loss, lse - total / (negatives.shape[0] + 1), smoothing)
+        mean_key, mean_bias, kept = _mean_of_kept(negatives, bias, scale)
+        others = kept * (scale * dots(query, mean_key) + mean_bias)
+        loss = torch.lerp(loss, lse - (others + score) / (kept + 1), smoothing)
     return with_stats(loss, pairs, lse, score) if stats else without_stats(loss)
 
 
@@ -536,7 +577,11 @@ def _of_own_negatives(
     others = similarity * of_row + torch.as_tensor(weight, dtype=scale.dtype, device=scale.device)
     scores = torch.cat([(dots(query, key) * scale)[:, None], others], 1)
     target = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
-    loss = F.cross_entropy(scores, target, reduction="none", label_smoothing=smoothing)
+    loss = F.cross_entropy(scores, target, reduction="none")
+    if smoothing:
+        kept = scores != -torch.inf
+        mean_score = torch.where(kept, scores, 0).sum(1) / kept.sum(1)
+        loss = torch.lerp(loss, torch.logsumexp(scores, 1) - mean_score, smoothing)
     if not stats:
         return without_stats(loss)
     correct, entropy = correct_and_entropy(scores[:, 0], scores)

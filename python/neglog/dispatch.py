@@ -125,6 +125,8 @@ def kernels_refuse(logits: Any, weight: Any = None, backend: str | None = None) 
         return f"logits of layout {logits.layout}"
     if weight is not None and weight.requires_grad:
         return "weight requires grad, which only torch's own formula gives"
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is being compiled, for which an op has no formula"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is on, which the kernels have no formula for"
     return None

@@ -24,10 +24,10 @@ def cached_step(
         optimizer.step()
 
     The encoder runs without a graph, chunk by chunk; then the loss runs on all embeddings; then the
-    encoder runs again, chunk by chunk, with the random numbers of its first run, and each chunk's
-    gradient goes into it. So the gradient is that of the whole batch, at the memory of one chunk
-    and the time of one forward more. A layer that looks at its batch, such as BatchNorm, sees
-    chunks, and updates its statistics twice.
+    encoder runs again, chunk by chunk, with the random numbers of its first run (those of torch's
+    own generators), and each chunk's gradient goes into it. So the gradient is that of the whole
+    batch, at the memory of one chunk and the time of one forward more. A layer that looks at its
+    batch, such as BatchNorm, sees chunks, and updates its statistics twice.
 
     Args:
         encode: module or function from a chunk of an input to embeddings (chunk, D); or a sequence
@@ -52,11 +52,11 @@ def cached_step(
             "inputs: expected a sequence with one input for each argument of loss, "
             f"got {type(inputs).__name__}"
         )
+    if not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size: expected an int, got {type(chunk_size).__name__}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    encoders = [encode] * len(inputs) if callable(encode) else list(encode)
-    if len(encoders) != len(inputs):
-        raise ValueError(f"encode: expected {len(inputs)}, one an input, got {len(encoders)}")
+    encoders = _encoders(encode, len(inputs))
     chunks = [
         _Chunk(encoder, part)
         for encoder, given in zip(encoders, inputs, strict=True)
@@ -65,6 +65,9 @@ def cached_step(
     counts = [max(1, -(-_rows(given) // chunk_size)) for given in inputs]
     embeddings = _joined([chunk.first() for chunk in chunks], counts)
     value = loss(*embeddings)
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"loss: expected a function that returns a Tensor of shape [], got {got}")
     backward(value)
     gradients = [
         part for embedding in embeddings for part in _gradient(embedding).split(chunk_size)
@@ -75,6 +78,17 @@ def cached_step(
     return value.detach()
 
 
+def _encoders(encode: Any, count: int) -> list[Callable[[Any], Tensor]]:
+    """One for each input."""
+    alone = callable(encode) and not isinstance(encode, torch.nn.ModuleList)
+    if not alone and not isinstance(encode, Sequence | torch.nn.ModuleList):
+        raise TypeError(f"encode: expected a function or several, got {type(encode).__name__}")
+    encoders = [encode] * count if alone else list(encode)
+    if len(encoders) != count:
+        raise ValueError(f"encode: expected {count}, one an input, got {len(encoders)}")
+    return encoders
+
+
 class _Random(NamedTuple):
     """Where the generators stood."""
 
@@ -83,8 +97,9 @@ class _Random(NamedTuple):
     cuda: list[Tensor]
 
     @classmethod
-    def now(cls, part: Any) -> _Random:
-        devices = sorted({x.get_device() for x in _tensors(part) if x.is_cuda})
+    def now(cls) -> _Random:
+        # All of them: the encoder may move its input to any.
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         states = [torch.cuda.get_rng_state(device) for device in devices]
         return cls(torch.get_rng_state(), devices, states)
 
@@ -102,11 +117,13 @@ class _Chunk:
         self.part = part
 
     def first(self) -> Tensor:
-        self.random = _Random.now(self.part)
+        self.random = _Random.now()
         with torch.no_grad():
             made = self.encode(self.part)
         if not isinstance(made, Tensor):
             raise TypeError(f"encode: expected a Tensor of embeddings, got {type(made).__name__}")
+        if not made.dtype.is_floating_point:
+            raise RuntimeError(f"encode: expected floating-point embeddings, got {made.dtype}")
         if made.dim() < 1 or len(made) != _rows(self.part):
             raise RuntimeError(
                 f"encode: expected {_rows(self.part)} embeddings, got {list(made.shape)}"
@@ -156,6 +173,11 @@ def _rows(given: Any) -> int:
 def _split(given: Any, size: int) -> list[Any]:
     """Parts of up to `size` rows, each built as the whole is."""
     rows = _rows(given)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(given)):
+        raise ValueError(
+            "inputs: expected tensors that require no grad, as the encoder runs twice; detach() "
+            "them, or let the encoder make them"
+        )
     if any(tensor.dim() < 1 or len(tensor) != rows for tensor in _tensors(given)):
         shapes = [list(tensor.shape) for tensor in _tensors(given)]
         raise ValueError(f"inputs: expected tensors with one number of rows, got shapes {shapes}")
@@ -166,6 +188,8 @@ def _part(given: Any, rows: slice) -> Any:
     if isinstance(given, Tensor):
         return given[rows]
     if isinstance(given, Mapping):
-        return {name: _part(value, rows) for name, value in given.items()}
-    parts = [_part(value, rows) for value in given]
-    return type(given)(*parts) if hasattr(given, "_fields") else type(given)(parts)
+        parts = {name: _part(value, rows) for name, value in given.items()}
+        # A tokenizer's BatchEncoding has names for its entries, which an encoder may use.
+        return parts if type(given) is dict else type(given)(parts)  # type: ignore[call-arg]
+    listed = [_part(value, rows) for value in given]
+    return type(given)(*listed) if hasattr(given, "_fields") else type(given)(listed)

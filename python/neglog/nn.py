@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import Any
 
 import torch
@@ -150,9 +152,21 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
 class _ContrastiveLoss(torch.nn.Module):
     """A module that keeps the options of a contrastive loss."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, function: Any, **options: Any) -> None:
         super().__init__()
+        taken = inspect.signature(function).parameters
+        for name in options:
+            if name not in taken:
+                raise TypeError(f"{type(self).__name__}: got an unexpected argument {name!r}")
         self.options = options
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        group = self.options.get("group")
+        if group is not None:  # cannot be copied, and the copy belongs to the same processes
+            memo[id(group)] = group
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -171,7 +185,7 @@ class InfoNCELoss(_ContrastiveLoss):
         negative_mode: str = "unpaired",
         **options: Any,
     ) -> None:
-        super().__init__(reduction=reduction, negative_mode=negative_mode, **options)
+        super().__init__(info_nce, reduction=reduction, negative_mode=negative_mode, **options)
         self.temperature = temperature  # a Parameter becomes one of this module
 
     def forward(
@@ -191,7 +205,7 @@ class CLIPLoss(_ContrastiveLoss):
     def __init__(
         self, *, group: Any = None, options: Any = None, backend: str | None = None
     ) -> None:
-        super().__init__(group=group, options=options, backend=backend)
+        super().__init__(clip_loss, group=group, options=options, backend=backend)
 
     def forward(
         self,
@@ -209,7 +223,7 @@ class SigLIPLoss(_ContrastiveLoss):
     def __init__(
         self, *, group: Any = None, options: Any = None, backend: str | None = None
     ) -> None:
-        super().__init__(group=group, options=options, backend=backend)
+        super().__init__(siglip_loss, group=group, options=options, backend=backend)
 
     def forward(
         self,
@@ -222,8 +236,10 @@ class SigLIPLoss(_ContrastiveLoss):
 
 
 class _TwoViewLoss(_ContrastiveLoss):
-    def __init__(self, temperature: float | Tensor, reduction: str, options: Any) -> None:
-        super().__init__(reduction=reduction, **options)
+    def __init__(
+        self, function: Any, temperature: float | Tensor, reduction: str, options: Any
+    ) -> None:
+        super().__init__(function, reduction=reduction, **options)
         self.temperature = temperature
 
 
@@ -233,7 +249,7 @@ class NTXentLoss(_TwoViewLoss):
     def __init__(
         self, temperature: float | Tensor = 0.5, reduction: str = "mean", **options: Any
     ) -> None:
-        super().__init__(temperature, reduction, options)
+        super().__init__(nt_xent, temperature, reduction, options)
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
         return nt_xent(z_i, z_j, self.temperature, **self.options)
@@ -245,7 +261,7 @@ class DCLLoss(_TwoViewLoss):
     def __init__(
         self, temperature: float | Tensor = 0.1, reduction: str = "mean", **options: Any
     ) -> None:
-        super().__init__(temperature, reduction, options)
+        super().__init__(dcl, temperature, reduction, options)
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
         return dcl(z_i, z_j, self.temperature, **self.options)
@@ -257,7 +273,7 @@ class SupConLoss(_TwoViewLoss):
     def __init__(
         self, temperature: float | Tensor = 0.1, reduction: str = "mean", **options: Any
     ) -> None:
-        super().__init__(temperature, reduction, options)
+        super().__init__(sup_con, temperature, reduction, options)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return sup_con(features, labels, self.temperature, **self.options)
@@ -267,7 +283,8 @@ class Queue(torch.nn.Module):
     """The last `size` keys pushed, as negatives for `info_nce` (MoCo, arXiv:1911.05722).
 
     A batch may have any number of rows, the last of an epoch too. The keys are a buffer, so they
-    move and are saved with the module; `push` needs no gradient and keeps none.
+    move and are saved with the module; `push` needs no gradient and keeps none. Call both outside
+    what torch.compile compiles, and give it the keys: it takes a module's numbers for constants.
     """
 
     keys: Tensor
@@ -296,14 +313,21 @@ class Queue(torch.nn.Module):
         Raises RuntimeError for another number of features.
         """
         size, dim = self.keys.shape
+        if not isinstance(keys, Tensor):
+            raise TypeError(f"keys: expected a Tensor, got {type(keys).__name__}")
         if keys.dim() != 2 or keys.shape[1] != dim:
             raise RuntimeError(f"keys: expected shape (N, {dim}), got {list(keys.shape)}")
+        if not keys.dtype.is_floating_point:
+            raise RuntimeError(f"keys: expected a floating-point dtype, got {keys.dtype}")
+        if keys.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr():
+            keys = keys.clone()  # its own keys
         keys = keys[-size:]
-        to_end = min(len(keys), size - self.next)
+        rows = keys.shape[0]
+        to_end = min(rows, size - self.next)
         self.keys[self.next : self.next + to_end] = keys[:to_end]
-        self.keys[: len(keys) - to_end] = keys[to_end:]
-        self.next = (self.next + len(keys)) % size
-        self.filled = min(size, self.filled + len(keys))
+        self.keys[: rows - to_end] = keys[to_end:]
+        self.next = (self.next + rows) % size
+        self.filled = min(size, self.filled + rows)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"filled": self.filled, "next": self.next}

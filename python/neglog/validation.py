@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Beyond it 1 / temperature is none of float32's numbers.
+SMALLEST_TEMPERATURE = 3e-39
+
 
 def is_probabilities(input: Tensor, target: Tensor) -> bool:
     """Whether torch reads the target as a distribution over classes: it has the input's shape."""
@@ -87,6 +90,10 @@ def check_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> No
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    check_smoothing(label_smoothing)
+
+
+def check_smoothing(label_smoothing: Any) -> None:
     if not isinstance(label_smoothing, float | int | torch.SymFloat):
         raise TypeError(f"label_smoothing: expected a float, got {type(label_smoothing).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -332,7 +339,7 @@ def check_temperature(temperature: Any, rows: int, per_sample: bool) -> None:
     if not isinstance(temperature, Tensor):
         if not isinstance(temperature, numbers.Real | torch.SymFloat | torch.SymInt):
             raise TypeError(f"temperature: expected {expected}, got {type(temperature).__name__}")
-        if not 0 < float(temperature) < math.inf:
+        if not SMALLEST_TEMPERATURE < float(temperature) < math.inf:
             raise ValueError(f"temperature: expected {expected}, got {temperature}")
         return
     fits = _shape(temperature) in ([], [1]) or (per_sample and _shape(temperature) == [rows])
@@ -344,9 +351,9 @@ def check_temperature(temperature: Any, rows: int, per_sample: bool) -> None:
     # Elsewhere, reading the values would wait for the device, or break the graph being compiled.
     readable = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and not torch._C._are_functorch_transforms_active():
-        lowest = float(temperature.detach().amin()) if temperature.numel() else 1.0
-        if not lowest > 0:
-            raise ValueError(f"temperature: expected numbers above 0, got {lowest}")
+        for value in temperature.detach().aminmax() if temperature.numel() else ():
+            if not SMALLEST_TEMPERATURE < float(value) < math.inf:
+                raise ValueError(f"temperature: expected numbers above 0, got {float(value)}")
 
 
 def check_scalar(name: str, value: Any) -> None:

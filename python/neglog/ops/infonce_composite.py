@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from neglog.ops.infonce_tile import Pairs
 
@@ -20,7 +21,7 @@ def scores(pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 def excluded(pairs: Pairs) -> Tensor | None:
     """(N, M) bool, or None where every pair counts."""
-    columns = torch.arange(len(pairs.key), device=pairs.key.device)
+    columns = torch.arange(pairs.key.shape[0], device=pairs.key.device)
     mask = None
     if pairs.query_group is not None and pairs.key_group is not None:
         mask = pairs.query_group[:, None] == pairs.key_group
@@ -43,10 +44,16 @@ def infonce(pairs: Pairs) -> tuple[Tensor, ...]:
     """row_loss, column_loss, row_lse, column_lse and score, as the op."""
     plain, z = scores(pairs)
     nothing = z.new_empty(0)
-    row_lse = log_sum_exp(z, 1)
     column_lse = log_sum_exp(z, 0) if pairs.columns else nothing
     if pairs.positive is None:
-        return nothing, nothing, row_lse, column_lse, nothing
-    score = plain.gather(1, pairs.positive[:, None]).squeeze(1)
+        return nothing, nothing, log_sum_exp(z, 1), column_lse, nothing
+    own = pairs.positive[:, None]
+    score = plain.gather(1, own).squeeze(1)
     column_loss = column_lse[pairs.positive] - score if pairs.columns else nothing
-    return row_lse - score, column_loss, row_lse, column_lse, score
+    # log(1 + e^d), as lse - score has no digits left where the loss is near 0; beyond 40 it is d to
+    # the last digit of a double.
+    others = log_sum_exp(z.scatter(1, own, -torch.inf), 1)
+    loss = F.softplus(others - score, threshold=40)
+    left_out = z.gather(1, own).squeeze(1) == -torch.inf  # the positive is not among the keys
+    row_loss = torch.where(left_out, others - score, loss)
+    return row_loss, column_loss, torch.where(left_out, others, loss + score), column_lse, score

@@ -63,7 +63,7 @@ def _forward(
         similarity = place.filled(down, across)
         tiles.sigmoid(similarity, down, across, loss, slopes)
         sums.add(similarity, down, across)
-    if not len(query) or not len(key):
+    if not len(query) or not key.shape[0]:
         sums.by_row.zero_()
         sums.by_column.zero_()
     formed = sums.finished([*wanted[:3]], 1.0, pairs.real)
@@ -109,7 +109,7 @@ def _siglip_backward_fake(grad, query, key, scale, bias, positive, *formed):
 def composite(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, positive: Tensor) -> Tensor:
     """The loss in torch's own functions, with the scores in memory."""
     scores = (query @ key.t()).to(scale.dtype) * scale + bias
-    own = torch.arange(len(key), device=key.device) == positive[:, None]
+    own = torch.arange(key.shape[0], device=key.device) == positive[:, None]
     sign = 2.0 * own.to(scale.dtype) - 1.0
     return -F.logsigmoid(sign * scores).sum()
 
