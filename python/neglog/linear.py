@@ -112,10 +112,10 @@ def linear_cross_entropy(
     workspace, filter_eps = _tile_options(options, input)
     if torch.compiler.is_compiling() and isinstance(logit_scale, Tensor):  # no number for an op
         input, logit_scale = input * logit_scale.to(input.dtype), 1.0
-    head = tuple(
-        None if part is None else part.to(autocast_dtype(part))
-        for part in (input, linear_weight, linear_bias)
-    )
+    head: tuple = (input, linear_weight, linear_bias)
+    if under_autocast(input):
+        head = tuple(None if part is None else part.to(autocast_dtype(part)) for part in head)
+        input, linear_weight, linear_bias = head
     common: dict[str, Any] = {
         "weight": weight, "reduction": reduction, "label_smoothing": label_smoothing,
         "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss, "num_items": num_items,
@@ -187,12 +187,20 @@ def _of_labels(
         by_torch = not dispatch.kernel_backend(rows) or matmul.few(rows, linear_weight, FEW)
     if by_torch:
         counted = labels != ignored
-        rows = torch.where(counted[:, None], rows, 0)  # what does not count may be NaN
+        if not _all_seen(counted):  # what does not count may be NaN
+            rows = torch.where(counted[:, None], rows, 0)
         logits = F.linear(rows, linear_weight, linear_bias)
         result = cross_entropy(logits, labels, ignore_index=ignored, **common)
         return _without_ignored(result, counted)
     common = common | {"backend": backend or ""}
     return _tiled((rows, linear_weight, linear_bias), labels, ignored, tile_options, common)
+
+
+def _all_seen(counted: Tensor) -> bool:
+    """Whether every position counts, where to ask does not wait for a device or break a graph."""
+    readable = counted.is_cpu and not torch.compiler.is_compiling()
+    transformed = torch._C._are_functorch_transforms_active() or type(counted) is not Tensor
+    return readable and not transformed and bool(counted.all())
 
 
 def _without_ignored(result: Any, counted: Tensor) -> Any:

@@ -37,6 +37,11 @@ def to_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(0, -2)
 
 
+def _multiplies(x: Tensor, y: Tensor) -> bool:
+    """Whether they have one dtype when they are multiplied."""
+    return x.dtype == y.dtype or autocast_dtype(x) == autocast_dtype(y)
+
+
 def rows_of_last_axis(x: Tensor) -> Tensor:
     """(..., C) as (N, C), where C may be 0."""
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
@@ -182,7 +187,7 @@ def check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any) 
             raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
         if value.device != input.device:
             raise RuntimeError(f"{name}: expected device {input.device}, got {value.device}")
-        if name != "target" and autocast_dtype(value) != autocast_dtype(input):
+        if name != "target" and not _multiplies(value, input):
             raise RuntimeError(f"{name}: expected dtype {input.dtype}, got {value.dtype}")
     if not input.dtype.is_floating_point:
         raise NotImplementedError(f"input: expected a floating-point dtype, got {input.dtype}")
@@ -310,7 +315,7 @@ def check_embeddings(**named: Any) -> None:
             raise RuntimeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
         if x.device != first.device:
             raise RuntimeError(f"{name}: expected device {first.device}, got {x.device}")
-        if autocast_dtype(x) != autocast_dtype(first):
+        if not _multiplies(x, first):
             raise RuntimeError(f"{name}: expected dtype {first.dtype}, got {x.dtype}")
         if x.shape[1] != first.shape[1]:
             raise RuntimeError(

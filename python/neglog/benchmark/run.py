@@ -105,7 +105,7 @@ def _run_large(
         torch.compiler.reset()
         with screen.status("making the inputs") as status:
             problem = case.problem(shape, options.dtype, options.seed)
-            contenders = case.contenders(not options.no_compile, shape)
+            contenders = case.contenders(not options.no_compile, shape, options.dtype)
             measured = measure(problem, contenders, options.repeat or 9, status.update)
         screen.print(report.large_table(options.op, measured))
         written.append(report.large_json(measured))

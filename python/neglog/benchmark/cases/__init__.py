@@ -1,9 +1,9 @@
 """Ops that `bench` knows, and what a case file must give.
 
 A case is the module of its op's name with three functions:
-  problem(shape, dtype, seed) -> Problem    the inputs, and the truth to verify against
-  contenders(compiled, shape) -> list[Contender]   the implementations, the baseline first
-  small_contenders() -> list[Contender]            the two that `--suite small` compares
+  problem(shape, dtype, seed) -> Problem                 the inputs, and the truth to verify against
+  contenders(compiled, shape, dtype) -> list[Contender]  implementations, the baseline first
+  small_contenders() -> list[Contender]                  the two that `--suite small` compares
 and its line in OPS below. Nothing here imports torch: the command line reads it.
 """
 

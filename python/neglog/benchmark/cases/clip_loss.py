@@ -46,9 +46,9 @@ def _kept(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return neglog.clip_loss(image, text, scale, options=room)
 
 
-def contenders(compiled: bool, shape: Shape) -> list[Contender]:
+def contenders(compiled: bool, shape: Shape, dtype: str) -> list[Contender]:
     """Scores in memory first."""
-    runs = pairs.default_backend(shape["rows"], shape["rows"])
+    runs = pairs.default_backend(shape, dtype)
     found = [
         Contender("eager", "torch eager (open_clip)", _open_clip, 1),
         Contender("shared", "torch eager, one matrix", _one_matrix, 1),

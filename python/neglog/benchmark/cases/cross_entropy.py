@@ -68,7 +68,7 @@ def default_backend(shape: Shape) -> str:
     return dispatch.forced() or (None if small else dispatch.kernel_backend()) or "torch"
 
 
-def contenders(compiled: bool, shape: Shape) -> list[Contender]:
+def contenders(compiled: bool, shape: Shape, dtype: str) -> list[Contender]:
     """Everything that can run here, torch eager first."""
     runs = default_backend(shape)
     found = [Contender("eager", "torch eager", _eager, 3)]

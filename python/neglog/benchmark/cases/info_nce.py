@@ -37,9 +37,9 @@ def _neglog(query: Tensor, key: Tensor) -> Tensor:
     return neglog.info_nce(query, key, temperature=TEMPERATURE)
 
 
-def contenders(compiled: bool, shape: Shape) -> list[Contender]:
+def contenders(compiled: bool, shape: Shape, dtype: str) -> list[Contender]:
     """Scores in memory first; info-nce-pytorch where it is installed."""
-    runs = pairs.default_backend(shape["rows"], shape["rows"])
+    runs = pairs.default_backend(shape, dtype)
     found = [Contender("eager", "torch eager", _eager, 1)]
     if compiled:
         one_graph = torch.compile(_eager, fullgraph=True, dynamic=False)

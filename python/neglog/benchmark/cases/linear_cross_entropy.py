@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import neglog
-from neglog import matmul, reference
+from neglog import dispatch, linear, matmul, reference
 from neglog.benchmark.cases import Contender, Problem, Shape, Spec, Truth
-from neglog.benchmark.cases.cross_entropy import CHECKED_ROWS, IGNORED, default_backend
+from neglog.benchmark.cases.cross_entropy import CHECKED_ROWS, IGNORED
 
 MODEL = "3 matmuls of rows x features x vocab, 2 operations each"
 
@@ -38,7 +38,8 @@ def problem(shape: Shape, dtype: str, seed: int) -> Problem:
     def compared(grads: tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
         return grads[0][picked].double().numpy(), grads[1][some].double().numpy()
 
-    left, right = torch.empty_like(hidden), torch.empty(rows, min(vocab, matmul.COLUMNS)).to(kind)
+    left, right = torch.empty_like(hidden), torch.rand(rows, min(vocab, matmul.COLUMNS))
+    right = right.to(matmul.tile_dtype(hidden))
     part = weight[: right.shape[1]].clone()
 
     def yardstick() -> None:
@@ -70,9 +71,11 @@ def _chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return F.linear_cross_entropy(hidden, weight, target, options=options)
 
 
-def contenders(compiled: bool, shape: Shape) -> list[Contender]:
+def contenders(compiled: bool, shape: Shape, dtype: str) -> list[Contender]:
     """Logits in memory first; each does the same three matmuls."""
-    runs = default_backend(shape)
+    rows, vocab = (torch.empty(shape[n], 0, dtype=getattr(torch, dtype)) for n in ("rows", "vocab"))
+    small = matmul.few(rows, vocab, linear.FEW)
+    runs = dispatch.forced() or (None if small else dispatch.kernel_backend()) or "torch"
     found = [Contender("eager", "torch eager", _eager, 1)]
     if compiled:
         compiled_loss = torch.compile(_eager, fullgraph=True, dynamic=False)

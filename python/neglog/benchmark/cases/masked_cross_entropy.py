@@ -65,7 +65,7 @@ def _in_place(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return neglog.masked_cross_entropy(logits, target, mask, inplace_backward=True)
 
 
-def contenders(compiled: bool, shape: Shape) -> list[Contender]:
+def contenders(compiled: bool, shape: Shape, dtype: str) -> list[Contender]:
     """Ignored targets, as transformers has it, first; then the rows taken out by hand."""
     runs = default_backend(shape)
     found = [Contender("eager", "torch eager", _ignoring, WORK)]

@@ -56,9 +56,9 @@ def _metric_learning() -> Contender:
     )
 
 
-def contenders(compiled: bool, shape: Shape) -> list[Contender]:
+def contenders(compiled: bool, shape: Shape, dtype: str) -> list[Contender]:
     """Scores in memory first; pytorch-metric-learning where it is installed."""
-    runs = pairs.default_backend(shape["rows"], shape["rows"])
+    runs = pairs.default_backend(shape, dtype)
     found = [Contender("eager", "torch eager", _eager, 1)]
     if compiled:
         one_graph = torch.compile(_eager, fullgraph=True, dynamic=False)

@@ -78,8 +78,9 @@ def problem_of(
     picked = some_rows(rows)
     kind = getattr(torch, dtype)
     width = min(rows, matmul.COLUMNS)
-    left, right = torch.zeros(rows, features).to(kind), torch.zeros(rows, width).to(kind)
-    part = torch.zeros(width, features).to(kind)
+    left, right = torch.rand(rows, features).to(kind), torch.rand(rows, width)
+    right = right.to(matmul.tile_dtype(left))
+    part = torch.rand(width, features).to(kind)
 
     def compared(grads: tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
         return (grads[0][picked].double().numpy(),)
@@ -100,9 +101,8 @@ def problem_of(
     )  # fmt: skip
 
 
-def default_backend(rows: int, columns: int) -> str:
-    """What runs such a loss unless a backend is forced."""
-    if dispatch.forced():
-        return dispatch.forced() or ""
-    few = rows * columns < comparison.FEW
-    return "torch" if few else dispatch.kernel_backend() or "torch"
+def default_backend(shape: Shape, dtype: str) -> str:
+    """What runs such a loss."""
+    like = torch.empty(shape["rows"], 0, dtype=getattr(torch, dtype))
+    small = matmul.few(like, like, comparison.FEW)
+    return dispatch.forced() or (None if small else dispatch.kernel_backend()) or "torch"
