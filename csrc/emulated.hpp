@@ -1,7 +1,8 @@
 // What the kernels use of CUDA, on the CPU: so that they run, and are tested, where there is no GPU.
 //
 // (a) Each thread of a block is a fiber. It runs until it must wait, for its block or its warp, and
-//     then the next one does; blocks follow one another.
+//     then the next one does. Blocks follow one another; those of a cluster run at once, each on a
+//     thread of the CPU, whose own memory is the block's shared memory.
 // (b) NEGLOG_REVERSED in the environment turns the order round. Code that lacks a barrier, and is
 //     right in one order by luck, gives other numbers in the other.
 // (c) A barrier that not all threads reach ends the program and says so, where a GPU would hang.
@@ -16,6 +17,7 @@
 #include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
 
+#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -24,17 +26,18 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #define __device__
 #define __global__
-#define __shared__ static
+#define __shared__ static thread_local
 #define __launch_bounds__(...)
 
 struct Dimension {
     unsigned x;
 };
-inline Dimension threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local Dimension threadIdx, blockIdx, blockDim, gridDim;
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
@@ -89,7 +92,16 @@ struct Block {
     int votes = 0;
 };
 
-inline Block* block = nullptr;
+struct Cluster {
+    std::barrier<> all;
+    std::vector<std::vector<uint4>> dynamic;  // by block: its dynamic shared memory
+
+    Cluster(unsigned blocks, size_t bytes)
+        : all(blocks), dynamic(blocks, std::vector<uint4>(bytes / sizeof(uint4) + 1)) {}
+};
+
+inline thread_local Block* block = nullptr;
+inline thread_local Cluster* cluster = nullptr;
 
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "csrc/emulated.hpp: %s in block %u\n", what, blockIdx.x);
@@ -162,9 +174,9 @@ inline void run_block(bool reversed) {
     }
 }
 
-inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& body) {
-    static std::mutex one_at_a_time;
-    const std::lock_guard<std::mutex> lock(one_at_a_time);
+// Every `step`-th block from `first` on, on this thread of the CPU.
+inline void run_blocks(unsigned blocks, unsigned first, unsigned step, unsigned threads,
+                       const std::function<void()>& body) {
     if (threads % kLanesOfWarp != 0) fail("a block that is no whole number of warps");
     Block own;
     own.fibers = std::vector<Fiber>(threads);
@@ -176,11 +188,57 @@ inline void launch(unsigned blocks, unsigned threads, const std::function<void()
     blockDim = {threads};
     gridDim = {blocks};
     const bool reversed = std::getenv("NEGLOG_REVERSED") != nullptr;
-    for (unsigned i = 0; i < blocks; ++i) {
-        blockIdx.x = reversed ? blocks - 1 - i : i;
+    const unsigned count = blocks / step;
+    for (unsigned i = 0; i < count; ++i) {
+        blockIdx.x = first + (reversed ? count - 1 - i : i) * step;
+        if (cluster) {  // what the last block left is not this one's
+            auto& memory = cluster->dynamic[first];
+            std::memset(memory.data(), 0xff, memory.size() * sizeof(uint4));
+            cluster->all.arrive_and_wait();
+        }
         run_block(reversed);
     }
     block = nullptr;
+}
+
+inline std::mutex one_at_a_time;
+
+inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& body) {
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    run_blocks(blocks, 0, 1, threads, body);
+}
+
+inline void launch_clusters(unsigned blocks, unsigned threads, unsigned parts, size_t shared_bytes,
+                            const std::function<void()>& body) {
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    Cluster own(parts, shared_bytes);
+    std::vector<std::thread> running;
+    for (unsigned part = 0; part < parts; ++part)
+        running.emplace_back([&, part] {
+            cluster = &own;
+            run_blocks(blocks, part, parts, threads, body);
+        });
+    for (std::thread& one : running) one.join();
+}
+
+inline uint4* dynamic_shared() { return cluster->dynamic[blockIdx.x % cluster->dynamic.size()].data(); }
+
+inline unsigned cluster_size() { return unsigned(cluster->dynamic.size()); }
+inline unsigned cluster_rank() { return blockIdx.x % cluster_size(); }
+
+inline void cluster_sync() {
+    wait(block->all);
+    if (threadIdx.x == 0) cluster->all.arrive_and_wait();
+    wait(block->all);
+}
+
+// Where another block of the cluster has what this one has at `own`.
+template <class T>
+const T* of_block(const T* own, unsigned rank) {
+    const auto offset = reinterpret_cast<const char*>(own) -
+                        reinterpret_cast<const char*>(dynamic_shared());
+    return reinterpret_cast<const T*>(
+        reinterpret_cast<const char*>(cluster->dynamic[rank].data()) + offset);
 }
 
 }  // namespace neglog::emulated

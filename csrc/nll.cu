@@ -19,6 +19,9 @@
 //     A target out of range therefore fails a device-side assertion, as torch's does.
 // (f) In place, a thread writes only vectors that it has just read itself, after a barrier that ends
 //     all other reading of the row.
+// (g) In place, a row of 32 KB and more that needs no second walk stays in shared memory, of one block
+//     or shared out over a cluster's (sm_90 and later): read once, written once. Shorter rows find
+//     themselves in the caches, longer ones would not fit.
 
 #include "tensors.cuh"
 
@@ -191,12 +194,13 @@ __device__ double target_weight(const Problem<S>& p, int64_t row) {
     return p.target && p.weight ? p.weight[class_of(p, row)] : 1;
 }
 
+// `target_z` is the target's score; of no account with probabilities.
 template <class S>
-__device__ double row_loss(const Problem<S>& p, int64_t row, Lse<real_of<S>> lse) {
+__device__ double row_loss(const Problem<S>& p, int64_t row, Lse<real_of<S>> lse,
+                           real_of<S> target_z) {
     const double w = target_weight(p, row);
     double loss = 0;
-    if (p.target)
-        loss = -(1 - p.label_smoothing) * w * log_probability(target_score(p, row), lse);
+    if (p.target) loss = -(1 - p.label_smoothing) * w * log_probability(target_z, lse);
     if (p.probs)
         loss = -row_cross_entropy(p, row, lse);
     else if (p.label_smoothing != 0)
@@ -214,7 +218,7 @@ __device__ Lse<real_of<S>> row_forward(const Problem<S>& p, const Output<real_of
     if (counted || o.correct) {
         const auto state = row_state(p, row);
         lse = finish(state);
-        if (counted) loss = row_loss(p, row, lse);
+        if (counted) loss = row_loss(p, row, lse, p.target ? target_score(p, row) : real_of<S>(0));
         if (o.correct) row_statistics(p, o, row, state.maximum, lse);
     }
     if (threadIdx.x == 0) {
@@ -250,7 +254,8 @@ __device__ double row_mass(const Problem<S>& p, int64_t row) {
 
 template <class S>
 __device__ Factors<real_of<S>> row_factors(const Problem<S>& p, int64_t row, Lse<real_of<S>> lse,
-                                           double grad, double grad_lse, double weights) {
+                                           real_of<S> target_z, double grad, double grad_lse,
+                                           double weights) {
     using T = real_of<S>;
     if (ignored(p, row)) return {-1, T(0), T(grad_lse), T(0)};
     const double w = target_weight(p, row);
@@ -259,45 +264,125 @@ __device__ Factors<real_of<S>> row_factors(const Problem<S>& p, int64_t row, Lse
     if (p.z_loss != 0) soft += grad * 2 * p.z_loss * w * lse.high;
     if (p.probs) return {-1, T(0), T(soft), T(spread)};
     const double hard = grad * (1 - p.label_smoothing) * w;
-    const T log_p = log_probability(target_score(p, row), lse);
+    const T log_p = log_probability(target_z, lse);
     const double at_target = soft * exp(log_p) + hard * expm1(log_p);
     return {class_of(p, row), T(at_target), T(hard + soft), T(spread)};
+}
+
+template <class S, int n>
+__device__ Lanes<S, n> gradient_at(const Problem<S>& p, int64_t row, int64_t column,
+                                   const Lanes<S, n>& x, Lse<real_of<S>> lse,
+                                   const Factors<real_of<S>>& f) {
+    using T = real_of<S>;
+    T z[n], grad[n];
+    scores(p.cap, x, z);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+        const T p_dz = f.elsewhere * exp(log_probability(z[i], lse));
+        grad[i] = column + i == f.target ? f.at_target : p_dz;
+    }
+    if (f.spread != 0) {
+        T a[n];
+        mass(p, row, column, a);
+#pragma unroll
+        for (int i = 0; i < n; ++i) grad[i] -= f.spread * a[i];
+    }
+    apply_slope(p.cap, z, grad);
+    return narrowed<S>(grad);
 }
 
 template <int in_flight, class S>
 __device__ void row_gradient(const Problem<S>& p, int64_t row, Lse<real_of<S>> lse,
                              const Factors<real_of<S>>& f, S* out) {
-    using T = real_of<S>;
     const bool aligned = same_phase<S>(out, logits_of(p, row));
     walk<in_flight>(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& x) {
-        T z[n], grad[n];
-        scores(p.cap, x, z);
-#pragma unroll
-        for (int i = 0; i < n; ++i) {
-            const T p_dz = f.elsewhere * exp(log_probability(z[i], lse));
-            grad[i] = column + i == f.target ? f.at_target : p_dz;
-        }
-        if (f.spread != 0) {
-            T a[n];
-            mass(p, row, column, a);
-#pragma unroll
-            for (int i = 0; i < n; ++i) grad[i] -= f.spread * a[i];
-        }
-        apply_slope(p.cap, z, grad);
-        store(out + column, narrowed<S>(grad), aligned);
+        store(out + column, gradient_at(p, row, column, x, lse, f), aligned);
     });
+}
+
+// A row on chip, in the shared memory of a cluster's blocks
+
+// Before it, two states, one for each of two rows that follow one another.
+constexpr int kSlotVectors = 2;
+
+// This block's part of a row's vectors, and the column of the one element outside them that this
+// thread takes, or beyond the vocabulary.
+struct Slice {
+    int64_t first_column, vectors, edge;
+};
+
+template <class S>
+__device__ Slice slice_of(const S* row, int64_t vocab) {
+    const Cut<S> cut = cut_at_vectors(row, vocab);
+    const int64_t part = cluster_rank(), parts = cluster_size();
+    const int64_t first = cut.vectors * part / parts, end = cut.vectors * (part + 1) / parts;
+    return {cut.head + first * kLanes<S>, end - first, part == 0 ? edge_column(cut) : vocab};
+}
+
+// Reads the slice into `held`, where each thread finds what it has put there itself.
+template <class S>
+__device__ LogSumExp<real_of<S>> take(const Problem<S>& p, const S* row, const Slice& own,
+                                      uint4* held) {
+    using T = real_of<S>;
+    auto state = empty_log_sum_exp<T>();
+    const auto vectors = reinterpret_cast<const uint4*>(row + own.first_column);
+    for (int64_t first = threadIdx.x; first < own.vectors; first += kInFlight * blockDim.x) {
+        uint4 bits[kInFlight];
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) {
+            const int64_t v = first + u * blockDim.x;
+            if (v < own.vectors) bits[u] = vectors[v];
+        }
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) {
+            const int64_t v = first + u * blockDim.x;
+            if (v >= own.vectors) continue;
+            held[v] = bits[u];
+            T z[kLanes<S>];
+            scores(p.cap, unpacked<S>(bits[u]), z);
+            absorb(state, z);
+        }
+    }
+    if (own.edge < p.vocab) {
+        T z[1];
+        scores(p.cap, load<S, 1>(row + own.edge, true), z);
+        absorb(state, z);
+    }
+    return state;
+}
+
+// Writes the gradient over the slice.
+template <class S>
+__device__ void give(const Problem<S>& p, int64_t row, const Slice& own, const uint4* held,
+                     Lse<real_of<S>> lse, const Factors<real_of<S>>& f, S* out) {
+    constexpr int n = kLanes<S>;
+    for (int64_t v = threadIdx.x; v < own.vectors; v += blockDim.x) {
+        const int64_t column = own.first_column + v * n;
+        store(out + column, gradient_at(p, row, column, unpacked<S>(held[v]), lse, f), true);
+    }
+    if (own.edge < p.vocab) {
+        const auto x = load<S, 1>(out + own.edge, true);
+        store(out + own.edge, gradient_at(p, row, own.edge, x, lse, f), true);
+    }
+}
+
+template <class S>
+__device__ void zero(const Slice& own, int64_t vocab, S* out) {
+    auto vectors = reinterpret_cast<uint4*>(out + own.first_column);
+    for (int64_t v = threadIdx.x; v < own.vectors; v += blockDim.x) vectors[v] = uint4{};
+    if (own.edge < vocab) out[own.edge] = S(0);
 }
 
 // Kernels over rows
 
 template <class S>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     forward_rows(Problem<S> p, Output<real_of<S>> o) {
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) row_forward(p, o, row);
 }
 
 template <class S>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     backward_rows(Problem<S> p, Upstream<real_of<S>> up, Strided<real_of<S>> lse,
                   Strided<real_of<S>> lse_low, S* out) {
     const double scale = up.divisor ? 1 / double(*up.divisor) : 1;
@@ -310,19 +395,28 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
             continue;
         }
         const Lse<real_of<S>> saved = {lse[row], lse_low[row]};
-        const auto f = row_factors(p, row, saved, up.loss[row] * scale, grad_lse, weights);
+        const bool of_class = p.target && !ignored(p, row);
+        const auto z = of_class ? target_score(p, row) : real_of<S>(0);
+        const auto f = row_factors(p, row, saved, z, up.loss[row] * scale, grad_lse, weights);
         row_gradient<kInFlight>(p, row, saved, f, out_row);
     }
 }
 
+template <class T>
+__device__ double fused_scale(const T* divisor, bool late) {
+    return divisor && !(late && *divisor != 0) ? 1 / double(*divisor) : 1;
+}
+
 template <class S>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     fused_rows(Problem<S> p, Output<real_of<S>> o, const real_of<S>* divisor, bool late, S* logits) {
-    const double scale = divisor && !(late && *divisor != 0) ? 1 / double(*divisor) : 1;
+    const double scale = fused_scale(divisor, late);
     const double weights = weight_sum(p);
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const auto lse = row_forward(p, o, row);
-        const auto f = row_factors(p, row, lse, scale, 0, weights);
+        const bool of_class = p.target && !ignored(p, row);
+        const auto z = of_class ? target_score(p, row) : real_of<S>(0);
+        const auto f = row_factors(p, row, lse, z, scale, 0, weights);
         __syncthreads();  // no thread still reads another's part of the row, the target's logit say
         S* const out_row = logits + row * p.logits_stride;
         if (ignored(p, row))
@@ -332,9 +426,46 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
 }
 
+// fused_rows of class targets without label smoothing and statistics, a cluster to a row.
+template <class S>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    fused_rows_on_chip(Problem<S> p, Output<real_of<S>> o, const real_of<S>* divisor, bool late,
+                       S* logits) {
+    using T = real_of<S>;
+    NEGLOG_DYNAMIC_SHARED(chip);
+    const auto slots = reinterpret_cast<LogSumExp<T>*>(chip);
+    uint4* const held = chip + kSlotVectors;
+    const double scale = fused_scale(divisor, late);
+    const int64_t parts = cluster_size();
+    int turn = 0;
+    for (int64_t row = blockIdx.x / parts; row < p.rows; row += gridDim.x / parts) {
+        S* const at = logits + row * p.logits_stride;
+        const Slice own = slice_of<S>(at, p.vocab);
+        const bool counted = !ignored(p, row);
+        Lse<T> lse = {0, 0};
+        double loss = 0;
+        if (counted) {
+            const T z = target_score(p, row);  // before the barriers, after which it is overwritten
+            const auto of_slice = block_reduce(take<S>(p, at, own, held), MergeStates{});
+            lse = finish(cluster_reduce(of_slice, slots + turn));
+            turn = 1 - turn;
+            loss = row_loss(p, row, lse, z);
+            give(p, row, own, held, lse, row_factors(p, row, lse, z, scale, 0, 0), at);
+        } else {
+            zero(own, p.vocab, at);
+        }
+        if (threadIdx.x == 0 && cluster_rank() == 0) {
+            o.loss[row] = T(loss);
+            o.lse[row] = lse.high;
+            o.lse_low[row] = lse.low;
+        }
+    }
+    cluster_sync();  // a block that ends takes along what the others may still read
+}
+
 // Rows times their factors; nothing is read of those whose factor is 1, as an upstream mostly is.
 template <class S>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     scale_rows(Problem<S> p, Strided<real_of<S>> factor, S* x) {
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const real_of<S> own = factor[row];
@@ -376,6 +507,42 @@ void launch_rows(void (*kernel)(Problem<S>, Parameters...), const Call& call, co
                  Arguments... arguments) {
     if (p.rows == 0) return;
     launch(kernel, call, std::min(p.rows, kMaxBlocks), threads_for<S>(p.vocab), p, arguments...);
+}
+
+constexpr int64_t kShortestOnChip = 32 << 10;
+// Of a block, so that two or three of them share a processor's memory, and one loads while another
+// stores; then what one block may have where clusters are.
+constexpr int64_t kSliceBytes = 72 << 10, kLargestSliceBytes = 200 << 10;
+constexpr int kMostParts = 8;  // that every device with clusters takes
+
+inline int64_t slice_bytes(int64_t row_bytes, int parts) {
+    return (row_bytes / kVectorBytes / parts + 1 + kSlotVectors) * kVectorBytes;
+}
+
+// How many blocks hold a row on chip, or 0 where none do.
+template <class S>
+int parts_on_chip(const Problem<S>& p, const Output<real_of<S>>& o, const Call& call) {
+    const int64_t bytes = p.vocab * int64_t(sizeof(S));
+    if (!p.target || p.label_smoothing != 0 || o.correct || bytes < kShortestOnChip) return 0;
+    if (slice_bytes(bytes, 1) <= kSliceBytes) return 1;
+    if (!has_clusters(call)) return 0;
+    for (int parts = 2; parts <= kMostParts; parts *= 2)
+        if (slice_bytes(bytes, parts) <= kSliceBytes) return parts;
+    return slice_bytes(bytes, kMostParts) <= kLargestSliceBytes ? kMostParts : 0;
+}
+
+template <class S>
+void launch_fused(const Call& call, const Problem<S>& p, const Output<real_of<S>>& o,
+                  const real_of<S>* divisor, bool late, S* logits) {
+    const int parts = p.rows == 0 ? 0 : parts_on_chip(p, o, call);
+    if (parts == 0) {
+        launch_rows(fused_rows<S>, call, p, o, divisor, late, logits);
+        return;
+    }
+    const int64_t clusters = std::min(p.rows, kMaxBlocks / parts);
+    const int64_t shared_bytes = slice_bytes(p.vocab * int64_t(sizeof(S)), parts);
+    launch_clusters(fused_rows_on_chip<S>, call, clusters * parts, kRowThreads, parts, shared_bytes,
+                    p, o, divisor, late, logits);
 }
 
 template <class... Parameters, class... Arguments>
@@ -491,7 +658,7 @@ void run_forward(const Call& call, const Inputs& in, const MaybeTensor& num_item
     const bool late = std::is_same_v<S, __half>;
     launch_one_block(sum_weights<S>, call, p, pointer<const T>(num_items), total_weight);
     if (in_place)
-        launch_rows(fused_rows<S>, call, p, output<S>(r), divisor, late, pointer<S>(in.logits));
+        launch_fused(call, p, output<S>(r), divisor, late, pointer<S>(in.logits));
     else
         launch_rows(forward_rows<S>, call, p, output<S>(r));
     if (in.reduction == kNone)

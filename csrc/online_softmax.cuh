@@ -9,6 +9,7 @@
 #ifdef NEGLOG_EMULATED
 #include "emulated.hpp"
 #else
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
@@ -20,6 +21,9 @@
 namespace neglog {
 
 constexpr int kMaxThreads = 512;
+// Of a block that walks rows, two of which a multiprocessor's registers hold: one loads while the
+// other reduces.
+constexpr int kRowThreads = 256, kRowBlocks = 2;
 constexpr int kWarp = 32;
 constexpr int kVectorBytes = 16;
 constexpr int kInFlight = 4;  // vectors a thread asks for before it uses the first
@@ -165,7 +169,7 @@ __device__ void zero_row(S* row, int64_t n) {
 template <class S>
 int threads_for(int64_t vocab) {
     int threads = kWarp;
-    while (threads < kMaxThreads && int64_t(threads) * kInFlight * kLanes<S> < vocab) threads *= 2;
+    while (threads < kRowThreads && int64_t(threads) * kInFlight * kLanes<S> < vocab) threads *= 2;
     return threads;
 }
 
@@ -301,6 +305,57 @@ __device__ State block_reduce(State state, Merge merge) {
 }
 
 __device__ inline double block_sum(double x) { return block_reduce(x, Add{}); }
+
+// Blocks of a cluster, which read each other's shared memory; before sm_90 each is alone
+
+#ifdef NEGLOG_EMULATED
+#define NEGLOG_DYNAMIC_SHARED(name) uint4* const name = neglog::emulated::dynamic_shared()
+
+inline unsigned cluster_rank() { return emulated::cluster_rank(); }
+inline unsigned cluster_size() { return emulated::cluster_size(); }
+inline void cluster_sync() { emulated::cluster_sync(); }
+
+template <class T>
+const T* of_block(const T* own, unsigned rank) {
+    return emulated::of_block(own, rank);
+}
+#else
+#define NEGLOG_DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
+__device__ inline unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
+__device__ inline void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+
+template <class T>
+__device__ const T* of_block(const T* own, unsigned rank) {
+    return cooperative_groups::this_cluster().map_shared_rank(own, rank);
+}
+#else
+__device__ inline unsigned cluster_rank() { return 0; }
+__device__ inline unsigned cluster_size() { return 1; }
+__device__ inline void cluster_sync() {}
+
+template <class T>
+__device__ const T* of_block(const T* own, unsigned) {
+    return own;
+}
+#endif
+#endif
+
+// A block's state merged with those of its cluster, in the order of their ranks: the same bits in
+// every thread. `slot` lies in dynamic shared memory and must not be the last call's: a block that
+// is quick would overwrite what a slow one still reads.
+template <class T>
+__device__ LogSumExp<T> cluster_reduce(const LogSumExp<T>& own, LogSumExp<T>* slot) {
+    const unsigned parts = cluster_size();
+    if (parts == 1) return own;
+    if (threadIdx.x == 0) *slot = own;
+    cluster_sync();
+    LogSumExp<T> all = *of_block(slot, 0);
+    for (unsigned part = 1; part < parts; ++part) all = MergeStates{}(all, *of_block(slot, part));
+    return all;
+}
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 1)

@@ -45,6 +45,15 @@ void launch(void (*kernel)(Parameters...), const Call&, int64_t blocks, int thre
             Arguments... arguments) {
     emulated::launch(unsigned(blocks), unsigned(threads), [&] { kernel(arguments...); });
 }
+
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), const Call&, int64_t blocks, int threads,
+                     int parts, int64_t shared_bytes, Arguments... arguments) {
+    emulated::launch_clusters(unsigned(blocks), unsigned(threads), unsigned(parts),
+                              size_t(shared_bytes), [&] { kernel(arguments...); });
+}
+
+inline bool has_clusters(const Call&) { return true; }
 #else
 #define NEGLOG_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(neglog, CUDA, library)
 
@@ -53,9 +62,11 @@ inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
 // The device of a tensor, and its current stream there.
 struct Call {
     torch::stable::accelerator::DeviceGuard guard;
+    int device;
     cudaStream_t stream;
 
-    explicit Call(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    explicit Call(const Tensor& tensor)
+        : guard(tensor.get_device_index()), device(tensor.get_device_index()) {
         void* current = nullptr;
         STABLE_TORCH_ERROR_CODE_CHECK(
             aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
@@ -68,6 +79,33 @@ void launch(void (*kernel)(Parameters...), const Call& call, int64_t blocks, int
             Arguments... arguments) {
     kernel<<<unsigned(blocks), unsigned(threads), 0, call.stream>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// In clusters of `parts` blocks, each with dynamic shared memory; alone where `parts` is 1.
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), const Call& call, int64_t blocks, int threads,
+                     int parts, int64_t shared_bytes, Arguments... arguments) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        int(shared_bytes)));
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = unsigned(parts);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared_bytes);
+    config.stream = call.stream;
+    config.attrs = &cluster;
+    config.numAttrs = parts > 1;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+inline bool has_clusters(const Call& call) {
+    int major = 0;
+    STD_CUDA_CHECK(
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.device));
+    return major >= 9;
 }
 #endif
 

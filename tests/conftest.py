@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from neglog import kernels
+from neglog import cuda, kernels
 
+# Every line of it needs a GPU with the kernels on it; bench/device.sh runs it there.
+collect_ignore = [] if cuda.state().usable and torch.cuda.is_available() else ["test_gpu.py"]
 COMPILED = [build.name for build in kernels.builds() if build.usable]
 BUILDS = [*COMPILED, *(["numba"] if kernels.available("numba").usable else [])]
 

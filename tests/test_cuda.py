@@ -91,6 +91,15 @@ CALLS = {
 }
 
 
+class Waits(TorchDispatchMode):
+    """Refuses what makes the host wait for the device, as a graph that is captured does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), name
+        return func(*args, **(kwargs or {}))
+
+
 class Seen(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -207,6 +216,37 @@ def test_nll_in_place_and_its_upstream(device, dtype, options, reduction):
     factor = torch.linspace(-1, 2, 7, dtype=lse.dtype, device=device.name)
     device.ops.nll_scale_(logits, factor)
     assert torch.equal(logits, (before * factor[:, None]).to(dtype))
+    logits.fill_(7.0)
+    assert bool((memory == 7.0).all())
+
+
+# Bytes of a row that is held by one block, and by clusters of two, four and eight.
+ON_CHIP = {"one": 33 << 10, "two": 100 << 10, "four": 250 << 10, "eight": 513 << 10}
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("row_bytes", ON_CHIP.values(), ids=ON_CHIP.keys())
+def test_nll_in_place_on_chip(device, dtype, row_bytes, reverse, aligned, monkeypatch):
+    """Rows that stay in shared memory, at every alignment; softcap and z_loss, ignored rows, rows
+    of -inf; nothing beside them is written."""
+    if reverse:
+        monkeypatch.setenv("NEGLOG_REVERSED", "1")
+    vocab = row_bytes // dtype.itemsize + 5
+    given, target, weight = problem((4, vocab), dtype, False, device.name)
+    given[2, ::2] = -INF
+    target[:] = torch.tensor([vocab - 1, -100, 1, vocab // 2])
+    memory = torch.full((4, vocab + 40), 7.0, dtype=dtype, device=device.name)
+    start = 16 // dtype.itemsize if aligned else 3
+    logits = memory[:, start : start + vocab]
+    logits.copy_(given)
+    options = (0.0, *OPTIONS["all"][1:])
+    expected = truth(given, target, weight, options, reduction="sum")
+    loss, lse, *_ = device.ops.nll_(logits, target, weight, None, SUM, -100, *options, False, "")
+    assert off(loss, expected.loss) <= 10 * LOSS[dtype]
+    assert off(lse[[0, 2, 3]], expected.lse[[0, 2, 3]]) <= LOSS[dtype]
+    assert off(logits, expected.grad) <= GRADIENT[dtype]
+    assert not logits[1].any()
     logits.fill_(7.0)
     assert bool((memory == 7.0).all())
 
@@ -543,6 +583,48 @@ def test_linear_nll_is_what_the_cpu_has(device, dtype, options, reduction, stats
     for one, other in zip([*found[5:], *grads], [*expected[5:], *exact], strict=True):
         assert one.dtype == other.dtype
         assert off(one, other) <= 3 * GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
+def test_linear_nll_while_a_graph_is_captured(device, dtype, reduction, stats, monkeypatch):
+    """Nothing is asked of the device, and what does not count may be NaN."""
+    x, w, b = normal(150, 6), normal(40, 6, seed=1), normal(40, seed=2)
+    target = torch.arange(150) % 40
+    target[::7] = -100
+    x[::7] = NAN
+    given = [t.to(device.name) for t in (*(t.to(dtype) for t in (x, w, b)), target)]
+    tail = (reduction, -100, *OPTIONS["all"])
+    wanted = [reduction != NONE] * 3
+    grad = normal(*([150] if reduction == NONE else []), seed=5).to(real_of(dtype)).to(device.name)
+
+    def run():
+        outputs = linear_nll_cuda._forward(
+            *given, None, None, *tail, stats, wanted, 1 << 14, 0.0, ""
+        )
+        grads = linear_nll_cuda._backward(
+            grad, None, *given, None, outputs[2], *outputs[5:], *tail, [True] * 3, 1 << 14, 0.0, ""
+        )
+        return *outputs, *grads
+
+    expected = run()
+    monkeypatch.setattr(linear_nll_cuda, "_capturing", lambda: True)
+    with Waits():
+        found = run()
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert off(one, other) <= 3 * GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_infonce_never_waits(device, form):
+    rows, keys = (130, 130) if form.get("symmetric") else (130, 300)
+    given = pairs(torch.float32, device.name, rows, keys, **form)
+    with Waits():
+        out = infonce._forward(CudaTiles, *given, False)
+        saved = (out[2], out[3], out[5], out[6], out[7])
+        wanted = [True, not given.symmetric, True]
+        infonce._backward(CudaTiles, *upstream_of(out[:5]), *given, *saved, wanted)
 
 
 def test_linear_nll_of_nothing(device):

@@ -62,6 +62,26 @@ def test_a_wrong_or_missing_product_is_not_chosen():
     assert matmul.fastest_linear() in (matmul.linear_by_blas, matmul.linear_by_onednn)
 
 
+def test_the_choice_can_be_fixed(monkeypatch):
+    def by_onednn():
+        raise AssertionError("asked for the faster way")
+
+    monkeypatch.setattr(matmul, "fastest_linear", by_onednn)
+    x, w = draw((3, 4), (5, 4))
+    out = torch.empty(3, 5)
+    torch.use_deterministic_algorithms(True)
+    try:
+        matmul.linear(x, w, None, out)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setenv("NEGLOG_MATMUL", "blas")
+    matmul.linear(x, w, None, out)
+    torch.testing.assert_close(out, x @ w.t())
+    monkeypatch.delenv("NEGLOG_MATMUL")
+    with pytest.raises(AssertionError, match="the faster way"):
+        matmul.linear(x, w, None, out)
+
+
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 @pytest.mark.parametrize("shape", [(70, 33, 5000), (1, 1, 1), (3, 7, 31)])
 def test_widened_products_round_once(monkeypatch, dtype, shape):

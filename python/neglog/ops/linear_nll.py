@@ -195,7 +195,7 @@ class Tiles:
     def spread(self, of_counted: Tensor, rows: int) -> Tensor:
         """Numbers of the counted rows among all rows; 0 for the others."""
         if self.kept is not None:
-            return torch.where(self.kept.squeeze(1), of_counted, 0)
+            return of_counted.masked_fill(~self.kept.squeeze(1), 0)
         if self.rows is None:
             return of_counted
         return of_counted.new_zeros(rows).index_copy_(0, self.rows, of_counted)

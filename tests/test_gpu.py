@@ -1,0 +1,140 @@
+"""What only a GPU can show: graphs, streams, devices, memory. Collected where there is one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import neglog
+from neglog import dispatch
+
+DEVICES = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+
+
+def draw(*shape, device, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+
+
+def labels(rows, classes, device, ignored=False):
+    target = torch.arange(rows, device=device) * 7919 % classes
+    return torch.where(target % 5 == 0, -100, target) if ignored else target
+
+
+def cross_entropy(x, w, target):
+    return neglog.cross_entropy(x @ w.t(), target)
+
+
+def masked(x, w, target):
+    return neglog.masked_cross_entropy(x @ w.t(), target.clamp(min=0), target != -100)
+
+
+def linear(x, w, target):
+    return neglog.linear_cross_entropy(x, w, target, options={"workspace_mb": 0.5})
+
+
+def clip(x, w, target):
+    return neglog.clip_loss(F.normalize(x), F.normalize(w[: len(x)]), 20.0)
+
+
+def siglip(x, w, target):
+    return neglog.siglip_loss(F.normalize(x), F.normalize(w[: len(x)]), 20.0, -5.0)
+
+
+LOSSES = (cross_entropy, masked, linear, clip, siglip)
+
+
+@pytest.fixture(params=LOSSES, ids=lambda loss: loss.__name__)
+def loss(request):
+    return request.param
+
+
+def inputs(device, seed=0):
+    """Large enough for the kernels: 800 x 1000."""
+    return (
+        draw(800, 32, device=device, seed=seed),
+        draw(1000, 32, device=device, seed=seed + 1),
+        labels(800, 1000, device, ignored=True),
+    )
+
+
+def value_and_gradients(loss, x, w, target):
+    made = loss(x, w, target)
+    return made, *torch.autograd.grad(made, (x, w), allow_unused=True, materialize_grads=True)
+
+
+def test_a_graph_is_captured_and_replayed(loss):
+    x, w, target = inputs("cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            value_and_gradients(loss, x, w, target)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = value_and_gradients(loss, x, w, target)
+    other = inputs("cuda", seed=5)
+    with torch.no_grad():
+        for held, new in zip((x, w), other[:2], strict=True):
+            held.copy_(new)
+    target.copy_(target.roll(3))
+    graph.replay()
+    expected = value_and_gradients(loss, *other[:2], target)
+    # While a graph is captured all rows are multiplied: other shapes, other roundings.
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_another_stream_is_waited_for_by_nobody_else(loss):
+    x, w, target = inputs("cuda")
+    expected = value_and_gradients(loss, x, w, target)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # on this stream alone: what ran elsewhere would be early
+        late = inputs("cuda")
+        found = value_and_gradients(loss, *late)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_runs_its_own(loss, device):
+    with dispatch.record() as ran:
+        found = value_and_gradients(loss, *inputs(device))
+    assert {one.rpartition(":")[2] for one in ran} == {"cuda"}
+    assert {str(part.device) for part in found} == {device}
+    expected = value_and_gradients(loss, *inputs("cpu"))
+    torch.testing.assert_close([part.cpu() for part in found], list(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_bits_repeat(loss):
+    runs = [value_and_gradients(loss, *inputs("cuda")) for _ in range(3)]
+    for other in runs[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocab", [32000, 50257, 128256, 262144])
+def test_rows_on_chip(dtype, vocab):
+    """In place, where a row lies in the shared memory of one block or of a cluster."""
+    logits = draw(300, vocab, device="cuda", dtype=dtype).detach()
+    target = labels(300, vocab, "cuda", ignored=True)
+    leaf = logits.clone().requires_grad_()
+    expected = torch.autograd.grad(F.cross_entropy(leaf.double(), target), leaf)[0]
+    ours = logits.clone().requires_grad_()
+    loss = neglog.cross_entropy(ours * 1, target, inplace_backward=True)
+    (found,) = torch.autograd.grad(loss, ours)
+    assert (found.double() - expected.double()).norm() <= 4e-3 * expected.double().norm()
+
+
+def test_linear_needs_one_tile_of_memory():
+    x = draw(4096, 512, device="cuda", dtype=torch.bfloat16)
+    w = draw(64000, 512, device="cuda", dtype=torch.bfloat16)
+    target = labels(4096, 64000, "cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    neglog.linear_cross_entropy(x, w, target, options={"workspace_mb": 64}).backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    gradients = x.nbytes + w.nbytes
+    # The tile, the weight's gradient in float32 while tiles add to it, and what a step rounds.
+    assert extra <= (64 << 20) + 2 * w.nbytes + 3 * gradients
