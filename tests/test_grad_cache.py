@@ -1,6 +1,6 @@
 """cached_step, Queue and the modules."""
 
-from collections import UserDict
+from collections import UserDict, defaultdict
 from typing import NamedTuple
 
 import pytest
@@ -271,6 +271,9 @@ def test_a_mapping_keeps_its_type():
     inputs = (Named({"ids": normal(6, 6)}), Named({"ids": normal(6, 6, seed=1)}))
     found = neglog.cached_step(lambda x: encode(x.ids), inputs, neglog.info_nce, chunk_size=4)
     expected = whole(lambda x: encode(x.ids), inputs, neglog.info_nce)
+    torch.testing.assert_close(found, expected)
+    bare = tuple(defaultdict(list, x) for x in inputs)
+    found = neglog.cached_step(lambda x: encode(x["ids"]), bare, neglog.info_nce, chunk_size=4)
     torch.testing.assert_close(found, expected)
 
 

@@ -188,7 +188,7 @@ def masked_cross_entropy(
     if is_probabilities(input, target):
         target = rows_of_last_axis(target)
         traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        way = _masked_in_place if traced else _masked_taken_out
+        way = _masked_zeroed if traced else _masked_taken_out
         result = way(logits, target, counted, weight, options)
         return by_row(result, lambda x: x.view(shape), reduction)
     labels = torch.where(counted, target.reshape(-1).long(), MASKED)
@@ -215,10 +215,10 @@ def _masked_taken_out(
     return by_row(result, put_back, options["reduction"])
 
 
-def _masked_in_place(
+def _masked_zeroed(
     logits: Tensor, target: Tensor, counted: Tensor, weight: Any, options: dict
 ) -> Any:
-    """The same where no size may depend on data: under torch.compile and torch.func."""
+    """The same with all rows, where no size may depend on data: torch.compile and torch.func."""
     real, dtype = real_dtype(logits.dtype), _loss_dtype(logits, logits)
     kept, num_items, reduction = counted[:, None], options["num_items"], options["reduction"]
     alone = options | {"reduction": "none", "num_items": None}

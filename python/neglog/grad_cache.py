@@ -189,7 +189,9 @@ def _part(given: Any, rows: slice) -> Any:
         return given[rows]
     if isinstance(given, Mapping):
         parts = {name: _part(value, rows) for name, value in given.items()}
-        # A tokenizer's BatchEncoding has names for its entries, which an encoder may use.
-        return parts if type(given) is dict else type(given)(parts)  # type: ignore[call-arg]
+        try:  # a tokenizer's BatchEncoding has names for its entries, which an encoder may use
+            return type(given)(parts)  # type: ignore[call-arg]
+        except TypeError:  # as of a defaultdict, which is not made of its entries
+            return parts
     listed = [_part(value, rows) for value in given]
     return type(given)(*listed) if hasattr(given, "_fields") else type(given)(listed)
