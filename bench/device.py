@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -58,8 +59,9 @@ def measured(name: str, runs: Runs, amount: float, unit: str) -> list[dict]:
         try:
             ms = milliseconds(run)
             row = {"ms": ms, unit: amount / ms * 1e3, "peak MB": peak_megabytes(run)}
-        except torch.cuda.OutOfMemoryError:
+        except Exception as error:  # the others are measured all the same
             torch.cuda.empty_cache()
+            print(f"{name}, {way}: {type(error).__name__}: {error}", file=sys.stderr)
             row = {"ms": float("inf"), unit: 0.0, "peak MB": float("inf")}
         rows.append({"case": name, "way": way, **row})
         print(rows[-1], flush=True)
@@ -70,6 +72,7 @@ def nll(rows: int, vocab: int, dtype: torch.dtype) -> list[dict]:
     """One read forward; forward and gradient 2 reads and 1 write, in place 1 and 1."""
     logits = torch.randn(rows, vocab, device="cuda", dtype=dtype)
     leaf = logits.clone().requires_grad_()
+    torch._dynamo.reset()  # each shape compiles anew, and eight of a function are the most
     target = torch.randint(vocab, (rows,), device="cuda")
     other = torch.empty_like(logits)
     values = (MEAN, -100, 0.0, 1.0, 0.0, 0.0)
@@ -85,6 +88,7 @@ def nll(rows: int, vocab: int, dtype: torch.dtype) -> list[dict]:
         return ops.nll_(other, target, None, None, *values, False, "")
 
     other.copy_(logits)
+    with_compile = dtype == torch.bfloat16  # a compilation takes seconds
     forward = {
         "torch eager": lambda: F.cross_entropy(logits, target),
         "torch.compile": lambda: compiled(logits, target),
@@ -95,6 +99,8 @@ def nll(rows: int, vocab: int, dtype: torch.dtype) -> list[dict]:
         "torch.compile": gradient(compiled),
         "neglog": gradient(neglog.cross_entropy),
     }
+    if not with_compile:
+        del forward["torch.compile"], both["torch.compile"]
     return [
         *measured(name, {"copy": lambda: leaf.data.clone()}, 2 * gigabytes, "GB/s"),
         *measured(f"nll {name} forward", forward, gigabytes, "GB/s"),
@@ -158,6 +164,30 @@ def table(rows: list[dict]) -> None:
               f"{row['peak MB']:>9.0f} MB")  # fmt: skip
 
 
+def cases(small: bool) -> list[Callable[[], list[dict]]]:
+    return [
+        matmul,
+        *(partial(linear, *shape) for shape in (SMALL_LINEAR if small else LINEAR_SHAPES)),
+        *(partial(clip, *shape) for shape in (SMALL_CLIP if small else CLIP_SHAPES)),
+        *(
+            partial(nll, *shape, dtype)
+            for dtype in (torch.bfloat16, torch.float32)
+            for shape in (SMALL_NLL if small else NLL_SHAPES)
+        ),
+    ]
+
+
+def write(path: str, rows: list[dict]) -> None:
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "CUDA": torch.version.cuda,
+                     "neglog": neglog.__version__},
+        "rows": rows,
+    }  # fmt: skip
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=1)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json")
@@ -168,25 +198,12 @@ def main() -> int:
         why = "torch finds no CUDA device" if state.usable else state.why
         print(f"bench/device.py: nothing to time: {why}", file=sys.stderr)
         return 2
-    small = options.small
-    rows = matmul()
-    for shape in SMALL_NLL if small else NLL_SHAPES:
-        for dtype in (torch.bfloat16, torch.float32):
-            rows += nll(*shape, dtype)
-    for shape in SMALL_LINEAR if small else LINEAR_SHAPES:
-        rows += linear(*shape)
-    for shape in SMALL_CLIP if small else CLIP_SHAPES:
-        rows += clip(*shape)
-    report = {
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "CUDA": torch.version.cuda,
-                     "neglog": neglog.__version__},
-        "rows": rows,
-    }  # fmt: skip
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-    print(f"\n{report['device']}, torch {torch.__version__}")
+    rows: list[dict] = []
+    for case in cases(options.small):
+        rows += case()
+        if options.json:  # after each: what comes later may be cut off
+            write(options.json, rows)
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
     table(rows)
     return 0
 

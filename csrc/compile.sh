@@ -5,7 +5,8 @@
 #
 # Needs nvcc 12.8 or later (13.0 is what CI has) and torch's headers, those of a CPU torch too: the
 # stable ABI asks for no CUDA build. --if-available: say so and succeed where nvcc is missing.
-# --strict: fail on a register spill, and on any warning of the host compiler.
+# --strict: fail on a register spill, on any warning of the host compiler, and on a library that would
+# not load.
 # PYTHON, NVCC and ARCHITECTURES may be set from outside.
 set -eu
 
@@ -41,14 +42,20 @@ for architecture in $architectures; do
 done
 
 # USE_CUDA shows the stable ABI's CUDA half; the version is the oldest torch the binary serves, 2.10.
-objects=
+jobs=
 for source in "$here"/*.cu; do
     stem=$(basename "$source" .cu)
     # shellcheck disable=SC2086
     "$nvcc" -std=c++20 -O3 $targets --threads 0 \
         -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
         -Xcompiler -fPIC,-fvisibility=hidden,$warnings -Xptxas -v \
-        $includes -c "$source" -o "$out/$stem.o" >"$out/$stem.log" 2>&1 || {
+        $includes -c "$source" -o "$out/$stem.o" >"$out/$stem.log" 2>&1 &
+    jobs="$jobs $!:$stem"
+done
+objects=
+for job in $jobs; do
+    stem=${job#*:}
+    wait "${job%%:*}" || {
         grep -v "^ptxas info" "$out/$stem.log" >&2
         exit 1
     }
@@ -58,9 +65,16 @@ for source in "$here"/*.cu; do
     fi
     objects="$objects $out/$stem.o"
 done
-# CUDA's own symbols of torch are resolved when the module is loaded into a CUDA build of it.
+# CUDA's own symbols of torch are resolved when the module is loaded into a CUDA build of it, by way of
+# libtorch.so. It defines nothing itself, so the linker would leave it out, and the module not load.
 # shellcheck disable=SC2086
-"$nvcc" -shared $objects -o "$out/neglog_cuda.so" $libraries -ltorch -ltorch_cpu -lc10
+"$nvcc" -shared -Xlinker --no-as-needed $objects -o "$out/neglog_cuda.so" \
+    $libraries -ltorch -ltorch_cpu -lc10
+if [ "$strict" = yes ] && command -v readelf >/dev/null 2>&1 &&
+    ! readelf -d "$out/neglog_cuda.so" | grep -q 'NEEDED.*\[libtorch\.so\]'; then
+    echo "csrc/compile.sh: $out/neglog_cuda.so does not ask for libtorch.so, and would not load" >&2
+    exit 1
+fi
 
 kernels=$(cat "$out"/*.log | grep -c "Compiling entry function" || true)
 echo "csrc/compile.sh: $kernels kernels for sm_${architectures}, linked: $out/neglog_cuda.so"

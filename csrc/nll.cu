@@ -510,8 +510,8 @@ void launch_rows(void (*kernel)(Problem<S>, Parameters...), const Call& call, co
 }
 
 constexpr int64_t kShortestOnChip = 32 << 10;
-// Of a block, so that two or three of them share a processor's memory, and one loads while another
-// stores; then what one block may have where clusters are.
+// Of a block, so that two of them share a multiprocessor's memory, and one loads while another stores;
+// then of one that has it alone.
 constexpr int64_t kSliceBytes = 72 << 10, kLargestSliceBytes = 200 << 10;
 constexpr int kMostParts = 8;  // that every device with clusters takes
 
@@ -524,11 +524,12 @@ template <class S>
 int parts_on_chip(const Problem<S>& p, const Output<real_of<S>>& o, const Call& call) {
     const int64_t bytes = p.vocab * int64_t(sizeof(S));
     if (!p.target || p.label_smoothing != 0 || o.correct || bytes < kShortestOnChip) return 0;
-    if (slice_bytes(bytes, 1) <= kSliceBytes) return 1;
-    if (!has_clusters(call)) return 0;
-    for (int parts = 2; parts <= kMostParts; parts *= 2)
-        if (slice_bytes(bytes, parts) <= kSliceBytes) return parts;
-    return slice_bytes(bytes, kMostParts) <= kLargestSliceBytes ? kMostParts : 0;
+    const int64_t most = most_dynamic_shared(call), usual = std::min(kSliceBytes, most);
+    const int most_parts = has_clusters(call) ? kMostParts : 1;
+    for (int parts = 1; parts <= most_parts; parts *= 2)
+        if (slice_bytes(bytes, parts) <= usual) return parts;
+    const bool alone = slice_bytes(bytes, kMostParts) <= std::min(kLargestSliceBytes, most);
+    return most_parts == kMostParts && alone ? kMostParts : 0;
 }
 
 template <class S>

@@ -54,6 +54,7 @@ void launch_clusters(void (*kernel)(Parameters...), const Call&, int64_t blocks,
 }
 
 inline bool has_clusters(const Call&) { return true; }
+inline int64_t most_dynamic_shared(const Call&) { return 226 << 10; }
 #else
 #define NEGLOG_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(neglog, CUDA, library)
 
@@ -81,12 +82,28 @@ void launch(void (*kernel)(Parameters...), const Call& call, int64_t blocks, int
     STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// In clusters of `parts` blocks, each with dynamic shared memory; alone where `parts` is 1.
+inline int device_attribute(const Call& call, cudaDeviceAttr attribute) {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, call.device));
+    return value;
+}
+
+inline bool has_clusters(const Call& call) {
+    return device_attribute(call, cudaDevAttrComputeCapabilityMajor) >= 9;
+}
+
+// What a block may ask for beside the kilobyte that its kernel has at most by itself.
+inline int64_t most_dynamic_shared(const Call& call) {
+    return device_attribute(call, cudaDevAttrMaxSharedMemoryPerBlockOptin) - (1 << 10);
+}
+
+// In clusters of `parts` blocks, each with dynamic shared memory; alone where `parts` is 1. The
+// kernel's limit is always set to the same: two threads of the host share it.
 template <class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), const Call& call, int64_t blocks, int threads,
                      int parts, int64_t shared_bytes, Arguments... arguments) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        int(shared_bytes)));
+                                        int(most_dynamic_shared(call))));
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = unsigned(parts);
@@ -99,13 +116,6 @@ void launch_clusters(void (*kernel)(Parameters...), const Call& call, int64_t bl
     config.attrs = &cluster;
     config.numAttrs = parts > 1;
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
-}
-
-inline bool has_clusters(const Call& call) {
-    int major = 0;
-    STD_CUDA_CHECK(
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.device));
-    return major >= 9;
 }
 #endif
 

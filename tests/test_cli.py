@@ -99,7 +99,7 @@ def test_bench_small_suite(dtype, capsys):
 def test_a_wrong_gradient_is_no_match():
     shape = {"rows": 200, "vocab": 1000}
     made = problem(shape, "float32", 0)
-    eager = contenders(False, shape)[0]
+    eager = contenders(False, shape, "float32")[0]
     verify(eager, made)
     wrong = eager._replace(loss=lambda x, t: eager.loss(x, t) + 1e-3 * x[0, 0])
     with pytest.raises(Mismatch, match="off the float64 oracle"):

@@ -127,4 +127,4 @@ def test_modules_refuse_unknown_options(kind):
     with pytest.raises(TypeError, match=f"{kind}: got an unexpected argument 'foo'"):
         getattr(neglog.nn, kind)(foo=1)
     copied = copy.deepcopy(getattr(neglog.nn, kind)(torch.nn.Parameter(torch.tensor(0.5))))
-    assert [float(p) for p in copied.parameters()] == [0.5]
+    assert [p.item() for p in copied.parameters()] == [0.5]

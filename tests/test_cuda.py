@@ -608,7 +608,7 @@ def test_linear_nll_while_a_graph_is_captured(device, dtype, reduction, stats, m
         return *outputs, *grads
 
     expected = run()
-    monkeypatch.setattr(linear_nll_cuda, "_capturing", lambda: True)
+    monkeypatch.setattr(linear_nll_cuda, "_capturing", lambda device: True)
     with Waits():
         found = run()
     for one, other in zip(found, expected, strict=True):

@@ -294,7 +294,10 @@ def _nll(
         if target.dim() == 1 and not torch.compiler.is_compiling():
             check_range(logits, target, options[1])
         loss, lse, _, correct, entropy = nll_composite.nll(*problem, *options)
-    elif inplace_backward and _may_overwrite(logits, target):
+        return loss, lse, correct, entropy
+    if logits.is_cuda:  # the others' ops say so themselves
+        dispatch.ran("nll", "cuda")
+    if inplace_backward and _may_overwrite(logits, target):
         loss, lse, correct, entropy = InplaceNLL.apply(*problem, *options, backend or "")
     else:
         loss, lse, correct, entropy = nll(*problem, *options, backend or "")

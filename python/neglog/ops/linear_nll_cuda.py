@@ -24,8 +24,11 @@ from neglog.ops.nll import MEAN, NONE, Options, divides_late, library, real_dtyp
 ops = torch.ops.neglog
 
 
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _total_weight(target: Tensor, weight: Tensor | None, ignored: int, real: torch.dtype) -> Tensor:
@@ -47,7 +50,7 @@ def _forward(
     divisor = num_items
     if divisor is None:
         divisor = _total_weight(target, weight, options.ignore_index, real)
-    tiles = Tiles(head, target, options.ignore_index, workspace, not _capturing())
+    tiles = Tiles(head, target, options.ignore_index, workspace, not _capturing(input.device))
     gradients = Gradients(tiles, wanted, filter_eps) if any(wanted) else None
     late = divides_late(input)
     largest = 1 / divisor if options.reduction == MEAN and not late else 1.0
@@ -89,7 +92,7 @@ def _backward(
         return ready
     dispatch.ran("linear_nll_backward", "cuda")
     head, weight = contiguous(Head(input, linear_weight, linear_bias), weight)
-    tiles = Tiles(head, target, options.ignore_index, workspace, not _capturing())
+    tiles = Tiles(head, target, options.ignore_index, workspace, not _capturing(input.device))
     upstream = grad_loss / total_weight if options.reduction == MEAN else grad_loss
     upstream = upstream.expand(len(target))
     gradients = Gradients(tiles, wanted, filter_eps)
