@@ -7,6 +7,7 @@ from torch._subclasses import FakeTensorMode
 
 import neglog
 from neglog import dispatch, matmul
+from neglog.ops import linear_nll
 
 KERNELS = [state.name for state in dispatch.describe() if state.usable and state.name != "torch"]
 SHORT = [torch.bfloat16, torch.float16]
@@ -189,6 +190,29 @@ def test_the_faster_tile_is_chosen(monkeypatch, dtype, wide):
         matmul.wide_is_faster.cache_clear()
     assert matmul.tile_dtype(x.double()) == torch.float64
     assert matmul.tile_dtype(x.to("meta")) == dtype
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "wide", "learns", "once"),
+    [
+        (300, torch.bfloat16, False, True, True),  # 0.6 MB of logits: the sum would have 0.128
+        (300, torch.bfloat16, False, False, False),
+        (400, torch.bfloat16, False, True, False),
+        (300, torch.bfloat16, True, True, False),
+        (300, torch.float16, False, True, False),  # divided in the backward, from a wide sum
+        (100, torch.float32, False, True, True),
+    ],
+)
+def test_one_tile_has_the_memory_it_saves(monkeypatch, rows, dtype, wide, learns, once):
+    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: wide)
+    x, w = draw((rows, 32), (1000, 32), dtype=dtype)
+    target = torch.zeros(rows, dtype=torch.int64)
+    tiles = linear_nll.Tiles(linear_nll.Head(x, w, None), target, -100, 500_000, learns)
+    gradients = linear_nll.Gradients(tiles, [True, learns, False], 0.0)
+    assert tiles.once == once
+    assert len(list(tiles)) == (1 if once else -(-rows // tiles.height))
+    if learns:
+        assert gradients.weight.dtype == (dtype if once else torch.float32)
 
 
 def test_the_choice_can_be_made_while_torch_traces():

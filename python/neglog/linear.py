@@ -81,7 +81,8 @@ def linear_cross_entropy(
 
     Options:
         workspace_mb: megabytes for the logits of one tile; otherwise NEGLOG_WORKSPACE_MB, else 64,
-            on CUDA 1024.
+            on CUDA 1024. In bfloat16 a single tile for all rows may have besides it the memory of
+            the float32 sum of linear_weight's gradient, which it makes needless.
         filter_eps: number, or "auto" for a 32nd of the dtype's eps (2**-12 in bfloat16). The
             gradients of a tile of rows against a class are left out if each is smaller than
             filter_eps times g, the largest gradient of any row's loss (1 / divisor for "mean").

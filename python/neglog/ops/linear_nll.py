@@ -101,13 +101,10 @@ class Gradients:
     def __init__(self, tiles: Tiles, wanted: list[bool], filter_eps: float) -> None:
         head = tiles.head
         real = real_dtype(head.input.dtype)
-        once = (
-            tiles.one and tiles.logits.dtype == head.weight.dtype and not divides_late(head.input)
-        )
         new = head.input.new_zeros
         self.input = new(head.input.shape if wanted[0] else 0)
         self.weight = new_memory(
-            head.weight.shape if wanted[1] else (0,), head.weight, None if once else real
+            head.weight.shape if wanted[1] else (0,), head.weight, None if tiles.once else real
         )
         self.bias = new(head.vocab if wanted[2] else 0, dtype=real)
         self.wanted = wanted
@@ -165,9 +162,13 @@ class Tiles:
     """The rows that count, tile by tile: their input, and a workspace that holds their logits."""
 
     def __init__(
-        self, head: Head, target: Tensor, ignore_index: int, workspace: int, compact: bool = True
-    ) -> None:
-        """Not compact: the rows that do not count stay, as zeros."""
+        self, head: Head, target: Tensor, ignore_index: int, workspace: int, learns: bool,
+        compact: bool = True,
+    ) -> None:  # fmt: skip
+        """learns: the weight's gradient is wanted. Not compact: rows that do not count stay, as 0.
+
+        once: one tile, whose product is rounded to the weight's gradient, with no wider sum beside.
+        """
         self.head = head
         counted = target != ignore_index
         self.kept = None if compact else counted[:, None]
@@ -177,8 +178,14 @@ class Tiles:
         self.target = (target if self.rows is None else target[self.rows]).contiguous()
         dtype = matmul.tile_dtype(head.input)
         row = head.vocab * dtype.itemsize
-        self.height = tiling.rows_per_tile(len(self.target), row, workspace)
-        self.one = len(self.target) <= self.height
+        rows = len(self.target)
+        self.height = tiling.rows_per_tile(rows, row, workspace)
+        self.once = dtype == head.weight.dtype and not divides_late(head.input)
+        # A single tile may have the memory of the sum that it makes needless.
+        spared = head.weight.numel() * real_dtype(dtype).itemsize if dtype.itemsize == 2 else 0
+        if self.once and learns and rows * row <= workspace + spared:
+            self.height = rows
+        self.once = self.once and rows <= self.height
         self.logits = new_memory((self.height, head.vocab), head.input, dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor | slice, Tensor, Tensor]]:
@@ -281,7 +288,7 @@ def _linear_nll_cpu(
     head, weight = contiguous(Head(input, linear_weight, linear_bias), weight)
     divisor = _total_weight(kernel, head, target, weight, options.ignore_index)
     divisor = divisor if num_items is None else float(num_items)
-    tiles = Tiles(head, target, options.ignore_index, workspace)
+    tiles = Tiles(head, target, options.ignore_index, workspace, wanted[1])
     rows = _empty_rows(head, len(tiles.target), stats)
     gradients = Gradients(tiles, wanted, filter_eps) if any(wanted) else None
     late = divides_late(input)
@@ -319,7 +326,7 @@ def _linear_nll_backward_cpu(
         return ready
     kernel = _kernel("linear_nll_backward", backend)
     head, weight = contiguous(Head(input, linear_weight, linear_bias), weight)
-    tiles = Tiles(head, target, options.ignore_index, workspace)
+    tiles = Tiles(head, target, options.ignore_index, workspace, wanted[1])
     rows = _empty_rows(head, len(tiles.target), False)
     upstream = grad_loss / total_weight if options.reduction == MEAN else grad_loss
     upstream = Upstream(upstream.expand(len(target)), grad_lse)

@@ -50,7 +50,8 @@ def _forward(
     divisor = num_items
     if divisor is None:
         divisor = _total_weight(target, weight, options.ignore_index, real)
-    tiles = Tiles(head, target, options.ignore_index, workspace, not _capturing(input.device))
+    compact = not _capturing(input.device)
+    tiles = Tiles(head, target, options.ignore_index, workspace, wanted[1], compact)
     gradients = Gradients(tiles, wanted, filter_eps) if any(wanted) else None
     late = divides_late(input)
     largest = 1 / divisor if options.reduction == MEAN and not late else 1.0
@@ -92,7 +93,8 @@ def _backward(
         return ready
     dispatch.ran("linear_nll_backward", "cuda")
     head, weight = contiguous(Head(input, linear_weight, linear_bias), weight)
-    tiles = Tiles(head, target, options.ignore_index, workspace, not _capturing(input.device))
+    compact = not _capturing(input.device)
+    tiles = Tiles(head, target, options.ignore_index, workspace, wanted[1], compact)
     upstream = grad_loss / total_weight if options.reduction == MEAN else grad_loss
     upstream = upstream.expand(len(target))
     gradients = Gradients(tiles, wanted, filter_eps)
