@@ -49,5 +49,5 @@ if command -v compute-sanitizer >/dev/null 2>&1; then
 else
     echo "compute-sanitizer: not on this machine"
 fi
-sed -n '/^$/,$p' "$out/bench.log" | tail -n 60 # the table, or what stopped it
+tail -n 60 "$out/bench.log" # the table, or what stopped it
 exit $status

@@ -107,6 +107,12 @@ __device__ real_of<S> target_score(const Problem<S>& p, int64_t row) {
     return p.cap.score(widen(logits_of(p, row)[class_of(p, row)]));
 }
 
+// 0 where the row has no class: it is ignored, or its target is a distribution.
+template <class S>
+__device__ real_of<S> target_score_or_0(const Problem<S>& p, int64_t row) {
+    return p.target && !ignored(p, row) ? target_score(p, row) : real_of<S>(0);
+}
+
 // What multiplies each log-probability besides the target's own: w_c, or w_c q'_c.
 template <class S, int n>
 __device__ void mass(const Problem<S>& p, int64_t row, int64_t column, real_of<S> (&a)[n]) {
@@ -218,7 +224,7 @@ __device__ Lse<real_of<S>> row_forward(const Problem<S>& p, const Output<real_of
     if (counted || o.correct) {
         const auto state = row_state(p, row);
         lse = finish(state);
-        if (counted) loss = row_loss(p, row, lse, p.target ? target_score(p, row) : real_of<S>(0));
+        if (counted) loss = row_loss(p, row, lse, target_score_or_0(p, row));
         if (o.correct) row_statistics(p, o, row, state.maximum, lse);
     }
     if (threadIdx.x == 0) {
@@ -395,8 +401,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
             continue;
         }
         const Lse<real_of<S>> saved = {lse[row], lse_low[row]};
-        const bool of_class = p.target && !ignored(p, row);
-        const auto z = of_class ? target_score(p, row) : real_of<S>(0);
+        const auto z = target_score_or_0(p, row);
         const auto f = row_factors(p, row, saved, z, up.loss[row] * scale, grad_lse, weights);
         row_gradient<kInFlight>(p, row, saved, f, out_row);
     }
@@ -414,8 +419,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     const double weights = weight_sum(p);
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const auto lse = row_forward(p, o, row);
-        const bool of_class = p.target && !ignored(p, row);
-        const auto z = of_class ? target_score(p, row) : real_of<S>(0);
+        const auto z = target_score_or_0(p, row);
         const auto f = row_factors(p, row, lse, z, scale, 0, weights);
         __syncthreads();  // no thread still reads another's part of the row, the target's logit say
         S* const out_row = logits + row * p.logits_stride;

@@ -63,7 +63,7 @@ def _forward(
         similarity = place.filled(down, across)
         tiles.sigmoid(similarity, down, across, loss, slopes)
         sums.add(similarity, down, across)
-    if not len(query) or not key.shape[0]:
+    if not len(query) or not len(key):
         sums.by_row.zero_()
         sums.by_column.zero_()
     formed = sums.finished([*wanted[:3]], 1.0, pairs.real)

@@ -62,10 +62,14 @@ def _eager(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
+def backend_of(small: bool) -> str:
+    """What runs a loss that is handed to torch where it is small."""
+    return dispatch.forced() or (None if small else dispatch.kernel_backend()) or "torch"
+
+
 def default_backend(shape: Shape) -> str:
     """What runs neglog.cross_entropy of such logits."""
-    small = shape["rows"] * shape["vocab"] < dispatch.CROSSOVER
-    return dispatch.forced() or (None if small else dispatch.kernel_backend()) or "torch"
+    return backend_of(shape["rows"] * shape["vocab"] < dispatch.CROSSOVER)
 
 
 def contenders(compiled: bool, shape: Shape, dtype: str) -> list[Contender]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import neglog
-from neglog import dispatch, linear, matmul, reference
+from neglog import linear, matmul, reference
 from neglog.benchmark.cases import Contender, Problem, Shape, Spec, Truth
-from neglog.benchmark.cases.cross_entropy import CHECKED_ROWS, IGNORED
+from neglog.benchmark.cases.cross_entropy import CHECKED_ROWS, IGNORED, backend_of
 
 MODEL = "3 matmuls of rows x features x vocab, 2 operations each"
 
@@ -74,8 +74,7 @@ def _chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def contenders(compiled: bool, shape: Shape, dtype: str) -> list[Contender]:
     """Logits in memory first; each does the same three matmuls."""
     rows, vocab = (torch.empty(shape[n], 0, dtype=getattr(torch, dtype)) for n in ("rows", "vocab"))
-    small = matmul.few(rows, vocab, linear.FEW)
-    runs = dispatch.forced() or (None if small else dispatch.kernel_backend()) or "torch"
+    runs = backend_of(matmul.few(rows, vocab, linear.FEW))
     found = [Contender("eager", "torch eager", _eager, 1)]
     if compiled:
         compiled_loss = torch.compile(_eager, fullgraph=True, dynamic=False)

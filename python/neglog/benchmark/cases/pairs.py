@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neglog import comparison, dispatch, matmul
+from neglog import comparison, matmul
 from neglog.benchmark.cases import Problem, Shape, Spec, Truth
+from neglog.benchmark.cases.cross_entropy import backend_of
 
 CHECKED_ROWS = 64
 CHUNK = 1024  # rows of the oracle's matrix at once
@@ -104,5 +105,4 @@ def problem_of(
 def default_backend(shape: Shape, dtype: str) -> str:
     """What runs such a loss."""
     like = torch.empty(shape["rows"], 0, dtype=getattr(torch, dtype))
-    small = matmul.few(like, like, comparison.FEW)
-    return dispatch.forced() or (None if small else dispatch.kernel_backend()) or "torch"
+    return backend_of(matmul.few(like, like, comparison.FEW))
