@@ -54,6 +54,21 @@ inline __half __float2half_rn(float x) { return __half(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 
+namespace neglog::emulated {
+
+// As inexact as the device's may be, and as it 0 below the smallest normal number.
+inline float power_of_two(float x) {
+    const float y = std::exp2(x);
+    uint32_t bits;
+    std::memcpy(&bits, &y, sizeof(bits));
+    if (std::isfinite(y)) bits &= y < 0x1p-126f ? 0 : ~3u;
+    float rounded;
+    std::memcpy(&rounded, &bits, sizeof(bits));
+    return rounded;
+}
+
+}  // namespace neglog::emulated
+
 using std::exp;
 using std::expm1;
 using std::fabs;
@@ -255,6 +270,19 @@ inline int __syncthreads_or(int vote) {
     __syncthreads();
     return any;
 }
+
+inline int __all_sync(unsigned, int vote) {
+    using namespace neglog::emulated;
+    block->slots[threadIdx.x] = vote != 0;
+    wait(own_warp());
+    const unsigned first = threadIdx.x / kLanesOfWarp * kLanesOfWarp;
+    int all = 1;
+    for (unsigned lane = 0; lane < kLanesOfWarp; ++lane) all &= int(block->slots[first + lane]);
+    wait(own_warp());
+    return all;
+}
+
+inline int __any_sync(unsigned warp, int vote) { return !__all_sync(warp, !vote); }
 
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {

@@ -2,7 +2,8 @@
 // and the walk itself. Knows no framework.
 //
 // Precision: float, __nv_bfloat16 and __half are computed in float, double in double, with the
-// accurate exp, log, tanh and expm1 (never -use_fast_math). Sums over a block are made in double.
+// accurate log, tanh and expm1 (never -use_fast_math), and for float and double the accurate exp. Sums
+// over a block are made in double.
 
 #pragma once
 
@@ -21,12 +22,23 @@
 namespace neglog {
 
 constexpr int kMaxThreads = 512;
-// Of a block that walks rows, two of which a multiprocessor's registers hold: one loads while the
-// other reduces.
-constexpr int kRowThreads = 256, kRowBlocks = 2;
+// Of a block that walks rows, of which a multiprocessor's registers hold three, or two that read and
+// then write: one loads while another reduces. With more they spill; sm_100's compiler wants the
+// registers of two.
+constexpr int kRowThreads = 256, kFusedBlocks = 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class S>
+constexpr int kRowBlocks = 2;
+#else
+template <class S>
+constexpr int kRowBlocks = sizeof(S) == 8 ? 2 : 3;
+#endif
+constexpr int kThreadsOfMultiprocessor = 2048;
 constexpr int kWarp = 32;
 constexpr int kVectorBytes = 16;
-constexpr int kInFlight = 4;  // vectors a thread asks for before it uses the first
+// Vectors a thread asks for before it uses the first; doubles want two registers each.
+template <class S>
+constexpr int kInFlight = sizeof(S) == 8 ? 2 : 4;
 
 // Storage and the type computed in
 
@@ -50,6 +62,25 @@ __device__ inline void narrow(float x, float& to) { to = x; }
 __device__ inline void narrow(double x, double& to) { to = x; }
 __device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 __device__ inline void narrow(float x, __half& to) { to = __float2half_rn(x); }
+
+// exp as exact as numbers stored as S: in 16 bits the device's own power of two, off by 2^-22 and by
+// 2^-24 of x. The accurate exp takes six instructions more, with which the walk over 16-bit logits
+// would wait for arithmetic and not for memory (bench/sass.py counts them).
+#ifdef NEGLOG_EMULATED
+inline float power_of_two(float x) { return emulated::power_of_two(x); }
+#else
+__device__ inline float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif
+
+template <class S>
+__device__ real_of<S> exp_of(real_of<S> x) {
+    if constexpr (sizeof(S) == 2) return power_of_two(x * 1.44269504f);
+    else return exp(x);
+}
 
 // A product that no later addition may absorb into an fma. A score z must be the same number in
 // every pass: at z = 1e4 the unrounded product is off by 5e-4 from the one the lse was made of, and
@@ -131,26 +162,35 @@ __device__ int64_t edge_column(const Cut<S>& cut) {
     return threadIdx.x < cut.head ? threadIdx.x : cut.vectors * kLanes<S> + threadIdx.x;
 }
 
-// Calls visit(column, lanes) once for each piece of the row, shared out over the block. Vectors wait
-// as they came: unpacked, each 16-bit element would hold a register.
+// Calls visit(v, bits) once for each of `count` vectors, shared out over the block. Vectors wait as
+// they came: unpacked, each 16-bit element would hold a register.
+template <int in_flight, class Visit>
+__device__ void walk_vectors(const uint4* vectors, int64_t count, Visit visit) {
+    uint4 bits[in_flight];
+    int64_t first = threadIdx.x;
+    for (; first + (in_flight - 1) * blockDim.x < count; first += in_flight * blockDim.x) {
+#pragma unroll
+        for (int u = 0; u < in_flight; ++u) bits[u] = vectors[first + u * blockDim.x];
+#pragma unroll
+        for (int u = 0; u < in_flight; ++u) visit(first + u * blockDim.x, bits[u]);
+    }
+    if (first >= count) return;
+#pragma unroll
+    for (int u = 0; u < in_flight; ++u)
+        if (first + u * blockDim.x < count) bits[u] = vectors[first + u * blockDim.x];
+#pragma unroll
+    for (int u = 0; u < in_flight; ++u)
+        if (first + u * blockDim.x < count) visit(first + u * blockDim.x, bits[u]);
+}
+
+// Calls visit(column, lanes) once for each piece of the row, shared out over the block.
 template <int in_flight, class S, class Visit>
 __device__ void walk(const S* row, int64_t n, Visit visit) {
-    constexpr int lanes = kLanes<S>;
     const Cut<S> cut = cut_at_vectors(row, n);
-    auto vectors = reinterpret_cast<const uint4*>(row + cut.head);
-    for (int64_t first = threadIdx.x; first < cut.vectors; first += in_flight * blockDim.x) {
-        uint4 bits[in_flight];
-#pragma unroll
-        for (int u = 0; u < in_flight; ++u) {
-            const int64_t v = first + u * blockDim.x;
-            if (v < cut.vectors) bits[u] = vectors[v];
-        }
-#pragma unroll
-        for (int u = 0; u < in_flight; ++u) {
-            const int64_t v = first + u * blockDim.x;
-            if (v < cut.vectors) visit(cut.head + v * lanes, unpacked<S>(bits[u]));
-        }
-    }
+    const auto vectors = reinterpret_cast<const uint4*>(row + cut.head);
+    walk_vectors<in_flight>(vectors, cut.vectors, [&](int64_t v, const uint4& bits) {
+        visit(cut.head + v * kLanes<S>, unpacked<S>(bits));
+    });
     const int64_t edge = edge_column(cut);
     if (edge < n) visit(edge, load<S, 1>(row + edge, true));
 }
@@ -169,40 +209,34 @@ __device__ void zero_row(S* row, int64_t n) {
 template <class S>
 int threads_for(int64_t vocab) {
     int threads = kWarp;
-    while (threads < kRowThreads && int64_t(threads) * kInFlight * kLanes<S> < vocab) threads *= 2;
+    while (threads < kRowThreads && int64_t(threads) * kInFlight<S> * kLanes<S> < vocab) threads *= 2;
     return threads;
 }
 
-// From a logit to its score, the z of the formulas, and dz/dx.
-template <class T>
+// From a logit to its score, the z of the formulas. Without a softcap there is no tanh in the loops.
+template <class T, bool capped>
 struct Cap {
-    T logit_scale, softcap;  // softcap 0 for none
+    T logit_scale, softcap;
 
-    __device__ T scaled(T x) const { return rounded_product(x, logit_scale); }
-    __device__ T capped(T z) const { return rounded_product(softcap, tanh(z / softcap)); }
-    __device__ T score(T x) const { return softcap == 0 ? scaled(x) : capped(scaled(x)); }
+    __device__ T operator()(T x) const {
+        const T z = rounded_product(x, logit_scale);
+        if constexpr (capped) return rounded_product(softcap, tanh(z / softcap));
+        else return z;
+    }
+
+    // dz/dx over logit_scale, 1 - tanh^2
+    __device__ T slope(T z) const {
+        if constexpr (!capped) return T(1);
+        const T ratio = z / softcap;
+        return (1 - ratio) * (1 + ratio);
+    }
 };
 
-template <class S, int n>
-__device__ void scores(const Cap<real_of<S>>& cap, const Lanes<S, n>& x, real_of<S> (&z)[n]) {
+template <class S, bool capped, int n>
+__device__ void scores(const Cap<real_of<S>, capped>& cap, const Lanes<S, n>& x,
+                       real_of<S> (&z)[n]) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) z[i] = cap.scaled(widen(x.at[i]));
-    if (cap.softcap == 0) return;
-#pragma unroll
-    for (int i = 0; i < n; ++i) z[i] = cap.capped(z[i]);
-}
-
-// From the gradient of the scores to that of the logits.
-template <class T, int n>
-__device__ void apply_slope(const Cap<T>& cap, const T (&z)[n], T (&grad)[n]) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) grad[i] *= cap.logit_scale;
-    if (cap.softcap == 0) return;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-        const T ratio = z[i] / cap.softcap;  // the cap's derivative is 1 - tanh^2; this is tanh
-        grad[i] *= (1 - ratio) * (1 + ratio);
-    }
+    for (int i = 0; i < n; ++i) z[i] = cap(widen(x.at[i]));
 }
 
 // The online (maximum, sum) state of a log-sum-exp
@@ -225,18 +259,18 @@ __device__ T shift_for(T maximum) {
 }
 
 // fmax passes over a NaN; it reaches the sum through exp.
-template <class T, int n>
+template <class S, class T, int n>
 __device__ void absorb(LogSumExp<T>& state, const T (&z)[n]) {
     T maximum = z[0];
 #pragma unroll
     for (int i = 1; i < n; ++i) maximum = fmax(maximum, z[i]);
     if (maximum > state.maximum) {  // rare after the first few: a branch costs less than the exp
-        state.sum *= exp(state.maximum - maximum);
+        state.sum *= exp_of<S>(state.maximum - maximum);
         state.maximum = maximum;
     }
     const T shift = shift_for(state.maximum);
 #pragma unroll
-    for (int i = 0; i < n; ++i) state.sum += exp(z[i] - shift);
+    for (int i = 0; i < n; ++i) state.sum += exp_of<S>(z[i] - shift);
 }
 
 struct MergeStates {
@@ -355,15 +389,6 @@ __device__ LogSumExp<T> cluster_reduce(const LogSumExp<T>& own, LogSumExp<T>* sl
     LogSumExp<T> all = *of_block(slot, 0);
     for (unsigned part = 1; part < parts; ++part) all = MergeStates{}(all, *of_block(slot, part));
     return all;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    sum_losses(const T* row_loss, int64_t rows, const T* divisor, T* loss) {
-    double sum = 0;
-    for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) sum += row_loss[row];
-    const double total = block_sum(sum);
-    if (threadIdx.x == 0) *loss = T(divisor ? total / double(*divisor) : total);
 }
 
 }  // namespace neglog

@@ -54,6 +54,7 @@ void launch_clusters(void (*kernel)(Parameters...), const Call&, int64_t blocks,
 }
 
 inline bool has_clusters(const Call&) { return true; }
+inline int multiprocessors(const Call&) { return 2; }  // so that blocks take several rows in tests
 inline int64_t most_dynamic_shared(const Call&) { return 226 << 10; }
 #else
 #define NEGLOG_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(neglog, CUDA, library)
@@ -86,6 +87,10 @@ inline int device_attribute(const Call& call, cudaDeviceAttr attribute) {
     int value = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, call.device));
     return value;
+}
+
+inline int multiprocessors(const Call& call) {
+    return device_attribute(call, cudaDevAttrMultiProcessorCount);
 }
 
 inline bool has_clusters(const Call& call) {

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from neglog import cuda, kernels
+from tests.cuda_devices import device, dtype  # noqa: F401 - fixtures, by name
 
 # Every line of it needs a GPU with the kernels on it; bench/device.sh runs it there.
 collect_ignore = [] if cuda.state().usable and torch.cuda.is_available() else ["test_gpu.py"]

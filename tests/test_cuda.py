@@ -1,28 +1,18 @@
 """The CUDA kernels and the schedules over them: on a GPU and, emulated, on the CPU."""
 
-from typing import Any, NamedTuple
-
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neglog
-from neglog import dispatch, kernels, matmul, reference
+from neglog import dispatch, kernels, reference
 from neglog.ops import infonce, infonce_composite, linear_nll_cuda, siglip
 from neglog.ops.infonce_tile import CpuTiles, CudaTiles, Pairs
-from tests import emulated
+from tests.cuda_devices import GRADIENT, LOSS, normal, off, real_of
 
-ON_GPU = (
-    dispatch.kernel_backend(torch.empty(0, device="cuda")) if torch.cuda.is_available() else None
-)
-DEVICES = [*(["emulated"] if emulated.AVAILABLE else []), *(["cuda"] if ON_GPU else [])]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NONE, MEAN, SUM = 0, 1, 2
 INF, NAN = float("inf"), float("nan")
-# Largest errors relative to 1 + the largest number: of losses, and of gradients, rounded once.
-LOSS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
-GRADIENT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 SHAPES = [(1, 1), (2, 7), (7, 31), (5, 257), (3, 2049), (2, 9001)]
 # label_smoothing, logit_scale, softcap, z_loss
 OPTIONS = {
@@ -30,50 +20,6 @@ OPTIONS = {
     "smoothing": (0.1, 1.0, 0.0, 0.0),
     "all": (0.2, 0.7, 5.0, 0.1),
 }
-
-
-class Device(NamedTuple):
-    name: str  # of torch's device
-    ops: Any
-
-
-@pytest.fixture(params=DEVICES)
-def device(request, tmp_path_factory, monkeypatch):
-    """Where tensors lie, and the ops that work there; the schedules over them use those too."""
-    # A GPU's tiles have the dtype of their operands; so have those they are compared with.
-    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: False)
-    if request.param == "cuda":
-        return Device("cuda", torch.ops.neglog)
-    ops = emulated.operators(tmp_path_factory.getbasetemp() / "emulated")
-    monkeypatch.setattr(CudaTiles, "ops", ops)
-    monkeypatch.setattr(linear_nll_cuda, "ops", ops)
-    return Device("cpu", ops)
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
-    return request.param
-
-
-def real_of(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def off(found, expected):
-    """The largest error relative to 1 + the largest finite number; NaN and inf in their places."""
-    found, expected = found.detach().double().cpu(), torch.as_tensor(expected, dtype=torch.float64)
-    assert found.shape == expected.shape
-    assert torch.equal(found.isnan(), expected.isnan())
-    finite = expected.isfinite()
-    assert torch.equal(found[~finite].nan_to_num(), expected[~finite].nan_to_num())
-    if not finite.any():
-        return 0.0
-    difference = (found - expected)[finite].abs().max()
-    return float(difference / (1 + expected[finite].abs().max()))
 
 
 # The functions, on tensors that say they lie on a GPU

@@ -1,0 +1,64 @@
+"""Where the CUDA kernels are tested: on a GPU and, emulated, on the CPU; their error budgets."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from neglog import dispatch, matmul
+from neglog.ops import linear_nll_cuda
+from neglog.ops.infonce_tile import CudaTiles
+from tests import emulated
+
+ON_GPU = (
+    dispatch.kernel_backend(torch.empty(0, device="cuda")) if torch.cuda.is_available() else None
+)
+DEVICES = [*(["emulated"] if emulated.AVAILABLE else []), *(["cuda"] if ON_GPU else [])]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Largest errors relative to 1 + the largest number: of losses, and of gradients, rounded once.
+LOSS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+GRADIENT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+class Device(NamedTuple):
+    name: str  # of torch's device
+    ops: Any
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, tmp_path_factory, monkeypatch):
+    """Where tensors lie, and the ops that work there; the schedules over them use those too."""
+    # A GPU's tiles have the dtype of their operands; so have those they are compared with.
+    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: False)
+    if request.param == "cuda":
+        return Device("cuda", torch.ops.neglog)
+    ops = emulated.operators(tmp_path_factory.getbasetemp() / "emulated")
+    monkeypatch.setattr(CudaTiles, "ops", ops)
+    monkeypatch.setattr(linear_nll_cuda, "ops", ops)
+    return Device("cpu", ops)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+def real_of(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def off(found, expected):
+    """The largest error relative to 1 + the largest finite number; NaN and inf in their places."""
+    found, expected = found.detach().double().cpu(), torch.as_tensor(expected, dtype=torch.float64)
+    assert found.shape == expected.shape
+    assert torch.equal(found.isnan(), expected.isnan())
+    finite = expected.isfinite()
+    assert torch.equal(found[~finite].nan_to_num(), expected[~finite].nan_to_num())
+    if not finite.any():
+        return 0.0
+    difference = (found - expected)[finite].abs().max()
+    return float(difference / (1 + expected[finite].abs().max()))
