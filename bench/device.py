@@ -1,196 +1,229 @@
-"""The CUDA ops timed against torch on the GPU at hand; the table comes last.
+"""The CUDA ops timed on the GPU at hand, against torch and other libraries; goals come last.
 
-python bench/device.py [--json FILE] [--small]
+python bench/device.py [--json FILE] [--seconds N] [--small]
 
+--seconds: no case starts after so many; of 180 or more, 60 are kept for the last, a million pairs.
 --small: sizes at which a run says only that everything runs. What is right is the tests' affair:
 python -m pytest tests/test_cuda.py
 """
 
 import argparse
-import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from statistics import median
+from typing import NamedTuple
 
+import goals
+import report
+import rivals
 import torch
+from measure import Clock, Row, Way, Ways, clear, failure, gradients, measured
+from torch import Tensor
 from torch.nn import functional as F
 
 import neglog
 from neglog import dispatch
 
-ROUNDS = 15
-NLL_SHAPES = ((8192, 131072), (8192, 32000), (32768, 1000), (8192, 50257))
-LINEAR_SHAPES = ((4096, 4096, 128256, 1.0), (4096, 4096, 128256, 0.15))  # and the share that counts
-CLIP_SHAPES = ((65536, 768),)
-SMALL_NLL, SMALL_LINEAR, SMALL_CLIP = ((64, 5000),), ((64, 32, 5000, 0.5),), ((1024, 64),)
+DEVICE = "cuda"
+NLL_SHAPES = (goals.LARGE, goals.IMAGES, goals.ODD, (8192, 32000))
+LINEAR_SHAPES = ((goals.LINEAR, 1.0), (goals.LINEAR, 0.15))  # and the share that counts
+SMALL_NLL, SMALL_LINEAR, SMALL_CLIP = ((64, 5000),), (((64, 32, 5000), 0.5),), (1024, 64)
+SMALL_MILLION, SMALL_MATMUL = (4096, 64), 256
 MEAN = 1
-Runs = dict[str, Callable[[], object]]
+MILLION_SECONDS = 60.0
+Rows = Iterator[Row]
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """Median by device events, after three calls that warm up."""
-    times = []
-    for index in range(ROUNDS + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if index >= 3:
-            times.append(start.elapsed_time(end))
-    return median(times)
+def logits_and_target(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    logits = torch.randn(shape, device=DEVICE, dtype=dtype)
+    return logits, torch.randint(shape[1], shape[:1], device=DEVICE)
 
 
-def peak_megabytes(run: Callable[[], object]) -> float:
-    """The most a call holds at once, beyond what was held before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def measured(name: str, runs: Runs, amount: float, unit: str) -> list[dict]:
-    """`amount` is what a run moves or computes at the least: giga-bytes or tera-operations."""
-    rows = []
-    for way, run in runs.items():
-        try:
-            ms = milliseconds(run)
-            row = {"ms": ms, unit: amount / ms * 1e3, "peak MB": peak_megabytes(run)}
-        except Exception as error:  # the others are measured all the same
-            torch.cuda.empty_cache()
-            print(f"{name}, {way}: {type(error).__name__}: {error}", file=sys.stderr)
-            row = {"ms": float("inf"), unit: 0.0, "peak MB": float("inf")}
-        rows.append({"case": name, "way": way, **row})
-        print(rows[-1], flush=True)
-    return rows
-
-
-def nll(rows: int, vocab: int, dtype: torch.dtype) -> list[dict]:
+def nll(shape: tuple[int, int], dtype: torch.dtype, clock: Clock) -> Rows:
     """One read forward; forward and gradient 2 reads and 1 write, in place 1 and 1."""
-    logits = torch.randn(rows, vocab, device="cuda", dtype=dtype)
-    leaf = logits.clone().requires_grad_()
-    torch._dynamo.reset()  # each shape compiles anew, and eight of a function are the most
-    target = torch.randint(vocab, (rows,), device="cuda")
-    other = torch.empty_like(logits)
+    logits, target = logits_and_target(shape, dtype)
+    leaf, other = logits.clone().requires_grad_(), logits.clone()
     values = (MEAN, -100, 0.0, 1.0, 0.0, 0.0)
-    ops = torch.ops.neglog
-    compiled = torch.compile(F.cross_entropy, fullgraph=True, dynamic=False)
-    gigabytes = logits.nbytes / 1e9
-    name = f"{rows} x {vocab} {str(dtype)[6:]}"
+    cross_entropy, ops = neglog.cross_entropy, torch.ops.neglog  # the first registers the second
+    case = partial(goals.nll_case, shape, dtype=str(dtype)[6:])
 
-    def gradient(loss: Callable) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(loss(leaf, target), leaf)
+    def in_place() -> Tensor:  # of its own gradients after the first round: the same work
+        return ops.nll_(other, target, None, None, *values, False, "")[0]
 
-    def in_place() -> object:  # of its own gradients after the first round: the same work
-        return ops.nll_(other, target, None, None, *values, False, "")
-
-    other.copy_(logits)
-    with_compile = dtype == torch.bfloat16  # a compilation takes seconds
     forward = {
-        "torch eager": lambda: F.cross_entropy(logits, target),
-        "torch.compile": lambda: compiled(logits, target),
-        "neglog": lambda: ops.nll(logits, target, None, None, *values, False, ""),
+        "neglog": Way(lambda: ops.nll(logits, target, None, None, *values, False, "")),
+        "torch eager": Way(lambda: F.cross_entropy(logits, target)),
     }
     both = {
-        "torch eager": gradient(F.cross_entropy),
-        "torch.compile": gradient(compiled),
-        "neglog": gradient(neglog.cross_entropy),
+        "neglog": gradients(lambda: cross_entropy(leaf, target), leaf),
+        "torch eager": gradients(lambda: F.cross_entropy(leaf, target), leaf),
     }
-    if not with_compile:
-        del forward["torch.compile"], both["torch.compile"]
-    return [
-        *measured(name, {"copy": lambda: leaf.data.clone()}, 2 * gigabytes, "GB/s"),
-        *measured(f"nll {name} forward", forward, gigabytes, "GB/s"),
-        *measured(f"nll {name} forward, backward", both, 3 * gigabytes, "GB/s"),
-        *measured(f"nll {name} in place", {"neglog": in_place}, 2 * gigabytes, "GB/s"),
-    ]
+    if dtype == torch.bfloat16:  # a compilation takes seconds
+        quick = compiled(F.cross_entropy)
+        forward["torch.compile"] = Way(lambda: quick(logits, target))
+        both["torch.compile"] = gradients(lambda: quick(leaf, target), leaf)
+    gigabytes = logits.nbytes / 1e9
+    rates = ("GB/s", clock)
+    copy = {"copy": Way(lambda: logits.clone())}
+    yield from measured(case(), copy, 2 * gigabytes, *rates)
+    yield from measured(case(goals.FORWARD), forward, gigabytes, *rates)
+    yield from measured(case(goals.BOTH), both, 3 * gigabytes, *rates)
+    own = {"neglog": Way(in_place, in_place)}
+    yield from measured(case(goals.IN_PLACE), own, 2 * gigabytes, *rates)
 
 
-def linear(rows: int, features: int, vocab: int, share: float) -> list[dict]:
+def nll_rivals(shape: tuple[int, int], clock: Clock) -> Rows:
+    logits, target = logits_and_target(shape, torch.bfloat16)
+    leaf, gigabytes = logits.clone().requires_grad_(), logits.nbytes / 1e9
+    for part, ways, passes in (
+        (goals.BOTH, rivals.nll(leaf, target), 3),
+        (goals.IN_PLACE, rivals.nll_in_place(logits, target), 2),
+    ):
+        yield from measured(goals.nll_case(shape, part), ways, passes * gigabytes, "GB/s", clock)
+
+
+def linear_formula(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(x @ weight.t(), target)
+
+
+def linear_ways(*leaves_and_target: Tensor) -> Ways:
+    losses: dict[str, Callable[..., Tensor]] = {
+        "neglog": neglog.linear_cross_entropy,
+        "torch eager": linear_formula,
+        "torch.compile": compiled(linear_formula),
+    }
+    if hasattr(F, "linear_cross_entropy"):  # new in torch 2.13
+        losses["torch linear_cross_entropy"] = F.linear_cross_entropy
+    return {
+        name: gradients(partial(loss, *leaves_and_target), *leaves_and_target[:2])
+        for name, loss in losses.items()
+    }
+
+
+def linear(shape: tuple[int, int, int], share: float, others: bool, clock: Clock) -> Rows:
     """3 matmuls of the rows that count."""
-    x = torch.randn(rows, features, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    weight = (torch.randn(vocab, features, device="cuda") / features**0.5).bfloat16()
+    rows, features, vocab = shape
+    torch.manual_seed(0)
+    x = torch.randn(rows, features, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(vocab, features, device=DEVICE) / features**0.5).bfloat16()
     weight.requires_grad_()
-    target = torch.randint(vocab, (rows,), device="cuda")
+    target = torch.randint(vocab, (rows,), device=DEVICE)
     target[int(rows * share) :] = -100
     counted = int((target != -100).sum())
+    ways = (rivals.linear if others else linear_ways)(x, weight, target)
+    amount = 6 * counted * features * vocab / 1e12
+    yield from measured(goals.linear_case(shape, share), ways, amount, "TFLOP/s", clock)
 
-    def gradients(loss: Callable[[], torch.Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(loss(), (x, weight))
 
-    runs = {
-        "torch eager": gradients(lambda: F.cross_entropy(x @ weight.t(), target)),
-        "torch linear_cross_entropy": gradients(lambda: F.linear_cross_entropy(x, weight, target)),
-        "neglog": gradients(lambda: neglog.linear_cross_entropy(x, weight, target)),
+def clip_formula(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    z, target = scale * image @ text.t(), torch.arange(image.shape[0], device=image.device)
+    return (F.cross_entropy(z, target) + F.cross_entropy(z.t(), target)) / 2
+
+
+def clip_ways(image: Tensor, text: Tensor, scale: Tensor) -> Ways:
+    losses: dict[str, Callable[..., Tensor]] = {
+        "neglog": neglog.clip_loss,
+        "torch eager": clip_formula,
+        "torch.compile": compiled(clip_formula),
     }
-    if not hasattr(F, "linear_cross_entropy"):
-        del runs["torch linear_cross_entropy"]  # new in torch 2.13
-    name = f"linear {rows} x {features} x {vocab} bfloat16, {share:.0%} counted"
-    return measured(name, runs, 6 * counted * features * vocab / 1e12, "TFLOP/s")
+    leaves = image, text, scale
+    return {name: gradients(partial(loss, *leaves), *leaves) for name, loss in losses.items()}
 
 
-def clip(rows: int, features: int) -> list[dict]:
-    """4 matmuls where the similarities are not kept."""
-    made = (torch.randn(rows, features, device="cuda") for _ in range(2))
-    image, text = (F.normalize(x, dim=1).bfloat16().requires_grad_() for x in made)
-    scale = torch.tensor(100.0, device="cuda", requires_grad=True)
-    leaves = (image, text, scale)
-
-    def one_matrix() -> torch.Tensor:
-        z, target = scale * image @ text.t(), torch.arange(rows, device="cuda")
-        return (F.cross_entropy(z, target) + F.cross_entropy(z.t(), target)) / 2
-
-    runs = {
-        "torch eager": lambda: torch.autograd.grad(one_matrix(), leaves),
-        "neglog": lambda: torch.autograd.grad(neglog.clip_loss(*leaves), leaves),
-    }
-    name = f"clip_loss {rows} x {features} bfloat16"
-    return measured(name, runs, 8 * rows**2 * features / 1e12, "TFLOP/s")
+def clip(shape: tuple[int, int], which: str, clock: Clock) -> Rows:
+    """4 matmuls where the similarities are not kept. `which`: "torch", "others" or "once"."""
+    torch.manual_seed(0)
+    made = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    image, text = (F.normalize(x, dim=1).requires_grad_() for x in made)
+    scale = torch.tensor(100.0, device=DEVICE, requires_grad=True)
+    ways = (rivals.clip if which == "others" else clip_ways)(image, text, scale)
+    if once := which == "once":
+        ways = {"neglog": ways["neglog"]}
+    amount = 8 * shape[0] ** 2 * shape[1] / 1e12
+    yield from measured(goals.clip_case(shape), ways, amount, "TFLOP/s", clock, once)
 
 
-def matmul() -> list[dict]:
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    runs: Runs = {"torch": lambda: a @ b}
-    return measured("matmul 8192 bfloat16", runs, 2 * 8192**3 / 1e12, "TFLOP/s")
+def matmul(size: int, clock: Clock) -> Rows:
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    ways = {"torch": Way(lambda: a @ b)}
+    yield from measured(f"matmul {size} bfloat16", ways, 2 * size**3 / 1e12, "TFLOP/s", clock)
 
 
-def table(rows: list[dict]) -> None:
-    for row in rows:
-        rate = next(f"{row[unit]:.0f} {unit}" for unit in ("GB/s", "TFLOP/s") if unit in row)
-        print(f"{row['case']:<56} {row['way']:<28} {row['ms']:>9.3f} ms {rate:>14} "
-              f"{row['peak MB']:>9.0f} MB")  # fmt: skip
+class Case(NamedTuple):
+    name: str
+    run: Callable[[Clock], Rows]
+    needs: float = 5.0  # seconds, without which it does not start
+    way: str = "neglog"
 
 
-def cases(small: bool) -> list[Callable[[], list[dict]]]:
+def cases(small: bool) -> list[Case]:
+    """Ours, then other libraries, which may take the GPU down with them; a million pairs last."""
+    nlls, linears = (SMALL_NLL, SMALL_LINEAR) if small else (NLL_SHAPES, LINEAR_SHAPES)
+    pairs, million = (SMALL_CLIP, SMALL_MILLION) if small else (goals.CLIP, goals.MILLION)
+    size = SMALL_MATMUL if small else 8192
+
+    def of_nll(dtype: torch.dtype) -> list[Case]:
+        name = str(dtype)[6:]
+        return [Case(goals.nll_case(s, dtype=name), partial(nll, s, dtype)) for s in nlls]
+
+    def of_linear(others: bool) -> list[Case]:
+        return [Case(goals.linear_case(*s), partial(linear, *s, others)) for s in linears]
+
+    def of_clip(which: str) -> Case:
+        return Case(goals.clip_case(pairs), partial(clip, pairs, which))
+
+    theirs = [
+        *(Case(goals.nll_case(s), partial(nll_rivals, s)) for s in nlls),
+        *of_linear(True),
+        of_clip("others"),
+    ]
     return [
-        matmul,
-        *(partial(linear, *shape) for shape in (SMALL_LINEAR if small else LINEAR_SHAPES)),
-        *(partial(clip, *shape) for shape in (SMALL_CLIP if small else CLIP_SHAPES)),
-        *(
-            partial(nll, *shape, dtype)
-            for dtype in (torch.bfloat16, torch.float32)
-            for shape in (SMALL_NLL if small else NLL_SHAPES)
-        ),
+        *of_nll(torch.bfloat16),
+        *of_linear(False),
+        of_clip("torch"),
+        Case(f"matmul {size} bfloat16", partial(matmul, size), way="torch"),
+        *of_nll(torch.float32),
+        *(case._replace(way="others") for case in theirs),
+        Case(goals.clip_case(million), partial(clip, million, "once"), MILLION_SECONDS),
     ]
 
 
-def write(path: str, rows: list[dict]) -> None:
-    report = {
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "CUDA": torch.version.cuda,
-                     "neglog": neglog.__version__},
-        "rows": rows,
-    }  # fmt: skip
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=1)
+def run(case: Case, clock: Clock) -> Rows:
+    if (left := clock.left()) < case.needs:
+        why = f"{max(left, 0):.0f} s left, {case.needs:.0f} needed"
+        row = {"case": case.name, "way": case.way, "skipped": why}
+        print(row, flush=True)
+        yield row
+        return
+    torch.compiler.reset()  # each shape compiles anew, and eight of a function are the most
+    try:
+        yield from case.run(clock)
+    except Exception as error:  # in what the case prepares: no memory, say
+        row = {"case": case.name, "way": case.way, "failed": failure(error)}
+        print(row, flush=True)
+        yield row
+    clear()
+
+
+def rows_of(chosen: list[Case], clock: Clock) -> Rows:
+    *before, last = chosen
+    for case in before:
+        if case.way != "others" or rivals.usable():  # imported here, when ours has been measured
+            yield from run(case, clock)
+    clock.kept = 0.0
+    yield from run(last, clock)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json")
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     state = next(state for state in dispatch.describe() if state.name == "cuda")
@@ -198,14 +231,18 @@ def main() -> int:
         why = "torch finds no CUDA device" if state.usable else state.why
         print(f"bench/device.py: nothing to time: {why}", file=sys.stderr)
         return 2
-    rows: list[dict] = []
-    for case in cases(options.small):
-        rows += case()
-        if options.json:  # after each: what comes later may be cut off
-            write(options.json, rows)
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    table(rows)
-    return 0
+    long = options.seconds is not None and options.seconds >= 3 * MILLION_SECONDS
+    clock = Clock(options.seconds, kept=MILLION_SECONDS if long else 0.0)
+    device, about, rows = torch.cuda.get_device_name(), report.versions(), []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cut off: the table is printed
+    try:
+        for row in rows_of(cases(options.small), clock):
+            rows.append(row)
+            if options.json:  # after each: a later one may be killed
+                report.write(options.json, device, about, rows)
+    finally:
+        report.tell(rows, device, options.small)
+    return int(any("failed" in row and row["way"] == "neglog" for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/bin/sh
 # One call on a bare GPU machine with Python, torch (CUDA), pytest, nvcc and a C++ compiler, under 9
-# minutes: install with the kernels for this GPU, run the tests of the CUDA ops on it, run
-# compute-sanitizer over small shapes, measure. The table comes last; $OUT (build/device by default)
-# gets device.json and the logs.
+# minutes: install with the kernels for this GPU, run the tests of the CUDA ops on it, measure, run
+# compute-sanitizer over small shapes. Table and goals come last; $OUT (build/device by default) gets
+# device.json and the logs. What an earlier step leaves of the 9 minutes the later ones have.
 #
 # Not yet run on a GPU. The same tests run on the CPU, emulated: python -m pytest tests/test_cuda.py
 set -eu
@@ -11,6 +11,13 @@ python=${PYTHON:-python3}
 out=${OUT:-build/device}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+started=$(date +%s)
+left() { # of 525 seconds
+    echo $((started + 525 - $(date +%s)))
+}
+at_least() { # a timeout of 0 would be none
+    [ "$1" -gt "$2" ] && echo "$1" || echo "$2"
+}
 
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
 "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
@@ -27,20 +34,31 @@ install || { "$python" -m pip install --quiet 'setuptools>=77' 'cython>=3.1' && 
     tail -n 40 "$out/install.log"
     exit 1
 }
-export PYTHONPATH="$site"
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" # behind it, other libraries to measure
 "$python" -m neglog info
 "$python" -c 'from neglog import cuda; state = cuda.state(); assert state.usable, state.why'
 
 status=0
+seconds=$(at_least $(($(left) - 200)) 60)
+[ "$seconds" -lt 180 ] || seconds=180
 parallel=$("$python" -c 'import xdist; print("-n 4")' 2>/dev/null || true)
 # shellcheck disable=SC2086
-timeout -k 5 180 "$python" -m pytest -q $parallel tests/test_cuda.py tests/test_gpu.py \
+timeout -k 5 "$seconds" "$python" -m pytest -q $parallel tests/test_cuda.py tests/test_gpu.py \
     -k "not emulated" >"$out/tests.log" 2>&1 || status=1
 tail -n 30 "$out/tests.log"
-timeout -k 5 140 "$python" bench/device.py --json "$out/device.json" >"$out/bench.log" 2>&1 || status=1
+
+# The sanitizers have 50 s each and the benchmark the rest, 240 s at most. Past its seconds it begins
+# nothing; what it is then at has 20 s.
+seconds=$(at_least $(($(left) - 120)) 60)
+[ "$seconds" -lt 240 ] || seconds=240
+timeout -k 5 $((seconds + 20)) "$python" bench/device.py --seconds "$seconds" \
+    --json "$out/device.json" >"$out/bench.log" 2>&1 || status=1
 if command -v compute-sanitizer >/dev/null 2>&1; then
     for tool in memcheck racecheck; do
-        timeout -k 5 70 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+        half=$(($(left) / 2))
+        [ "$tool" = memcheck ] || half=$(left)
+        timeout -k 5 "$(at_least "$half" 10)" \
+            compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
             "$python" -m pytest -q -x tests/test_cuda.py -p no:cacheprovider \
             -k "not emulated and (in_place or writes_within or bits) and (float32 or bfloat16) and not eight" \
             >"$out/$tool.log" 2>&1 || grep -q "Device not supported" "$out/$tool.log" || status=1
@@ -49,5 +67,5 @@ if command -v compute-sanitizer >/dev/null 2>&1; then
 else
     echo "compute-sanitizer: not on this machine"
 fi
-tail -n 60 "$out/bench.log" # the table, or what stopped it
+tail -n 100 "$out/bench.log" # table and goals, or what stopped it
 exit $status
