@@ -5,8 +5,8 @@
 #
 # Needs nvcc 12.8 or later (13.0 is what CI has) and torch's headers, those of a CPU torch too: the
 # stable ABI asks for no CUDA build. --if-available: say so and succeed where nvcc is missing.
-# --strict: fail on a register spill, on any warning of the host compiler, and on a library that would
-# not load.
+# --strict: fail on a register spill or an array in local memory, on any warning of the host compiler,
+# and on a library that would not load.
 # PYTHON, NVCC and ARCHITECTURES may be set from outside.
 set -eu
 
@@ -59,8 +59,9 @@ for job in $jobs; do
         grep -v "^ptxas info" "$out/$stem.log" >&2
         exit 1
     }
-    if grep -E "[1-9][0-9]* bytes spill" "$out/$stem.log"; then
-        echo "csrc/compile.sh: registers spill (above); the whole log is $out/$stem.log" >&2
+    # An array that is indexed at run time lies in local memory as spilled registers do.
+    if grep -E "[1-9][0-9]* bytes (spill|stack)" "$out/$stem.log"; then
+        echo "csrc/compile.sh: registers spill, or arrays do (above); the whole log is $out/$stem.log" >&2
         [ "$strict" = no ] || exit 1
     fi
     objects="$objects $out/$stem.o"
