@@ -1,4 +1,4 @@
-"""What the CUDA kernels' hot loops cost in instructions, read from their machine code, without a GPU.
+"""Instructions of the CUDA kernels' hot loops, read from their machine code; needs no GPU.
 
 python bench/sass.py [FOLDER] [--architecture sm_90a]
 

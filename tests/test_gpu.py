@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import neglog
-from neglog import dispatch
+from neglog import dispatch, matmul
 
 DEVICES = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
 
@@ -139,6 +139,22 @@ def test_rows_on_chip(dtype, vocab):
         one, other = found[part].double(), expected[part].double()
         assert (one - other).norm() <= tolerance * other.norm()
     assert not found[~counted].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["add_product", "add_outer"])
+def test_products_add_up_in_float32(name, dtype):
+    """Two tiles, of columns that start at a line of the cache and end anywhere."""
+    s, x = draw(300, 1001, device="cuda", dtype=dtype), draw(300, 65, device="cuda", dtype=dtype)
+    w = draw(1001, 65, device="cuda", dtype=dtype)
+    s, x, w = s.detach(), x.detach(), w.detach()
+    wide = torch.empty(300, 1024, device="cuda", dtype=dtype)[:, :1001].copy_(s)
+    other, add = (w, matmul.add_product) if name == "add_product" else (x, matmul.add_outer)
+    one = s.double() @ w.double() if name == "add_product" else s.double().t() @ x.double()
+    out = torch.full(one.shape, torch.nan, device="cuda")
+    for round, expected in enumerate((one, 2 * one)):
+        add(wide, other, out, round == 0)
+        assert (out.double() - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_linear_needs_one_tile_of_memory():

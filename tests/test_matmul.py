@@ -46,6 +46,15 @@ def test_both_ways_to_multiply(monkeypatch, way):
     torch.testing.assert_close(wide, half.float().t() @ x.bfloat16().float(), rtol=1e-2, atol=0.1)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_wide_sum_is_asked_of_the_product_itself(first):
+    """By shapes alone: its device is CUDA, where tests/test_gpu.py has the numbers."""
+    a, b = (torch.empty(4, 4, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    out = torch.empty(4, 4, device="meta")
+    matmul._accumulate(a.t(), b, out, first)
+    assert (out.dtype, out.shape) == (torch.float32, (4, 4))
+
+
 def test_a_wrong_or_missing_product_is_not_chosen():
     out = torch.empty(2)
 

@@ -87,6 +87,8 @@ def add_product(s: Tensor, weight: Tensor, out: Tensor, first: bool) -> None:
             add_product(s[:, part], wide, out, first and part.start == 0)
     elif out.dtype == s.dtype:
         torch.addmm(out, s, weight, beta=0 if first else 1, out=out)
+    elif s.is_cuda:
+        _accumulate(s, weight, out, first)
     else:
         _put(out, _wide(s, weight, out.dtype), first)
 
@@ -157,6 +159,9 @@ def add_outer_by_blas(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
     if out.dtype == s.dtype:
         out.addmm_(s.t(), x, beta=0 if first else 1)
         return
+    if s.is_cuda:
+        _accumulate(s.t(), x, out, first)
+        return
     for start in range(0, s.shape[1], COLUMNS):
         part = slice(start, start + COLUMNS)
         _put(out[part], _wide(s[:, part].t(), x, out.dtype), first)
@@ -168,11 +173,15 @@ def add_outer_by_onednn(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
         _put(out[part], _onednn(s[:, part].t(), x.t(), None), first)
 
 
+def _accumulate(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
+    """out (float32) += a @ b of 16 bits, by the product itself: a wide result beside `out`, and its
+    addition, would be three more passes over as many numbers. On CUDA alone."""
+    torch.addmm(out, a, b, out_dtype=out.dtype, beta=0 if first else 1, out=out)
+
+
 def _wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, in `dtype` where torch can: on CUDA. The CPU rounds it to that of a and b, and a sum
-    over rows may be beyond float16's 65504."""
-    if a.is_cuda:
-        return torch.mm(a, b, dtype)
+    """a @ b on the CPU, which rounds it to the dtype of a and b; a sum over rows may be beyond
+    float16's 65504."""
     return torch.mm(a.to(dtype), b.to(dtype)) if a.dtype == torch.float16 else torch.mm(a, b)
 
 

@@ -15,6 +15,7 @@ DEFAULT_WORKSPACE_MB = 64
 CUDA_WORKSPACE_MB = 1024
 # Rows of a tile come in multiples of this, so that no GEMM ends in a thin remainder.
 ROWS = 64
+LINE_BYTES = 128
 
 
 def workspace_bytes(megabytes: float | None = None, default: float = DEFAULT_WORKSPACE_MB) -> int:
@@ -40,6 +41,13 @@ def rows_per_tile(rows: int, bytes_per_row: int, workspace: int) -> int:
     """How many rows of logits fit in the workspace; a tile's height is at least ROWS."""
     fit = workspace // max(1, bytes_per_row) // ROWS * ROWS
     return min(rows, max(ROWS, fit))
+
+
+def row_stride(columns: int, itemsize: int) -> int:
+    """Numbers from one row of a workspace to the next, so that each begins where a line of the
+    cache does: a product and a kernel of 16-byte vectors take odd columns as they take others."""
+    lines = -(-columns * itemsize // LINE_BYTES)
+    return lines * LINE_BYTES // itemsize
 
 
 def grid(

@@ -94,9 +94,10 @@ class Workspace:
     def new(self, rows: slice, columns: slice) -> Tensor:
         """Room for a tile, until the next one."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        if self._memory.numel() < height * width:  # the first tile is the largest
-            self._memory = new_memory((height * width,), self.pairs.query, self.dtype)
-        return self._memory[: height * width].view(height, width)
+        stride = tiling.row_stride(width, self.dtype.itemsize)
+        if self._memory.numel() < height * stride:  # the first tile is the largest
+            self._memory = new_memory((height * stride,), self.pairs.query, self.dtype)
+        return self._memory[: height * stride].view(height, stride)[:, :width]
 
     def filled(self, rows: slice, columns: slice) -> Tensor:
         """The similarities of a tile."""

@@ -177,7 +177,8 @@ class Tiles:
             self.rows = None
         self.target = (target if self.rows is None else target[self.rows]).contiguous()
         dtype = matmul.tile_dtype(head.input)
-        row = head.vocab * dtype.itemsize
+        stride = tiling.row_stride(head.vocab, dtype.itemsize)
+        row = stride * dtype.itemsize
         rows = len(self.target)
         self.height = tiling.rows_per_tile(rows, row, workspace)
         self.once = dtype == head.weight.dtype and not divides_late(head.input)
@@ -186,7 +187,8 @@ class Tiles:
         if self.once and learns and rows * row <= workspace + spared:
             self.height = rows
         self.once = self.once and rows <= self.height
-        self.logits = new_memory((self.height, head.vocab), head.input, dtype)
+        memory = new_memory((self.height, stride), head.input, dtype)
+        self.logits = memory[:, : head.vocab]
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor | slice, Tensor, Tensor]]:
         """Which of the counted rows, which of all, their input, their logits."""
