@@ -534,3 +534,36 @@ BAD = {
 def test_bad_input(backend, error, message, arguments, options):
     with pytest.raises(error, match=message):
         neglog.linear_cross_entropy(*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_graph_that_is_walked_again(backend, dtype, reduction):
+    """The first walk is given the memory of the gradients; it keeps what it was given."""
+    x, w, b, target = draw(dtype=dtype)
+    loss = neglog.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+    first = torch.autograd.grad(loss, (x, w, b), retain_graph=True)
+    held = [part.clone() for part in first]
+    for factor in (1.0, 0.5, 1.0):  # by powers of two nothing is rounded
+        again = torch.autograd.grad(factor * loss, (x, w, b), retain_graph=True)
+        for part, before, kept in zip(again, first, held, strict=True):
+            torch.testing.assert_close(part, factor * before)
+            assert torch.equal(before, kept)
+            assert part.data_ptr() != before.data_ptr()
+    wanted = torch.autograd.grad(loss, (x, w, b), create_graph=True)
+    torch.testing.assert_close(wanted, first)
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    for leaf, part in zip((x, w, b), first, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * part)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_gradients_are_not_copied():
+    """What the forward formed is what the backward gives."""
+    x, w, _, target = draw(2400, dtype=torch.float32)
+    loss = neglog.linear_cross_entropy(x, w, target)
+    formed = [part.data_ptr() for part in loss.grad_fn.formed[:2]]
+    assert [grad.data_ptr() for grad in torch.autograd.grad(loss, (x, w))] == formed

@@ -21,7 +21,7 @@ linear_bias, or (0,) where not wanted. Rows that are ignored have lse, entropy a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -342,14 +342,32 @@ def formed_times_upstream(
     total_weight: Tensor, formed: tuple[Tensor, ...], options: Options, wanted: list[bool],
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """The gradients formed in the forward, times the upstream; None if that is not one number."""
-    ready = all(not want or kept.numel() for want, kept in zip(wanted, formed, strict=True))
-    if grad_lse is not None or options.reduction == NONE or not ready:
+    if grad_lse is not None or not _ready(formed, options, wanted):
         return None
     factor = _late_factor(grad_loss, total_weight, options, likes[0])
     return tuple(
         _times(kept, factor, like.dtype) if want else like.new_empty(0)
         for want, kept, like in zip(wanted, formed, likes, strict=True)
     )
+
+
+def formed_once(
+    grad_loss: Tensor, input: Tensor, total_weight: Tensor, formed: Sequence[Tensor],
+    options: Options, wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+    """As formed_times_upstream, in the memory of what was formed, which is left to the caller."""
+    if not _ready(formed, options, wanted):
+        return None
+    factor = _late_factor(grad_loss, total_weight, options, input)
+    return tuple(
+        _scaled(kept, factor).to(input.dtype) if want else None
+        for kept, want in zip(formed, wanted, strict=True)
+    )
+
+
+def _ready(formed: Sequence[Tensor], options: Options, wanted: Sequence[bool]) -> bool:
+    made = all(not want or kept.numel() for want, kept in zip(wanted, formed, strict=True))
+    return made and options.reduction != NONE
 
 
 def nothing_formed(input: Tensor) -> tuple[Tensor, ...]:
@@ -364,6 +382,16 @@ def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     # is; on CUDA a vector of one makes the product's type that of the wider.
     factor = factor if kept.is_cpu else factor.reshape(1)
     return torch.mul(kept, factor, out=new_memory(kept.shape, kept, dtype))
+
+
+def _scaled(kept: Tensor, factor: Tensor) -> Tensor:
+    """Over itself; by 1, as mostly, nothing is read or written."""
+    if kept.is_cuda:  # to ask whether it is 1 would be to wait for the device
+        rows = kept if kept.dim() == 2 else kept[None]
+        torch.ops.neglog.nll_scale_.default(rows, factor)
+    elif float(factor) != 1:
+        kept.mul_(factor)
+    return kept
 
 
 def _late_factor(

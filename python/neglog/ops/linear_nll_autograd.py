@@ -1,4 +1,9 @@
-"""Autograd of linear_nll: by the registered op, and as a Function for torch.func."""
+"""Autograd of linear_nll: one formula behind three doors.
+
+registered   torch.ops.neglog.linear_nll, for torch.compile, export and whoever calls the op itself
+functional   the same as a Function with setup_context, which torch.func demands
+eager        gives the gradients formed in the forward away, where the others copy them
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from neglog.ops import linear_nll_cuda  # noqa: F401 - registers itself
 from neglog.ops import nll_composite as composite
-from neglog.ops.linear_nll import library
-from neglog.ops.nll import Options
-from neglog.ops.nll_autograd import as_function
+from neglog.ops.linear_nll import formed_once, library, nothing_formed
+from neglog.ops.nll import NONE, Options
+from neglog.ops.nll_autograd import as_function, one_upstream, traced
 
 NO_GRADIENTS = (None,) * 17
+TENSORS = 6  # the first of the arguments
 
 
 def linear_nll(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, lse, correct and entropy. Arguments as the op neglog::linear_nll."""
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or traced(arguments[0]):
+        outputs = torch.ops.neglog.linear_nll.default(*arguments)
+    elif torch._C._are_functorch_transforms_active():
         outputs = FunctionalLinearNLL.apply(*arguments)
     else:
-        outputs = torch.ops.neglog.linear_nll.default(*arguments)
+        return EagerLinearNLL.apply(*arguments)
     loss, lse, _, correct, entropy, *_ = outputs
     return loss, lse, correct, entropy
 
@@ -40,12 +49,16 @@ def _backward(ctx, grad_loss, grad_lse, *undefined):
     if grad_loss is None and grad_lse is None:
         return NO_GRADIENTS
     *problem, total_weight, grad_input, grad_weight, grad_bias = ctx.saved_tensors
+    formed = (grad_input, grad_weight, grad_bias)
+    return _gradients(ctx, grad_loss, grad_lse, problem, total_weight, formed)
+
+
+def _gradients(ctx, grad_loss, grad_lse, problem, total_weight, formed):
     if grad_loss is None:
         grad_loss = total_weight.new_zeros(())
     wanted = list(ctx.needs_input_grad[:3])
     arguments = (
-        grad_loss, grad_lse, *problem, total_weight, grad_input, grad_weight, grad_bias,
-        *ctx.options, wanted, *ctx.how,
+        grad_loss, grad_lse, *problem, total_weight, *formed, *ctx.options, wanted, *ctx.how,
     )  # fmt: skip
     if torch._C._are_functorch_transforms_active():
         grads = FunctionalLinearBackward.apply(*arguments)
@@ -109,3 +122,40 @@ FunctionalLinearBackward = as_function(
     "FunctionalLinearBackward", torch.ops.neglog.linear_nll_backward.default, _setup_backward,
     _double_backward,
 )  # fmt: skip
+
+
+# Eager
+
+
+class EagerLinearNLL(Function):
+    """Loss, lse, correct, entropy. The first backward has the memory of what the forward formed: a
+    copy would be as large as the weight. For one after it (retain_graph) the forward runs again."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        outputs = torch.ops.neglog.linear_nll.default(*arguments)
+        loss, lse, total_weight, correct, entropy, *ctx.formed = outputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(correct, entropy)
+        ctx.save_for_backward(*arguments[:TENSORS], total_weight)
+        ctx.rest = arguments[TENSORS:]
+        ctx.options, ctx.how = Options(*ctx.rest[:6]), ctx.rest[-3:]
+        return loss, lse, correct, entropy
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_lse, *undefined):
+        if grad_loss is None and grad_lse is None:
+            return NO_GRADIENTS
+        *tensors, total_weight = ctx.saved_tensors
+        problem, wanted = tensors[:5], ctx.needs_input_grad[:3]
+        formed, ctx.formed = ctx.formed, None
+        # With create_graph the gradients have a graph of their own.
+        alone = grad_lse is None and not torch.is_grad_enabled() and not traced(problem[0])
+        if alone and ctx.options.reduction != NONE and one_upstream(grad_loss):
+            if formed is None:
+                formed = torch.ops.neglog.linear_nll.default(*tensors, *ctx.rest)[-3:]
+            given = formed_once(grad_loss, problem[0], total_weight, formed, ctx.options, wanted)
+            if given is not None:
+                return (*given, *NO_GRADIENTS[3:])
+        formed = formed or nothing_formed(problem[0])
+        return _gradients(ctx, grad_loss, grad_lse, problem, total_weight, formed)

@@ -36,15 +36,24 @@ def nll(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return loss, lse, correct, entropy
 
 
-def _needs_dispatcher(logits: Tensor) -> bool:
-    """Whether a tracer or a dispatch mode must see the op itself, or the logits are not in the
-    CPU's memory."""
+def traced(x: Tensor) -> bool:
+    """Whether a tracer or a dispatch mode must see the op itself."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or type(logits) in dispatch.TRACED
-        or not logits.is_cpu
+        or type(x) in dispatch.TRACED
     )
+
+
+def _needs_dispatcher(logits: Tensor) -> bool:
+    """Whether it is traced, or the logits are not in the CPU's memory."""
+    return traced(logits) or not logits.is_cpu
+
+
+def one_upstream(grad: Tensor) -> bool:
+    """Not many at once, as with is_grads_batched=True, nor one that a transform watches."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return not batched and not torch._C._are_functorch_transforms_active()
 
 
 # Registered
@@ -204,10 +213,9 @@ def _total_weight(ctx: Any) -> Tensor:
 def _eager_backward(ctx, grad_loss, grad_lse, logits, target, weight):
     if not ctx.needs_input_grad[0]:
         return None
-    # is_grads_batched=True: an upstream without memory, which the dispatcher takes apart.
-    batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)
-    # With create_graph the gradient has a graph of its own.
-    if batched or torch.is_grad_enabled() or _needs_dispatcher(logits):
+    # Many upstreams have no memory, and the dispatcher takes them apart. With create_graph the
+    # gradient has a graph of its own.
+    if not one_upstream(grad_loss) or torch.is_grad_enabled() or _needs_dispatcher(logits):
         return _differentiable_backward(
             grad_loss, grad_lse, logits, target, weight, ctx.lse, ctx.lse_low, _total_weight(ctx),
             *ctx.options, ctx.backend,
