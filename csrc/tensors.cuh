@@ -70,7 +70,7 @@ struct Call {
     explicit Call(const Tensor& tensor)
         : guard(tensor.get_device_index()), device(tensor.get_device_index()) {
         void* current = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(
+        TORCH_ERROR_CODE_CHECK(  // the only one that torch 2.10 to 2.12 have
             aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
         stream = static_cast<cudaStream_t>(current);
     }

@@ -1,18 +1,10 @@
 """The contrastive losses as anyone writes them, with all scores in memory; and inputs for them."""
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 
-from neglog import dispatch
+from tests.backends import BACKENDS, KERNELS  # noqa: F401 - for those who import the formulas
 
-USABLE = [state.name for state in dispatch.describe() if state.usable]
-KERNELS = [
-    name for name in USABLE
-    if name == "cython" or (name == "numba" and find_spec("neglog.kernels.jit.infonce"))
-]  # fmt: skip
-BACKENDS = [*KERNELS, "torch"]
 TILES = {"workspace_mb": 0.1}  # many of them, none of which is kept
 INF = float("inf")
 

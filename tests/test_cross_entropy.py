@@ -9,10 +9,9 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import neglog
 from neglog import dispatch, reference
+from tests.backends import BACKENDS, KERNELS
 from tests.conftest import OPTIONS
 
-BACKENDS = [state.name for state in dispatch.describe() if state.usable]
-KERNELS = [name for name in BACKENDS if name != "torch"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPINFO = next(op for op in op_db if op.name == "nn.functional.cross_entropy")
 

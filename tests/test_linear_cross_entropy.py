@@ -8,9 +8,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import neglog
 from neglog import dispatch, matmul, tiling
+from tests.backends import BACKENDS, KERNELS
 
-BACKENDS = [state.name for state in dispatch.describe() if state.usable]
-KERNELS = [name for name in BACKENDS if name != "torch"]
 OPINFO = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
 
 

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 import neglog
-from neglog import dispatch
-
-KERNELS = [state.name for state in dispatch.describe() if state.usable and state.name != "torch"]
+from tests.backends import KERNELS
 
 
 def trained(rows=2048, features=32, vocab=4096, dtype=torch.float64):

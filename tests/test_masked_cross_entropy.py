@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 import neglog
 from neglog import dispatch
-
-BACKENDS = [state.name for state in dispatch.describe() if state.usable]
+from tests.backends import BACKENDS
 
 
 @pytest.fixture(params=BACKENDS)

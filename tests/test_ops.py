@@ -11,8 +11,7 @@ from torch.library import opcheck
 import neglog
 import neglog.functional  # registers the ops
 from neglog import dispatch
-
-KERNELS = [state.name for state in dispatch.describe() if state.usable and state.name != "torch"]
+from tests.backends import KERNELS
 
 
 @pytest.fixture(params=KERNELS)

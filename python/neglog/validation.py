@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Beyond it 1 / temperature is none of float32's numbers.
 SMALLEST_TEMPERATURE = 3e-39
+# Asked once: the question is one that torch.compile of 2.11 cannot trace.
+AUTOCASTS = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
 
 
 def is_probabilities(input: Tensor, target: Tensor) -> bool:
@@ -49,7 +51,7 @@ def rows_of_last_axis(x: Tensor) -> Tensor:
 
 def under_autocast(x: Tensor) -> bool:
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCASTS and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,6 @@
+"""The backends that run here for tensors in the CPU's memory; tests/test_cuda.py has the others."""
+
+from neglog import dispatch
+
+BACKENDS = [state.name for state in dispatch.describe() if state.usable and state.name != "cuda"]
+KERNELS = [name for name in BACKENDS if name != "torch"]
