@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 BENCH = Path(__file__).parent.parent / "bench"
-MODULES = ("device", "goals", "measure", "report", "rivals")
+MODULES = ("device", "goals", "measure", "report", "rivals", "tiles")
 RIVALS = ("liger_kernel", "cut_cross_entropy", "quack", "inf_cl", "memeff")
 
 
@@ -44,7 +44,8 @@ def bench(monkeypatch):
     }
     for name, size in tiny.items():
         monkeypatch.setattr(modules.device, f"SMALL_{name}", size)
-    monkeypatch.setattr(modules.device, "DEVICE", "cpu")
+    for module in (modules.device, modules.tiles):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(modules.rivals, "tried", {})
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for name in RIVALS:
@@ -324,3 +325,16 @@ def test_without_a_gpu_it_says_so(bench, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.device.main() == 2
     assert "nothing to time" in capsys.readouterr().err
+
+
+def test_tiles_are_tried_and_what_was_is_set_back(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench.goals, "CLIP", (64, 32))
+    monkeypatch.setattr(bench.goals, "LINEAR", (16, 32, 500))
+    before = bench.tiles.infonce.CUDA_TILE_BYTES, bench.tiles.infonce.CUDA_WIDTH
+    clock = bench.measure.Clock()
+    bench.tiles.clip(clock)
+    bench.tiles.linear(clock)
+    assert (bench.tiles.infonce.CUDA_TILE_BYTES, bench.tiles.infonce.CUDA_WIDTH) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11
+    assert all("'ms': 2.0" in line for line in lines)
