@@ -334,7 +334,7 @@ def test_tiles_are_tried_and_what_was_is_set_back(bench, monkeypatch, capsys):
     clock = bench.measure.Clock()
     bench.tiles.clip(clock)
     bench.tiles.linear(clock)
-    assert (bench.tiles.infonce.CUDA_TILE_BYTES, bench.tiles.infonce.CUDA_WIDTH) == before
+    assert before == (bench.tiles.infonce.CUDA_TILE_BYTES, bench.tiles.infonce.CUDA_WIDTH)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 11
     assert all("'ms': 2.0" in line for line in lines)
