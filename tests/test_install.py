@@ -44,9 +44,9 @@ def install(scratch, target, environment):
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"NEGLOG_COMPILE": "0"}, ""),
+        ({"NEGLOG_COMPILE": "0", "NEGLOG_CUDA": "0"}, ""),
         (
-            {"NEGLOG_COMPILE": "", "CC": "false", "CXX": "false"},
+            {"NEGLOG_COMPILE": "", "NEGLOG_CUDA": "0", "CC": "false", "CXX": "false"},
             "neglog: the kernels were not compiled",
         ),
     ],

@@ -47,12 +47,24 @@ def test_both_ways_to_multiply(monkeypatch, way):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_wide_sum_is_asked_of_the_product_itself(first):
-    """By shapes alone: its device is CUDA, where tests/test_gpu.py has the numbers."""
-    a, b = (torch.empty(4, 4, dtype=torch.bfloat16, device="meta") for _ in range(2))
-    out = torch.empty(4, 4, device="meta")
-    matmul._accumulate(a.t(), b, out, first)
-    assert (out.dtype, out.shape) == (torch.float32, (4, 4))
+def test_a_wide_sum_is_asked_of_the_product_itself(first, monkeypatch):
+    """As torch declares it: its device is CUDA, where tests/test_gpu.py has the numbers."""
+    declared = torch.ops.aten.addmm.dtype_out._schema
+
+    def called(*arguments, **named):
+        names = [argument.name for argument in declared.arguments]
+        return dict(zip(names, arguments, strict=False)) | named
+
+    given = []
+    monkeypatch.setattr(
+        torch.ops.aten.addmm, "dtype_out", lambda *a, **n: given.append(called(*a, **n))
+    )
+    a, b, out = torch.empty(4, 4).bfloat16(), torch.empty(4, 4).bfloat16(), torch.empty(4, 4)
+    matmul._accumulate(a, b, out, first)
+    (found,) = given
+    assert (found["self"] is out, found["mat1"] is a, found["mat2"] is b) == (True,) * 3
+    assert found["out"] is out
+    assert (found["out_dtype"], found["beta"]) == (torch.float32, not first)
 
 
 def test_a_wrong_or_missing_product_is_not_chosen():

@@ -149,7 +149,8 @@ def info_nce(
             query, key, negatives[0], scale, hard_negative_weight, label_smoothing, return_stats
         )
     loss = returned(result.loss, reduction, given)
-    return result._replace(loss=loss) if return_stats else loss
+    # Not _replace, which torch.compile of 2.11 cannot give back.
+    return LossStats(loss, *result[1:]) if return_stats else loss
 
 
 def clip_loss(

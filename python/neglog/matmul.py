@@ -176,7 +176,7 @@ def add_outer_by_onednn(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
 def _accumulate(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
     """out (float32) += a @ b of 16 bits, by the product itself: a wide result beside `out`, and its
     addition, would be three more passes over as many numbers. On CUDA alone."""
-    torch.addmm(out, a, b, out_dtype=out.dtype, beta=0 if first else 1, out=out)
+    torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=0 if first else 1, out=out)
 
 
 def _wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -92,7 +93,42 @@ class MaskedCrossEntropyLoss(CrossEntropyLoss):
         return masked_cross_entropy(input, target, mask, **self._options(num_items))
 
 
-class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
+class _Head(torch.nn.modules.loss._WeightedLoss):
+    """What torch.nn.LinearCrossEntropyLoss holds, for a torch that has none: before 2.13."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"weight: expected ({num_classes},), got {tuple(weight.shape)}")
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
+        super().__init__(weight, reduction=reduction)
+        self.num_classes, self.out_features = num_classes, out_features
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        rows = num_classes * math.prod(out_features)
+        self.linear = torch.nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        names = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+_Torchs: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _Head)
+
+
+class LinearCrossEntropyLoss(_Torchs):
     """torch.nn.LinearCrossEntropyLoss by neglog.linear_cross_entropy; its parameter is `linear`.
 
     Called with input (..., in_features) and target; `mask` and `num_items` by keyword.
