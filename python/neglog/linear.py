@@ -91,8 +91,9 @@ def linear_cross_entropy(
             filter_eps * g times the sum of the norms of the inputs; linear_bias has no error, nor
             has the loss. Worth it for a trained model only. Default 0: nothing is left out.
 
-    Probabilities, a K-dimensional linear_weight, few logits and devices other than the CPU take the
-    ordinary way: the logits are made in memory.
+    Probabilities, a K-dimensional linear_weight, few logits and devices without kernels take the
+    ordinary way: the logits are made in memory. Where gradients are formed in the forward the first
+    backward has their memory; a second through the same graph (retain_graph) runs the forward anew.
 
     Raises:
         As `cross_entropy`, and RuntimeError for in_features, linear_bias or mask that do not fit.
