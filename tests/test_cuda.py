@@ -521,7 +521,7 @@ def test_linear_nll_is_what_the_cpu_has(device, dtype, options, reduction, stats
     cpu = torch.ops.neglog
     expected, exact = run("cpu", cpu.linear_nll, cpu.linear_nll_backward)
     with dispatch.record() as ran:
-        found, grads = run(device.name, linear_nll_cuda._forward, linear_nll_cuda._backward)
+        found, grads = run(device.name, linear_nll_cuda.forward, linear_nll_cuda.backward)
     assert set(ran) == {"linear_nll:cuda", "linear_nll_backward:cuda"}
     for one, other in zip(found[:5], expected, strict=False):
         assert one.dtype == other.dtype
@@ -545,10 +545,10 @@ def test_linear_nll_while_a_graph_is_captured(device, dtype, reduction, stats, m
     grad = normal(*([150] if reduction == NONE else []), seed=5).to(real_of(dtype)).to(device.name)
 
     def run():
-        outputs = linear_nll_cuda._forward(
+        outputs = linear_nll_cuda.forward(
             *given, None, None, *tail, stats, wanted, 1 << 14, 0.0, ""
         )
-        grads = linear_nll_cuda._backward(
+        grads = linear_nll_cuda.backward(
             grad, None, *given, None, outputs[2], *outputs[5:], *tail, [True] * 3, 1 << 14, 0.0, ""
         )
         return *outputs, *grads
@@ -577,7 +577,7 @@ def test_linear_nll_of_nothing(device):
     given = [torch.zeros(shape, device=device.name) for shape in ((3, 2), (5, 2), (5,))]
     target = torch.full((3,), -100, device=device.name)
     for reduction, expected in ((MEAN, NAN), (SUM, 0.0)):
-        loss, *_, dx, dw, db = linear_nll_cuda._forward(
+        loss, *_, dx, dw, db = linear_nll_cuda.forward(
             *given, target, None, None, reduction, -100, *OPTIONS["plain"], False, [True] * 3, 1,
             0.0, "",
         )  # fmt: skip

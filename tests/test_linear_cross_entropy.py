@@ -328,6 +328,34 @@ def test_autocast_leaves_doubles_alone(backend, dtype):
     torch.testing.assert_close(ours, in_memory(x, w, target, linear_bias=b))
 
 
+@pytest.mark.parametrize("upstream", [1.0, 1 / 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_error_under_autocast_is_within_torchs(backend, dtype, upstream, monkeypatch):
+    """What autocast rounds is float32, and so are its gradients, whatever multiplies them."""
+    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: False)
+    x, w, b, target = draw(dtype=torch.float32, rows=600)
+    exact = [part.detach().double().requires_grad_() for part in (x, w, b)]
+    truth = torch.autograd.grad(
+        upstream * in_memory(*exact[:2], target, linear_bias=exact[2]), exact
+    )
+
+    def error(function, **options):
+        with torch.autocast("cpu", dtype):
+            loss = function(x, w, target, linear_bias=b, **options)
+        up = torch.tensor(upstream * (1024 if dtype == torch.float16 else 1))  # as a scaler has it
+        found = torch.autograd.grad(loss, (x, w, b), up, retain_graph=True)
+        again = torch.autograd.grad(loss, (x, w, b), up)
+        assert all(torch.equal(*both) for both in zip(found, again, strict=True))
+        found = [part.double() * upstream / up for part in found]
+        return [(f - t).norm() / t.norm() for f, t in zip(found, truth, strict=True)]
+
+    ours = error(neglog.linear_cross_entropy, backend=backend)
+    theirs = error(lambda x, w, t, linear_bias: F.cross_entropy(F.linear(x, w, linear_bias), t))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine <= 1.02 * other, (ours, theirs)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_upstreams_are_not_rounded(backend, monkeypatch, wide):
@@ -585,5 +613,9 @@ def test_gradients_are_not_copied():
     """What the forward formed is what the backward gives."""
     x, w, _, target = draw(2400, dtype=torch.float32)
     loss = neglog.linear_cross_entropy(x, w, target)
+    formed = [part.data_ptr() for part in loss.grad_fn.formed[:2]]
+    assert [grad.data_ptr() for grad in torch.autograd.grad(loss, (x, w))] == formed
+    with torch.autocast("cpu", torch.bfloat16):  # whose float32 weights get theirs as it was formed
+        loss = neglog.linear_cross_entropy(x, w, target)
     formed = [part.data_ptr() for part in loss.grad_fn.formed[:2]]
     assert [grad.data_ptr() for grad in torch.autograd.grad(loss, (x, w))] == formed

@@ -115,24 +115,21 @@ def linear_cross_entropy(
     if torch.compiler.is_compiling() and isinstance(logit_scale, Tensor):  # no number for an op
         input, logit_scale = input * logit_scale.to(input.dtype), 1.0
     head: tuple = (input, linear_weight, linear_bias)
-    if under_autocast(input):
-        head = tuple(None if part is None else part.to(autocast_dtype(part)) for part in head)
-        input, linear_weight, linear_bias = head
     common: dict[str, Any] = {
         "weight": weight, "reduction": reduction, "label_smoothing": label_smoothing,
         "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss, "num_items": num_items,
         "return_stats": return_stats, "backend": backend,
     }  # fmt: skip
     if linear_weight.dim() > 2:
-        return _of_many_dimensions(head, target, ignore_index, mask, shift, common)
+        return _of_many_dimensions(rounded(head), target, ignore_index, mask, shift, common)
     positions = list(input.shape[:-1])
     check_linear_target(positions, [*positions, linear_weight.shape[0]], target, mask, shift)
     if target.dim() == input.dim():  # one more than the positions
-        return _of_probabilities(head, target, ignore_index, mask, shift, common)
+        return _of_probabilities(rounded(head), target, ignore_index, mask, shift, common)
     ignored = -100 if ignore_index is None else ignore_index
     labels = _labels(target, mask, shift, ignored)
     if filter_eps == "auto":
-        filter_eps = torch.finfo(input.dtype).eps / 32
+        filter_eps = torch.finfo(autocast_dtype(input)).eps / 32
     tile_options = (workspace, float(filter_eps))
     result = _of_labels(head, labels.reshape(-1), ignored, tile_options, common)
 
@@ -171,12 +168,18 @@ def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> T
     return target
 
 
+def rounded(head: tuple) -> tuple:
+    """In the dtype of their product: as they are, but where autocast rounds them."""
+    return tuple(None if part is None else part.to(autocast_dtype(part)) for part in head)
+
+
 def _of_labels(
     head: tuple, labels: Tensor, ignored: int, tile_options: tuple[int, float], common: dict
 ) -> Any:
     """Rows against their labels, by tiles if a kernel can and it is worth it."""
     input, linear_weight, linear_bias = head
-    rows = rows_of_last_axis(input)
+    given = rows_of_last_axis(input)
+    rows = given.to(autocast_dtype(given))
     weight, backend = common["weight"], dispatch.forced(common["backend"])
     if weight is not None:
         check_weight(weight, linear_weight.shape[0], rows)
@@ -191,11 +194,12 @@ def _of_labels(
         counted = labels != ignored
         if not _all_seen(counted):  # what does not count may be NaN
             rows = torch.where(counted[:, None], rows, 0)
-        logits = F.linear(rows, linear_weight, linear_bias)
+        logits = F.linear(*rounded((rows, linear_weight, linear_bias)))
         result = cross_entropy(logits, labels, ignore_index=ignored, **common)
         return _without_ignored(result, counted)
     common = common | {"backend": backend or ""}
-    return _tiled((rows, linear_weight, linear_bias), labels, ignored, tile_options, common)
+    head = (given, linear_weight, linear_bias)
+    return _tiled(head, rows.dtype, labels, ignored, tile_options, common)
 
 
 def _all_seen(counted: Tensor) -> bool:
@@ -216,10 +220,11 @@ def _without_ignored(result: Any, counted: Tensor) -> Any:
 
 
 def _tiled(
-    head: tuple, labels: Tensor, ignored: int, tile_options: tuple[int, float], common: dict
-) -> Any:
+    head: tuple, dtype: torch.dtype, labels: Tensor, ignored: int,
+    tile_options: tuple[int, float], common: dict,
+) -> Any:  # fmt: skip
     rows = head[0]
-    real = real_dtype(rows.dtype)
+    real = real_dtype(dtype)
     weight, num_items, reduction = common["weight"], common["num_items"], common["reduction"]
     if weight is not None:
         weight = weight.to(real)
@@ -229,13 +234,13 @@ def _tiled(
     early = torch.is_grad_enabled() and reduction != "none"
     wanted = [early and part is not None and part.requires_grad for part in head]
     loss, lse, correct, entropy = linear_nll(
-        *head, labels.long(), weight, num_items,
+        head, dtype, labels.long(), weight, num_items,
         REDUCTIONS["mean" if num_items is not None else reduction], ignored,
         float(common["label_smoothing"]), float(common["logit_scale"]),
         float(common["softcap"] or 0.0), float(common["z_loss"]), common["return_stats"], wanted,
         *tile_options, common["backend"],
     )  # fmt: skip
-    loss = loss.to(real if under_autocast(rows) else rows.dtype)
+    loss = loss.to(real if under_autocast(rows) else dtype)
     return LossStats(loss, lse, correct, entropy) if common["return_stats"] else loss
 
 

@@ -68,9 +68,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def product(s: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (n, D) = s (n, V) @ weight (V, D), rounded once; `s` may be wider than the others."""
-    if s.dtype == weight.dtype:
+    """out (n, D) = s (n, V) @ weight (V, D), rounded once; `s` may be wider than the others, and
+    `out` than weight."""
+    if s.dtype == weight.dtype == out.dtype:
         torch.mm(s, weight, out=out)
+        return
+    if out.dtype != weight.dtype:
+        add_product(s, weight, out, True)
         return
     total = torch.empty_like(out, dtype=s.dtype)
     add_product(s, weight, total, True)
@@ -181,8 +185,9 @@ def _accumulate(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
 
 def _wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b on the CPU, which rounds it to the dtype of a and b; a sum over rows may be beyond
-    float16's 65504."""
-    return torch.mm(a.to(dtype), b.to(dtype)) if a.dtype == torch.float16 else torch.mm(a, b)
+    float16's 65504. Into memory of its own: autocast would round the float32 product too."""
+    wide = dtype if a.dtype == torch.float16 else a.dtype
+    return torch.mm(a.to(wide), b.to(wide), out=a.new_empty(a.shape[0], b.shape[1], dtype=wide))
 
 
 def _put(out: Tensor, tile: Tensor, first: bool) -> None:

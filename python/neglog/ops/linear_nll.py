@@ -58,6 +58,7 @@ library.define(
 )
 
 
+NARROW = (False, False, False)
 # The share of columns below which copying them out costs less than multiplying the others.
 WORTH_A_COPY = 0.8
 
@@ -96,13 +97,19 @@ class Upstream(NamedTuple):
 
 
 class Gradients:
-    """What the tiles add up to. Those not wanted stay empty."""
+    """What the tiles add up to. Those not wanted stay empty.
 
-    def __init__(self, tiles: Tiles, wanted: list[bool], filter_eps: float) -> None:
+    wide: which are wanted in the accumulation dtype, as parameters are that autocast rounded.
+    """
+
+    def __init__(
+        self, tiles: Tiles, wanted: list[bool], filter_eps: float, wide: Sequence[bool] = NARROW
+    ) -> None:
         head = tiles.head
         real = real_dtype(head.input.dtype)
         new = head.input.new_zeros
-        self.input = new(head.input.shape if wanted[0] else 0)
+        self.dtypes = [real if it else head.input.dtype for it in wide]
+        self.input = new(head.input.shape if wanted[0] else 0, dtype=self.dtypes[0])
         self.weight = new_memory(
             head.weight.shape if wanted[1] else (0,), head.weight, None if tiles.once else real
         )
@@ -123,7 +130,7 @@ class Gradients:
         if self.wanted[0] and isinstance(rows, slice):
             matmul.product(s, weight, self.input[rows])
         elif self.wanted[0]:
-            part = torch.empty_like(x)
+            part = torch.empty_like(x, dtype=self.dtypes[0])
             matmul.product(s, weight, part)
             self.input[rows] = part
         if self.wanted[1] and columns is None:
@@ -154,8 +161,7 @@ class Gradients:
             self.weight.zero_()
         if late:
             return self.input, self.weight, self.bias
-        dtype = self.input.dtype
-        return self.input, self.weight.to(dtype), self.bias.to(dtype)
+        return self.input, self.weight.to(self.dtypes[1]), self.bias.to(self.dtypes[2])
 
 
 class Tiles:
@@ -163,9 +169,10 @@ class Tiles:
 
     def __init__(
         self, head: Head, target: Tensor, ignore_index: int, workspace: int, learns: bool,
-        compact: bool = True,
+        compact: bool = True, wide: bool = False,
     ) -> None:  # fmt: skip
-        """learns: the weight's gradient is wanted. Not compact: rows that do not count stay, as 0.
+        """learns: the weight's gradient is wanted; wide: in the accumulation dtype. Not compact:
+        rows that do not count stay, as 0.
 
         once: one tile, whose product is rounded to the weight's gradient, with no wider sum beside.
         """
@@ -181,7 +188,7 @@ class Tiles:
         row = stride * dtype.itemsize
         rows = len(self.target)
         self.height = tiling.rows_per_tile(rows, row, workspace)
-        self.once = dtype == head.weight.dtype and not divides_late(head.input)
+        self.once = dtype == head.weight.dtype and not divides_late(head.input) and not wide
         # A single tile may have the memory of the sum that it makes needless.
         spared = head.weight.numel() * real_dtype(dtype).itemsize if dtype.itemsize == 2 else 0
         if self.once and learns and rows * row <= workspace + spared:
@@ -281,18 +288,20 @@ def _total_weight(kernel: Any, head: Head, target: Tensor, weight: Tensor | None
     )
 
 
-def _linear_nll_cpu(
-    input, linear_weight, linear_bias, target, weight, num_items, *rest
-) -> tuple[Tensor, ...]:
+def forward(
+    input, linear_weight, linear_bias, target, weight, num_items, *rest,
+    wide: Sequence[bool] = NARROW,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As the op on the CPU. wide: which gradients are wanted in the accumulation dtype."""
     *values, stats, wanted, workspace, filter_eps, backend = rest
     options = Options(*values)
     kernel = _kernel("linear_nll", backend)
     head, weight = contiguous(Head(input, linear_weight, linear_bias), weight)
     divisor = _total_weight(kernel, head, target, weight, options.ignore_index)
     divisor = divisor if num_items is None else float(num_items)
-    tiles = Tiles(head, target, options.ignore_index, workspace, wanted[1])
+    tiles = Tiles(head, target, options.ignore_index, workspace, wanted[1], wide=wide[1])
     rows = _empty_rows(head, len(tiles.target), stats)
-    gradients = Gradients(tiles, wanted, filter_eps) if any(wanted) else None
+    gradients = Gradients(tiles, wanted, filter_eps, wide) if any(wanted) else None
     late = divides_late(input)
     now = options.reduction == MEAN and not (late and divisor)
     scale = quotient(1.0, divisor) if now else 1.0
@@ -344,7 +353,7 @@ def formed_times_upstream(
     """The gradients formed in the forward, times the upstream; None if that is not one number."""
     if grad_lse is not None or not _ready(formed, options, wanted):
         return None
-    factor = _late_factor(grad_loss, total_weight, options, likes[0])
+    factor = _late_factor(grad_loss, total_weight, options, divides_late(likes[0]))
     return tuple(
         _times(kept, factor, like.dtype) if want else like.new_empty(0)
         for want, kept, like in zip(wanted, formed, likes, strict=True)
@@ -352,16 +361,17 @@ def formed_times_upstream(
 
 
 def formed_once(
-    grad_loss: Tensor, input: Tensor, total_weight: Tensor, formed: Sequence[Tensor],
-    options: Options, wanted: Sequence[bool],
+    grad_loss: Tensor, formed: Sequence[Tensor], total_weight: Tensor, options: Options,
+    wanted: Sequence[bool], dtypes: Sequence[torch.dtype | None], divides_late: bool,
 ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
-    """As formed_times_upstream, in the memory of what was formed, which is left to the caller."""
+    """As formed_times_upstream, but in these dtypes and, if that was formed so, in the memory of
+    what was formed, which is left to the caller."""
     if not _ready(formed, options, wanted):
         return None
-    factor = _late_factor(grad_loss, total_weight, options, input)
+    factor = _late_factor(grad_loss, total_weight, options, divides_late)
     return tuple(
-        _scaled(kept, factor).to(input.dtype) if want else None
-        for kept, want in zip(formed, wanted, strict=True)
+        _scaled(kept, factor).to(dtype) if want else None
+        for kept, want, dtype in zip(formed, wanted, dtypes, strict=True)
     )
 
 
@@ -395,14 +405,14 @@ def _scaled(kept: Tensor, factor: Tensor) -> Tensor:
 
 
 def _late_factor(
-    grad_loss: Tensor, total_weight: Tensor, options: Options, input: Tensor
+    grad_loss: Tensor, total_weight: Tensor, options: Options, late: bool
 ) -> Tensor:
-    if options.reduction == MEAN and divides_late(input):
+    if options.reduction == MEAN and late:
         return grad_loss / torch.where(total_weight == 0, 1, total_weight)
     return grad_loss
 
 
-library.impl("linear_nll", _linear_nll_cpu, "CPU")
+library.impl("linear_nll", forward, "CPU")
 library.impl("linear_nll_backward", _linear_nll_backward_cpu, "CPU")
 
 

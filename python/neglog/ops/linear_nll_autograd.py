@@ -7,30 +7,36 @@ eager        gives the gradients formed in the forward away, where the others co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from neglog.ops import linear_nll_cuda  # noqa: F401 - registers itself
+from neglog.ops import linear_nll as linear_nll_cpu
+from neglog.ops import linear_nll_cuda
 from neglog.ops import nll_composite as composite
 from neglog.ops.linear_nll import formed_once, library, nothing_formed
 from neglog.ops.nll import NONE, Options
 from neglog.ops.nll_autograd import as_function, one_upstream, traced
 
 NO_GRADIENTS = (None,) * 17
-TENSORS = 6  # the first of the arguments
+NO_EAGER_GRADIENTS = (None,) * 18
+FORWARDS = {"cpu": linear_nll_cpu.forward, "cuda": linear_nll_cuda.forward}
 
 
-def linear_nll(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, lse, correct and entropy. Arguments as the op neglog::linear_nll."""
-    if torch.compiler.is_compiling() or traced(arguments[0]):
-        outputs = torch.ops.neglog.linear_nll.default(*arguments)
+def linear_nll(
+    head: Sequence[Tensor | None], dtype: torch.dtype, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, correct and entropy of a head (input, linear_weight, linear_bias) that is rounded
+    to `dtype`. Other arguments as the op neglog::linear_nll."""
+    if torch.compiler.is_compiling() or traced(head[0]):  # type: ignore[arg-type]
+        outputs = torch.ops.neglog.linear_nll.default(*_rounded(head, dtype), *others)
     elif torch._C._are_functorch_transforms_active():
-        outputs = FunctionalLinearNLL.apply(*arguments)
+        outputs = FunctionalLinearNLL.apply(*_rounded(head, dtype), *others)
     else:
-        return EagerLinearNLL.apply(*arguments)
+        return EagerLinearNLL.apply(*head, dtype, *others)
     loss, lse, _, correct, entropy, *_ = outputs
     return loss, lse, correct, entropy
 
@@ -128,34 +134,61 @@ FunctionalLinearBackward = as_function(
 
 
 class EagerLinearNLL(Function):
-    """Loss, lse, correct, entropy. The first backward has the memory of what the forward formed: a
-    copy would be as large as the weight. For one after it (retain_graph) the forward runs again."""
+    """Loss, lse, correct, entropy of a head, which is rounded to `dtype` here: so the gradients of
+    what autocast rounds are never rounded themselves.
+
+    The first backward has the memory of what the forward formed: a copy would be as large as the
+    weight. For one after it (retain_graph) the forward runs again.
+    """
 
     @staticmethod
-    def forward(ctx, *arguments):
-        outputs = torch.ops.neglog.linear_nll.default(*arguments)
-        loss, lse, total_weight, correct, entropy, *ctx.formed = outputs
+    def forward(ctx, input, linear_weight, linear_bias, dtype, target, weight, num_items, *rest):
+        head, others = (input, linear_weight, linear_bias), (target, weight, num_items)
+        loss, lse, total_weight, correct, entropy, *ctx.formed = _formed(head, dtype, others, rest)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(correct, entropy)
-        ctx.save_for_backward(*arguments[:TENSORS], total_weight)
-        ctx.rest = arguments[TENSORS:]
-        ctx.options, ctx.how = Options(*ctx.rest[:6]), ctx.rest[-3:]
+        ctx.save_for_backward(*head, *others, total_weight)
+        ctx.dtype, ctx.rest = dtype, rest
+        ctx.options, ctx.how = Options(*rest[:6]), rest[-3:]
         return loss, lse, correct, entropy
 
     @staticmethod
     def backward(ctx, grad_loss, grad_lse, *undefined):
         if grad_loss is None and grad_lse is None:
-            return NO_GRADIENTS
-        *tensors, total_weight = ctx.saved_tensors
-        problem, wanted = tensors[:5], ctx.needs_input_grad[:3]
+            return NO_EAGER_GRADIENTS
+        *head, target, weight, num_items, total_weight = ctx.saved_tensors
         formed, ctx.formed = ctx.formed, None
         # With create_graph the gradients have a graph of their own.
-        alone = grad_lse is None and not torch.is_grad_enabled() and not traced(problem[0])
+        alone = grad_lse is None and not torch.is_grad_enabled() and not traced(head[0])
         if alone and ctx.options.reduction != NONE and one_upstream(grad_loss):
             if formed is None:
-                formed = torch.ops.neglog.linear_nll.default(*tensors, *ctx.rest)[-3:]
-            given = formed_once(grad_loss, problem[0], total_weight, formed, ctx.options, wanted)
+                others = (target, weight, num_items)
+                formed = _formed(head, ctx.dtype, others, ctx.rest)[-3:]
+            given = formed_once(
+                grad_loss, formed, total_weight, ctx.options, ctx.needs_input_grad[:3],
+                [None if part is None else part.dtype for part in head],
+                divides_late=ctx.dtype == torch.float16,
+            )  # fmt: skip
             if given is not None:
-                return (*given, *NO_GRADIENTS[3:])
+                return (*given, *NO_EAGER_GRADIENTS[3:])
+        problem = (*_rounded(head, ctx.dtype), target, weight)
         formed = formed or nothing_formed(problem[0])
-        return _gradients(ctx, grad_loss, grad_lse, problem, total_weight, formed)
+        grads = _gradients(ctx, grad_loss, grad_lse, problem, total_weight, formed)[:3]
+        wide = (
+            None if grad is None else grad.to(part.dtype)
+            for grad, part in zip(grads, head, strict=True)
+        )
+        return (*wide, *NO_EAGER_GRADIENTS[3:])
+
+
+def _rounded(head: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if part is None else part.to(dtype) for part in head]
+
+
+def _formed(
+    head: Sequence[Tensor | None], dtype: torch.dtype, others: tuple, rest: tuple
+) -> tuple[Tensor, ...]:
+    """The op, but that gradients are as wide as what they are of."""
+    forward = FORWARDS[head[0].device.type]  # type: ignore[union-attr]
+    wide = [part is not None and part.dtype != dtype for part in head]
+    return forward(*_rounded(head, dtype), *others, *rest, wide=wide)

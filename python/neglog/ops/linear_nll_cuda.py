@@ -7,11 +7,14 @@ cannot wait: all rows are multiplied then, and filter_eps is an error of CUDA's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from neglog import dispatch
 from neglog.ops.linear_nll import (
+    NARROW,
     Gradients,
     Head,
     Tiles,
@@ -39,9 +42,11 @@ def _total_weight(target: Tensor, weight: Tensor | None, ignored: int, real: tor
     return torch.where(counted, weight[torch.where(counted, target, 0)], 0).sum()
 
 
-def _forward(
-    input, linear_weight, linear_bias, target, weight, num_items, *rest
-) -> tuple[Tensor, ...]:
+def forward(
+    input, linear_weight, linear_bias, target, weight, num_items, *rest,
+    wide: Sequence[bool] = NARROW,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As the op on CUDA. wide: which gradients are wanted in the accumulation dtype."""
     *values, stats, wanted, workspace, filter_eps, _ = rest
     options = Options(*values)
     dispatch.ran("linear_nll", "cuda")
@@ -51,8 +56,8 @@ def _forward(
     if divisor is None:
         divisor = _total_weight(target, weight, options.ignore_index, real)
     compact = not _capturing(input.device)
-    tiles = Tiles(head, target, options.ignore_index, workspace, wanted[1], compact)
-    gradients = Gradients(tiles, wanted, filter_eps) if any(wanted) else None
+    tiles = Tiles(head, target, options.ignore_index, workspace, wanted[1], compact, wide[1])
+    gradients = Gradients(tiles, wanted, filter_eps, wide) if any(wanted) else None
     late = divides_late(input)
     largest = 1 / divisor if options.reduction == MEAN and not late else 1.0
     found = []
@@ -79,7 +84,7 @@ def _forward(
     return loss, tiles.spread(lse, len(target)), divisor.clone(), correct, entropy, *formed
 
 
-def _backward(
+def backward(
     grad_loss, grad_lse, input, linear_weight, linear_bias, target, weight, total_weight,
     grad_input, grad_weight, grad_bias, *rest,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -109,5 +114,5 @@ def _backward(
     return gradients.finished(False)
 
 
-library.impl("linear_nll", _forward, "CUDA")
-library.impl("linear_nll_backward", _backward, "CUDA")
+library.impl("linear_nll", forward, "CUDA")
+library.impl("linear_nll_backward", backward, "CUDA")
