@@ -150,9 +150,16 @@ void merge(const Call& call, const T* maximum, const double* sum, int64_t blocks
 
 // A warp to each cell.
 template <class... Parameters, class... Arguments>
-void launch_cells(void (*kernel)(Parameters...), const Call& call, int64_t cells,
+void launch_close(void (*kernel)(Parameters...), const Call& call, int64_t cells,
                   Arguments... arguments) {
     launch(kernel, call, ceiling(cells, kWarpsOfBlock), kWarp * kWarpsOfBlock, arguments...);
+}
+
+// A block to each cell.
+template <class... Parameters, class... Arguments>
+void launch_cells(void (*kernel)(Parameters...), const Call& call, int64_t cells,
+                  Arguments... arguments) {
+    launch(kernel, call, cells, kWarp * kWarpsOfCell, arguments...);
 }
 
 // For each cell, whether the quick kernel has done it; null where it would find none.
@@ -174,11 +181,12 @@ void run_forward(const Call& call, const Inputs& in, const Tensor& row_maximum,
     T* const maximum = pointer<T>(maxima);
     double* const sum = pointer<double>(sums);
     const bool both = bool(column_sum);
-    const Cells<T> cells = {down, across, maximum, sum, both ? maximum + of_rows : nullptr,
-                            both ? sum + of_rows : nullptr};
+    // The columns' first, where they are aligned.
+    const Cells<T> cells = {down, across, maximum + of_columns, sum + of_columns,
+                            both ? maximum : nullptr, both ? sum : nullptr};
     const MaybeTensor done = new_done(in, down * across);
     if (done)
-        launch_cells(forward_close_cells<S>, call, down * across, tile<S>(in), cells,
+        launch_close(forward_close_cells<S>, call, down * across, tile<S>(in), cells,
                      pointer<bool>(done));
     launch_cells(forward_cells<S>, call, down * across, tile<S>(in), cells, pointer<T>(score),
                  pointer<const bool>(done));
@@ -262,9 +270,9 @@ void infonce_tile_backward(const Tensor& similarity, const Tensor& scale, const 
         const int64_t down = row_blocks(similarity), across = column_blocks<S>(similarity);
         const MaybeTensor done = new_done(in, down * across);
         if (done)
-            launch_cells(backward_close_cells<S>, call, down * across, tile<S>(in), g, down, across,
+            launch_close(backward_close_cells<S>, call, down * across, tile<S>(in), g, down, across,
                          pointer<bool>(done));
-        launch_cells(backward_cells<S>, call, down * across, tile<S>(in), g, down, across,
+        launch_cells(backward_cells<S>, call, down * across, tile<S>(in), g, across,
                      pointer<const bool>(done));
     });
 }

@@ -1,9 +1,10 @@
 // A tile of similarities, cell by cell: what a cell adds to the log-sum-exps of its rows and columns,
 // and its gradient. Any cell, with every option; infonce_close.cuh has those that allow a shorter way.
 //
-// (a) A warp walks a cell of 64 rows and two 16-byte vectors of each lane: it reads the cell once and
-//     needs no shared memory and no barrier. Of a row it finds the maximum, then the sum, by
-//     shuffles; of its columns each lane keeps the online states to itself.
+// (a) A block walks a cell of 64 rows and two 16-byte vectors of each lane: it reads the cell once, a
+//     warp to 8 rows, since few cells come here and one warp alone would be late. Of a row it finds
+//     the maximum, then the sum, by shuffles; of its columns each lane keeps the online states to
+//     itself, and the warps' are merged in their order.
 // (b) What cells found is merged into the states of rows and columns by a second kernel, in one order
 //     and in double. No atomics: a tile's bits depend on its shape, its dtype and its alignment alone.
 // (c) A column's sum over 64 rows is kept as two numbers: in one float the loss of a sure positive
@@ -20,7 +21,7 @@ namespace {
 
 constexpr int kCellRows = 64;
 constexpr int kVectors = 2;  // of a lane in a row
-constexpr int kWarpsOfBlock = 4;
+constexpr int kWarpsOfCell = 8, kRowsOfWarp = kCellRows / kWarpsOfCell;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 template <class S>
@@ -67,7 +68,6 @@ struct Gradient {
     int64_t out_stride;
 };
 
-// A warp's cell.
 struct Place {
     int64_t cell, row_block, column_block;
     int64_t first_row, end_row;
@@ -75,16 +75,27 @@ struct Place {
 };
 
 template <class S>
-__device__ bool find_cell(const Tile<S>& t, int64_t row_blocks, int64_t column_blocks, Place& at) {
-    at.cell = int64_t(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarp;
-    if (at.cell >= row_blocks * column_blocks) return false;
-    at.row_block = at.cell / column_blocks;
-    at.column_block = at.cell % column_blocks;
+__device__ Place place_of_cell(const Tile<S>& t, int64_t cell, int64_t column_blocks) {
+    Place at;
+    at.cell = cell;
+    at.row_block = cell / column_blocks;
+    at.column_block = cell % column_blocks;
     at.first_row = at.row_block * kCellRows;
     const int64_t end = at.first_row + kCellRows;
     at.end_row = end < t.rows ? end : t.rows;
     at.first_column = at.column_block * kCellColumns<S>;
-    return true;
+    return at;
+}
+
+// Of the cell's rows, those of this warp.
+struct Rows {
+    int64_t first, end;
+};
+
+__device__ inline Rows rows_of_warp(const Place& at) {
+    const int64_t first = at.first_row + threadIdx.x / kWarp * kRowsOfWarp;
+    const int64_t end = first + kRowsOfWarp;
+    return {first, end < at.end_row ? end : at.end_row};
 }
 
 // The column of this lane's vector, in the tile.
@@ -232,18 +243,45 @@ __device__ void absorb_one(LongState<T>& state, T z) {
     state.sum = sum;
 }
 
+// What a warp found of the cell's columns, into what the warps before it did. By the whole block.
 template <class S>
-__global__ void __launch_bounds__(kWarp* kWarpsOfBlock, 1)
+__device__ void merge_columns(const LongState<real_of<S>> (&states)[kVectors][kLanes<S>],
+                              real_of<S>* maximum, double* sum) {
+    using T = real_of<S>;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    for (int turn = 0; turn < kWarpsOfCell; ++turn) {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+            for (int i = 0; i < kLanes<S>; ++i) {
+                if (warp != turn) continue;
+                const int at = (v * kWarp + lane) * kLanes<S> + i;
+                const LongState<T>& own = states[v][i];
+                const T before = turn == 0 ? T(-INFINITY) : maximum[at];
+                const T largest = fmax(before, own.maximum), shift = shift_for(largest);
+                const double total = (double(own.sum) + own.low) * exp(own.maximum - shift);
+                sum[at] = turn == 0 ? total : total + sum[at] * exp(before - shift);
+                maximum[at] = largest;
+            }
+        __syncthreads();
+    }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kWarp* kWarpsOfCell, 1)
     forward_cells(Tile<S> t, Cells<real_of<S>> c, real_of<S>* score, const bool* done) {
     using T = real_of<S>;
-    Place at;
-    if (!find_cell(t, c.row_blocks, c.column_blocks, at) || (done && done[at.cell])) return;
+    __shared__ T column_maximum[kCellColumns<S>];
+    __shared__ double column_sum[kCellColumns<S>];
+    const Place at = place_of_cell(t, blockIdx.x, c.column_blocks);
+    if (done && done[at.cell]) return;
     LongState<T> states[kVectors][kLanes<S>];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
 #pragma unroll
         for (int i = 0; i < kLanes<S>; ++i) states[v][i] = {T(-INFINITY), T(0), T(0)};
-    for (int64_t row = at.first_row; row < at.end_row; ++row) {
+    const Rows rows = rows_of_warp(at);
+    for (int64_t row = rows.first; row < rows.end; ++row) {
         Scores<S> s[kVectors];
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
@@ -262,17 +300,12 @@ __global__ void __launch_bounds__(kWarp* kWarpsOfBlock, 1)
             for (int i = 0; i < kLanes<S>; ++i) absorb_one<S>(states[v][i], s[v].z[i]);
     }
     if (!c.column_sum) return;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-        const int64_t column = column_of<S>(at, v);
-        const int count = columns_from(t.columns, column, kLanes<S>);
-#pragma unroll
-        for (int i = 0; i < kLanes<S>; ++i) {
-            if (i >= count) continue;
-            const int64_t to = at.row_block * t.columns + column + i;
-            c.column_maximum[to] = states[v][i].maximum;
-            c.column_sum[to] = double(states[v][i].sum) + states[v][i].low;
-        }
+    merge_columns<S>(states, column_maximum, column_sum);
+    const int64_t to = at.row_block * t.columns + at.first_column;
+    const int64_t count = t.columns - at.first_column;
+    for (int i = threadIdx.x; i < kCellColumns<S> && i < count; i += blockDim.x) {
+        c.column_maximum[to + i] = column_maximum[i];
+        c.column_sum[to + i] = column_sum[i];
     }
 }
 
@@ -327,8 +360,8 @@ __device__ Factor<T> factor_of(const Marginal<T>& m, int64_t index, bool inside)
 template <class T>
 __device__ double by_marginal(const Marginal<T>& m, int64_t index, int64_t row, T z) {
     const T high = m.lse[index];
-    const double log_p =
-        high == T(-INFINITY) ? -INFINITY : log_probability(z, Lse<T>{high, m.low[index]});
+    const T log_p =
+        high == T(-INFINITY) ? T(-INFINITY) : log_probability(z, Lse<T>{high, m.low[index]});
     const double hard = m.hard ? m.hard[row] : 0;
     return (double(m.grad[index]) - hard) * exp(log_p) + hard * expm1(log_p);
 }
@@ -343,12 +376,11 @@ __device__ real_of<S> positive_gradient(const Gradient<S>& g, int64_t row, int64
 }
 
 template <class S>
-__global__ void __launch_bounds__(kWarp* kWarpsOfBlock, 1)
-    backward_cells(Tile<S> t, Gradient<S> g, int64_t row_blocks, int64_t column_blocks,
-                   const bool* done) {
+__global__ void __launch_bounds__(kWarp* kWarpsOfCell, 1)
+    backward_cells(Tile<S> t, Gradient<S> g, int64_t column_blocks, const bool* done) {
     using T = real_of<S>;
-    Place at;
-    if (!find_cell(t, row_blocks, column_blocks, at) || (done && done[at.cell])) return;
+    const Place at = place_of_cell(t, blockIdx.x, column_blocks);
+    if (done && done[at.cell]) return;
     Factor<T> columns[kVectors][kLanes<S>];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
@@ -357,7 +389,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsOfBlock, 1)
             const int64_t column = column_of<S>(at, v) + i;
             columns[v][i] = factor_of(g.column, column, column < t.columns);
         }
-    for (int64_t row = at.first_row; row < at.end_row; ++row) {
+    const Rows rows = rows_of_warp(at);
+    for (int64_t row = rows.first; row < rows.end; ++row) {
         const Factor<T> own = factor_of(g.row, row, true);
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {

@@ -17,6 +17,7 @@ namespace neglog {
 namespace {
 
 constexpr int kRowsAtOnce = 4;
+constexpr int kWarpsOfBlock = 4;  // each with a cell of its own
 
 // Sums between 1 / kFar and kFar are exact enough: a score is then rounded to 1e-6 at most, which is
 // less than it was rounded when it was scaled; in 16 bits, to much less than the similarity was.
@@ -26,6 +27,10 @@ constexpr real_of<S> kFar = sizeof(S) == 2 ? 0x1p60 : 0x1p16;
 // How far a log-sum-exp may be from that of the cell's first row.
 template <class S>
 constexpr real_of<S> kSpread = sizeof(S) == 2 ? 40 : 8;
+
+__device__ inline int64_t cell_of_warp() {
+    return int64_t(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarp;
+}
 
 template <class S>
 __device__ bool in_range(real_of<S> sum) {
@@ -123,6 +128,19 @@ __device__ real_of<S> shift_of(const Tile<S>& t, const Place& at, const Inside& 
     return warp_maximum(largest);
 }
 
+// A whole number of vectors.
+template <class T, int n>
+__device__ void store_numbers(T* to, const T (&x)[n]) {
+    const bool aligned = aligned_at(to);
+#pragma unroll
+    for (int first = 0; first < n; first += kLanes<T>) {
+        Lanes<T, kLanes<T>> vector;
+#pragma unroll
+        for (int i = 0; i < kLanes<T>; ++i) vector.at[i] = x[first + i];
+        store(to + first, vector, aligned);
+    }
+}
+
 // Sums of the cell's columns, this lane's.
 template <class S>
 struct ColumnSums {
@@ -189,12 +207,16 @@ __device__ bool forward_cell(const Tile<S>& t, const Cells<real_of<S>>& c, const
     for (int v = 0; v < kVectors; ++v) {
         if (!c.column_sum || !inside.vector[v]) continue;
         const int64_t to = at.row_block * t.columns + column_of<S>(at, v);
+        T maxima[kLanes<S>];
+        double sums[kLanes<S>];
 #pragma unroll
         for (int i = 0; i < kLanes<S>; ++i) {
             close &= in_range<S>(columns.of[v][i]);
-            c.column_maximum[to + i] = shift;
-            c.column_sum[to + i] = columns.of[v][i];
+            maxima[i] = shift;
+            sums[i] = columns.of[v][i];
         }
+        store_numbers(c.column_maximum + to, maxima);
+        store_numbers(c.column_sum + to, sums);
     }
     return __all_sync(kWholeWarp, close);
 }
@@ -206,10 +228,10 @@ constexpr int kCloseBlocks = sizeof(S) == 8 ? 3 : 4;
 template <class S>
 __global__ void __launch_bounds__(kWarp* kWarpsOfBlock, kCloseBlocks<S>)
     forward_close_cells(Tile<S> t, Cells<real_of<S>> c, bool* done) {
-    Place at;
-    if (!find_cell(t, c.row_blocks, c.column_blocks, at)) return;
-    const bool close = forward_cell(t, c, at);
-    if (threadIdx.x % kWarp == 0) done[at.cell] = close;
+    const int64_t cell = cell_of_warp();
+    if (cell >= c.row_blocks * c.column_blocks) return;
+    const bool close = forward_cell(t, c, place_of_cell(t, cell, c.column_blocks));
+    if (threadIdx.x % kWarp == 0) done[cell] = close;
 }
 
 // Backward: exp(z - shift) times the sum of what its row and its column make of it
@@ -305,10 +327,10 @@ template <class S>
 __global__ void __launch_bounds__(kWarp* kWarpsOfBlock, kCloseBlocks<S>)
     backward_close_cells(Tile<S> t, Gradient<S> g, int64_t row_blocks, int64_t column_blocks,
                          bool* done) {
-    Place at;
-    if (!find_cell(t, row_blocks, column_blocks, at)) return;
-    const bool close = backward_cell(t, g, at);
-    if (threadIdx.x % kWarp == 0) done[at.cell] = close;
+    const int64_t cell = cell_of_warp();
+    if (cell >= row_blocks * column_blocks) return;
+    const bool close = backward_cell(t, g, place_of_cell(t, cell, column_blocks));
+    if (threadIdx.x % kWarp == 0) done[cell] = close;
 }
 
 }  // namespace

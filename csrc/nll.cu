@@ -361,7 +361,7 @@ void run_forward(const Call& call, const Problem<S, capped>& p, const Inputs& in
     T* const total_weight = pointer<T>(r.total_weight);
     const T* const items = pointer<const T>(num_items);
     const bool mean = in.reduction == kMean, whole = in.reduction != kNone;
-    if (in_place) {
+    if (in_place && p.vocab != 0) {
         // In float16 a gradient divided by thousands of rows is below the smallest number, and a
         // loss scale that comes after cannot bring it back: there the autograd formula divides
         // later, but by 0 now, so that an ignored row's 0 does not become 0 / 0.
@@ -372,9 +372,10 @@ void run_forward(const Call& call, const Problem<S, capped>& p, const Inputs& in
     } else {
         launch_rows(forward_rows<S, capped>, call, p, output<S>(r));
     }
-    if (whole || !in_place)
+    const bool known = in_place && p.vocab != 0;
+    if (whole || !known)
         launch_one_block(sum_losses<S, capped>, call, p, pointer<const T>(r.row_loss), items,
-                         in_place, mean, total_weight, whole ? pointer<T>(r.loss) : nullptr);
+                         known, mean, total_weight, whole ? pointer<T>(r.loss) : nullptr);
     if (!whole) r.loss = r.row_loss;
 }
 
@@ -423,6 +424,7 @@ Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const 
     check_real("total_weight", total_weight, logits, 1);
     const Call call(logits);
     const Tensor out = torch::stable::new_empty(logits, logits.sizes(), logits.scalar_type());
+    if (logits.size(1) == 0) return out;  // and of probabilities no address tells that they are
     with_problem(in, [&]<class S, bool capped>(const Problem<S, capped>& p) {
         using T = real_of<S>;
         const Upstream<T> up = {

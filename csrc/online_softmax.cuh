@@ -123,15 +123,37 @@ __device__ Lanes<S, kLanes<S>> unpacked(const uint4& bits) {
     return x;
 }
 
+// Into a value: unpacked where it lies, a vector was loaded byte by byte.
+__device__ inline uint4 load_vector(const uint4* from) {
+#ifdef NEGLOG_EMULATED
+    uint4 bits;  // GCC joins this branch and the one for what is not aligned
+    memcpy(&bits, reinterpret_cast<const char*>(from), sizeof(bits));
+    return bits;
+#else
+    return *from;
+#endif
+}
+
 // Loads are plain ones, never through the read-only path: the in-place op writes what it has read.
 template <class S, int n>
 __device__ Lanes<S, n> load(const S* from, bool aligned) {
     if constexpr (n == kLanes<S>)
-        if (aligned) return unpacked<S>(*reinterpret_cast<const uint4*>(from));
+        if (aligned) return unpacked<S>(load_vector(reinterpret_cast<const uint4*>(from)));
     Lanes<S, n> x;
 #pragma unroll
     for (int i = 0; i < n; ++i) x.at[i] = from[i];
     return x;
+}
+
+// Left to the compiler, stores in unrolled loops came out as four of 4 bytes each.
+__device__ inline void store_vector(uint4* to, const uint4& bits) {
+#ifdef NEGLOG_EMULATED
+    memcpy(reinterpret_cast<char*>(to), &bits, sizeof(bits));
+#else
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y),
+                 "r"(bits.z), "r"(bits.w)
+                 : "memory");
+#endif
 }
 
 template <class S, int n>
@@ -140,7 +162,7 @@ __device__ void store(S* to, const Lanes<S, n>& x, bool aligned) {
         if (aligned) {
             uint4 bits;
             memcpy(&bits, &x, sizeof(bits));
-            *reinterpret_cast<uint4*>(to) = bits;
+            store_vector(reinterpret_cast<uint4*>(to), bits);
             return;
         }
 #pragma unroll

@@ -257,6 +257,23 @@ def test_nll_of_nothing(device):
         assert loss.isnan()
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_nll_of_no_classes(device, probabilities):
+    """Rows without columns, whose memory has no address: nothing is read, nothing written."""
+    logits = torch.empty(4, 0, device=device.name)
+    target = torch.empty(4, 0) if probabilities else torch.full((4,), -100)
+    target, options = target.to(device.name), OPTIONS["plain"]
+    for reduction in (NONE, MEAN, SUM):
+        given = (logits, target, None, None, reduction, -100, *options)
+        loss, lse, low, total, _, _ = device.ops.nll(*given, True, "")
+        again, *_ = device.ops.nll_(*given, False, "")
+        torch.testing.assert_close(again, loss, equal_nan=True)
+        grad = device.ops.nll_backward(
+            torch.ones_like(loss), None, logits, target, None, lse, low, total, *given[4:], ""
+        )
+        assert grad.shape == (4, 0)
+
+
 def test_nll_has_the_same_bits_in_any_order(device, dtype, monkeypatch):
     logits, target, weight = problem((7, 2049), dtype, False, device.name)
     found = []

@@ -40,7 +40,19 @@ def siglip(x, w, target):
     return neglog.siglip_loss(F.normalize(x), F.normalize(w), 20.0, -5.0)
 
 
-LOSSES = (cross_entropy, masked, linear, clip, siglip)
+def counted(x, w, target):
+    return neglog.cross_entropy(x @ w.t(), target, num_items=1234)
+
+
+def linear_counted(x, w, target):
+    return neglog.linear_cross_entropy(x, w, target, num_items=1234)
+
+
+def weighted(x, w, target):
+    return neglog.info_nce(x, w[:1200], w[1200:], 2.0, hard_negative_weight=0.5)
+
+
+LOSSES = (cross_entropy, masked, linear, clip, siglip, counted, linear_counted, weighted)
 
 
 @pytest.fixture(params=LOSSES, ids=lambda loss: loss.__name__)

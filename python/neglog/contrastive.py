@@ -41,6 +41,7 @@ from neglog.validation import (
     check_scalar,
     check_smoothing,
     check_temperature,
+    number_on,
 )
 
 ROW_BYTES = tiling.DEFAULT_WORKSPACE_MB << 20
@@ -403,7 +404,7 @@ def _bias(weight: float | Tensor, plain: int, weighted: int, scale: Tensor) -> T
     """What is added to the scores of `plain` columns, 0, and then of `weighted` ones."""
     if not weighted or (not isinstance(weight, Tensor) and weight == 0):
         return None
-    value = torch.as_tensor(weight, dtype=scale.dtype, device=scale.device)
+    value = number_on(weight, scale.dtype, scale.device)
     return torch.cat([scale.new_zeros(plain), value.expand(weighted)])
 
 
@@ -575,7 +576,7 @@ def _of_own_negatives(
     dispatch.ran("infonce", "torch")
     similarity = torch.bmm(negatives, query.unsqueeze(2)).squeeze(2).to(scale.dtype)
     of_row = scale[:, None] if scale.dim() else scale
-    others = similarity * of_row + torch.as_tensor(weight, dtype=scale.dtype, device=scale.device)
+    others = similarity * of_row + number_on(weight, scale.dtype, scale.device)
     scores = torch.cat([(dots(query, key) * scale)[:, None], others], 1)
     target = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
     loss = F.cross_entropy(scores, target, reduction="none")

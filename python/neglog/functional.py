@@ -22,6 +22,7 @@ from neglog.validation import (
     check_options,
     check_range,
     is_probabilities,
+    number_on,
     row_shape,
     rows_of_last_axis,
     to_rows,
@@ -277,7 +278,7 @@ def _rows_problem(
     if weight is not None:
         weight = weight.to(real)
     if num_items is not None:
-        num_items = torch.as_tensor(num_items, dtype=real, device=input.device).reshape(())
+        num_items = number_on(num_items, real, input.device).reshape(())
     return to_rows(input), target, weight, num_items
 
 

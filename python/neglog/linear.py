@@ -27,6 +27,7 @@ from neglog.validation import (
     check_linear_target,
     check_options,
     check_weight,
+    number_on,
     rows_of_last_axis,
     under_autocast,
 )
@@ -229,7 +230,7 @@ def _tiled(
     if weight is not None:
         weight = weight.to(real)
     if num_items is not None:
-        num_items = torch.as_tensor(num_items, dtype=real, device=rows.device).reshape(())
+        num_items = number_on(num_items, real, rows.device).reshape(())
     # The upstream of "none" is not known yet, so its gradients wait for the backward.
     early = torch.is_grad_enabled() and reduction != "none"
     wanted = [early and part is not None and part.requires_grad for part in head]

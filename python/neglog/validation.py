@@ -61,6 +61,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type)
 
 
+def number_on(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number, or a tensor of one, there. A number is filled in where it is wanted: to copy it to
+    a GPU would be to wait for what runs on it, which nothing can while a graph is captured."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
 

@@ -117,8 +117,9 @@ def _forward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
     score = rows.maximum.new_zeros(len(pairs.query) if pairs.positive is not None else 0)
     kept = None
     if keeps(pairs, keep):
-        shape = (len(pairs.query), len(pairs.key))
-        kept = new_memory(shape, pairs.query, matmul.tile_dtype(pairs.query))
+        dtype = matmul.tile_dtype(pairs.query)
+        shape = (len(pairs.query), tiling.row_stride(len(pairs.key), dtype.itemsize))
+        kept = new_memory(shape, pairs.query, dtype)[:, : len(pairs.key)]
     workspace = Workspace(pairs, kept)
     of_columns = rows if pairs.symmetric else columns
     for down, across in tiles_of(pairs):
@@ -292,13 +293,17 @@ def _infonce_fake(*arguments: Any) -> tuple[Tensor, ...]:
     def numbers(count: Any) -> Tensor:
         return query.new_empty(count, dtype=pairs.real)
 
-    kept = (rows, columns) if keeps(pairs, keep) else 0
+    dtype = matmul.tile_dtype(query)
+    kept = query.new_empty(0, dtype=dtype)
+    if keeps(pairs, keep):
+        strides = (tiling.row_stride(columns, dtype.itemsize), 1)
+        kept = query.new_empty_strided((rows, columns), strides, dtype=dtype)
     of_positive = rows if pairs.positive is not None else 0
     of_columns = columns if pairs.columns else 0
     return (
         numbers(of_positive), numbers(of_positive if pairs.columns else 0), numbers(rows),
         numbers(of_columns), numbers(of_positive), numbers(rows), numbers(of_columns),
-        query.new_empty(kept, dtype=matmul.tile_dtype(query)),
+        kept,
     )  # fmt: skip
 
 

@@ -404,9 +404,7 @@ def _scaled(kept: Tensor, factor: Tensor) -> Tensor:
     return kept
 
 
-def _late_factor(
-    grad_loss: Tensor, total_weight: Tensor, options: Options, late: bool
-) -> Tensor:
+def _late_factor(grad_loss: Tensor, total_weight: Tensor, options: Options, late: bool) -> Tensor:
     if options.reduction == MEAN and late:
         return grad_loss / torch.where(total_weight == 0, 1, total_weight)
     return grad_loss
