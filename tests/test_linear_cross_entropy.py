@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch.library import opcheck
 from torch.testing._internal.common_methods_invocations import op_db
 
@@ -619,3 +620,24 @@ def test_gradients_are_not_copied():
         loss = neglog.linear_cross_entropy(x, w, target)
     formed = [part.data_ptr() for part in loss.grad_fn.formed[:2]]
     assert [grad.data_ptr() for grad in torch.autograd.grad(loss, (x, w))] == formed
+
+
+def test_hooks_of_saved_tensors_get_the_gradients_too():
+    """Checkpointing drops what is saved, offloading moves it: nothing as large as the weight may be
+    kept past them."""
+    x, w, _, target = draw(2400, dtype=torch.float32)
+    expected = torch.autograd.grad(neglog.linear_cross_entropy(x, w, target), (x, w))
+    packed = []
+
+    def pack(tensor):
+        packed.append(tuple(tensor.shape))
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = neglog.linear_cross_entropy(x, w, target)
+    assert packed.count(tuple(w.shape)) == 2  # the weight, and its gradient
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, w)), expected)
+    loss = torch.utils.checkpoint.checkpoint(
+        neglog.linear_cross_entropy, x, w, target, use_reentrant=False
+    )
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, w)), expected)

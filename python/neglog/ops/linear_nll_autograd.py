@@ -31,7 +31,7 @@ def linear_nll(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, lse, correct and entropy of a head (input, linear_weight, linear_bias) that is rounded
     to `dtype`. Other arguments as the op neglog::linear_nll."""
-    if torch.compiler.is_compiling() or traced(head[0]):  # type: ignore[arg-type]
+    if torch.compiler.is_compiling() or traced(head[0]) or _hooked():  # type: ignore[arg-type]
         outputs = torch.ops.neglog.linear_nll.default(*_rounded(head, dtype), *others)
     elif torch._C._are_functorch_transforms_active():
         outputs = FunctionalLinearNLL.apply(*_rounded(head, dtype), *others)
@@ -39,6 +39,11 @@ def linear_nll(
         return EagerLinearNLL.apply(*head, dtype, *others)
     loss, lse, _, correct, entropy, *_ = outputs
     return loss, lse, correct, entropy
+
+
+def _hooked() -> bool:
+    """Whether someone takes what is saved (checkpointing, offloading): then all of it is saved."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _setup(ctx, inputs, output):
