@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 constexpr int64_t kNone = 0, kMean = 1;
 
 // Beyond this a block takes several rows: to start one for each of 1000 classes costs as much as to
-// read it.
+// read it. Long rows have a block each, as the last of four would keep the others' places empty.
 inline int64_t most_blocks(const Call& call, int threads) {
     return int64_t(multiprocessors(call)) * (kThreadsOfMultiprocessor / threads);
 }
@@ -204,7 +204,8 @@ void launch_rows(void (*kernel)(Problem<S, capped>, Parameters...), const Call& 
                  const Problem<S, capped>& p, Arguments... arguments) {
     if (p.rows == 0) return;
     const int threads = threads_for<S>(p.vocab);
-    launch(kernel, call, std::min(p.rows, most_blocks(call, threads)), threads, p, arguments...);
+    const int64_t most = threads == kRowThreads ? p.rows : most_blocks(call, threads);
+    launch(kernel, call, std::min(p.rows, most), threads, p, arguments...);
 }
 
 constexpr int64_t kShortestOnChip = 32 << 10;

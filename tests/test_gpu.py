@@ -52,7 +52,11 @@ def weighted(x, w, target):
     return neglog.info_nce(x, w[:1200], w[1200:], 2.0, hard_negative_weight=0.5)
 
 
-LOSSES = (cross_entropy, masked, linear, clip, siglip, counted, linear_counted, weighted)
+def of_labels(x, w, target):
+    return neglog.sup_con(torch.cat([x, w]), torch.cat([target, target]) % 50, 0.2)
+
+
+LOSSES = (of_labels, cross_entropy, masked, linear, clip, siglip, counted, linear_counted, weighted)
 
 
 @pytest.fixture(params=LOSSES, ids=lambda loss: loss.__name__)

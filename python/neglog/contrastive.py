@@ -431,11 +431,18 @@ class _Mates(NamedTuple):
         """Each row's mean similarity to its mates, by sums over labels."""
         # In double: a sum less one of its terms cancels where that is the longest.
         wide = z.double() if z.device.type in ("cpu", "cuda") else z.to(real_dtype(z.dtype))
-        sums = torch.zeros_like(wide).index_add(0, self.of_row, wide)
-        # Not sums[of_row], in whose backward threads race: the bits would change.
-        others = sums.index_select(0, self.of_row) - wide
+        others = _sum_of_label(wide, self.of_row) - wide
         score = (wide * others).sum(-1) / self.number.clamp(min=1)
         return score.to(real_dtype(z.dtype))
+
+
+def _sum_of_label(wide: Tensor, of_row: Tensor) -> Tensor:
+    """For each row the sum over its label's rows, and its derivative, in one order: on CUDA threads
+    race in index_add, which is the backward of index_select too; on the CPU in that of indexing."""
+    zeros = torch.zeros_like(wide)
+    if wide.is_cuda:
+        return zeros.index_put((of_row,), wide, accumulate=True)[of_row]
+    return zeros.index_add(0, of_row, wide).index_select(0, of_row)
 
 
 # The forms of info_nce
