@@ -23,15 +23,15 @@ namespace neglog {
 
 constexpr int kMaxThreads = 512;
 // Of a block that walks rows, of which a multiprocessor's registers hold three, or two that read and
-// then write: one loads while another reduces. With more they spill; sm_100's compiler wants the
-// registers of two.
+// then write: one loads while another reduces. With more they spill, and on sm_80 and sm_100, for
+// which the compiler wants more registers, with three.
 constexpr int kRowThreads = 256, kFusedBlocks = 2;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-template <class S>
-constexpr int kRowBlocks = 2;
-#else
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
 template <class S>
 constexpr int kRowBlocks = sizeof(S) == 8 ? 2 : 3;
+#else
+template <class S>
+constexpr int kRowBlocks = 2;
 #endif
 constexpr int kThreadsOfMultiprocessor = 2048;
 constexpr int kWarp = 32;
