@@ -69,7 +69,7 @@ struct Gradient {
 };
 
 struct Place {
-    int64_t cell, row_block, column_block;
+    int64_t row_block, column_block;
     int64_t first_row, end_row;
     int64_t first_column;  // of the cell
 };
@@ -77,7 +77,6 @@ struct Place {
 template <class S>
 __device__ Place place_of_cell(const Tile<S>& t, int64_t cell, int64_t column_blocks) {
     Place at;
-    at.cell = cell;
     at.row_block = cell / column_blocks;
     at.column_block = cell % column_blocks;
     at.first_row = at.row_block * kCellRows;
@@ -274,7 +273,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsOfCell, 1)
     __shared__ T column_maximum[kCellColumns<S>];
     __shared__ double column_sum[kCellColumns<S>];
     const Place at = place_of_cell(t, blockIdx.x, c.column_blocks);
-    if (done && done[at.cell]) return;
+    if (done && done[blockIdx.x]) return;
     LongState<T> states[kVectors][kLanes<S>];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
@@ -380,7 +379,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsOfCell, 1)
     backward_cells(Tile<S> t, Gradient<S> g, int64_t column_blocks, const bool* done) {
     using T = real_of<S>;
     const Place at = place_of_cell(t, blockIdx.x, column_blocks);
-    if (done && done[at.cell]) return;
+    if (done && done[blockIdx.x]) return;
     Factor<T> columns[kVectors][kLanes<S>];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)

@@ -77,7 +77,7 @@ __device__ Group<S> load_group(const Tile<S>& t, int64_t row, int64_t column) {
     const S* const from = t.similarity + row * t.stride + column;
 #pragma unroll
     for (int r = 0; r < kRowsAtOnce; ++r)
-        group.bits[r] = *reinterpret_cast<const uint4*>(from + r * t.stride);
+        group.bits[r] = load_vector(reinterpret_cast<const uint4*>(from + r * t.stride));
     return group;
 }
 

@@ -17,7 +17,7 @@ from neglog.functional import (
     cross_entropy,
     masked_cross_entropy,
 )
-from neglog.ops.linear_nll_autograd import linear_nll
+from neglog.ops.linear_nll_autograd import linear_nll, rounded
 from neglog.ops.nll import real_dtype
 from neglog.validation import (
     autocast_dtype,
@@ -115,22 +115,22 @@ def linear_cross_entropy(
     workspace, filter_eps = _tile_options(options, input)
     if torch.compiler.is_compiling() and isinstance(logit_scale, Tensor):  # no number for an op
         input, logit_scale = input * logit_scale.to(input.dtype), 1.0
-    head: tuple = (input, linear_weight, linear_bias)
+    head, dtype = (input, linear_weight, linear_bias), autocast_dtype(input)
     common: dict[str, Any] = {
         "weight": weight, "reduction": reduction, "label_smoothing": label_smoothing,
         "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss, "num_items": num_items,
         "return_stats": return_stats, "backend": backend,
     }  # fmt: skip
     if linear_weight.dim() > 2:
-        return _of_many_dimensions(rounded(head), target, ignore_index, mask, shift, common)
+        return _of_many_dimensions(rounded(head, dtype), target, ignore_index, mask, shift, common)
     positions = list(input.shape[:-1])
     check_linear_target(positions, [*positions, linear_weight.shape[0]], target, mask, shift)
     if target.dim() == input.dim():  # one more than the positions
-        return _of_probabilities(rounded(head), target, ignore_index, mask, shift, common)
+        return _of_probabilities(rounded(head, dtype), target, ignore_index, mask, shift, common)
     ignored = -100 if ignore_index is None else ignore_index
     labels = _labels(target, mask, shift, ignored)
     if filter_eps == "auto":
-        filter_eps = torch.finfo(autocast_dtype(input)).eps / 32
+        filter_eps = torch.finfo(dtype).eps / 32
     tile_options = (workspace, float(filter_eps))
     result = _of_labels(head, labels.reshape(-1), ignored, tile_options, common)
 
@@ -169,11 +169,6 @@ def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> T
     return target
 
 
-def rounded(head: tuple) -> tuple:
-    """In the dtype of their product: as they are, but where autocast rounds them."""
-    return tuple(None if part is None else part.to(autocast_dtype(part)) for part in head)
-
-
 def _of_labels(
     head: tuple, labels: Tensor, ignored: int, tile_options: tuple[int, float], common: dict
 ) -> Any:
@@ -195,7 +190,7 @@ def _of_labels(
         counted = labels != ignored
         if not _all_seen(counted):  # what does not count may be NaN
             rows = torch.where(counted[:, None], rows, 0)
-        logits = F.linear(*rounded((rows, linear_weight, linear_bias)))
+        logits = F.linear(*rounded((rows, linear_weight, linear_bias), rows.dtype))
         result = cross_entropy(logits, labels, ignore_index=ignored, **common)
         return _without_ignored(result, counted)
     common = common | {"backend": backend or ""}

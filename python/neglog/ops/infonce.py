@@ -36,7 +36,7 @@ from neglog.ops.infonce_tile import (
     Tiles,
     Upstream,
 )
-from neglog.ops.nll import library, new_memory
+from neglog.ops.nll import library, new_memory, new_rows
 
 PAIRS = (
     "Tensor query, Tensor key, Tensor scale, Tensor? bias, Tensor? positive, Tensor? excluded, "
@@ -117,9 +117,8 @@ def _forward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
     score = rows.maximum.new_zeros(len(pairs.query) if pairs.positive is not None else 0)
     kept = None
     if keeps(pairs, keep):
-        dtype = matmul.tile_dtype(pairs.query)
-        shape = (len(pairs.query), tiling.row_stride(len(pairs.key), dtype.itemsize))
-        kept = new_memory(shape, pairs.query, dtype)[:, : len(pairs.key)]
+        shape = (len(pairs.query), len(pairs.key))
+        kept = new_rows(*shape, pairs.query, matmul.tile_dtype(pairs.query))
     workspace = Workspace(pairs, kept)
     of_columns = rows if pairs.symmetric else columns
     for down, across in tiles_of(pairs):

@@ -38,8 +38,10 @@ from neglog.ops.nll import (
     divides_late,
     library,
     new_memory,
+    new_rows,
     quotient,
     real_dtype,
+    scale_in_place,
 )
 
 library.define(
@@ -184,8 +186,7 @@ class Tiles:
             self.rows = None
         self.target = (target if self.rows is None else target[self.rows]).contiguous()
         dtype = matmul.tile_dtype(head.input)
-        stride = tiling.row_stride(head.vocab, dtype.itemsize)
-        row = stride * dtype.itemsize
+        row = tiling.row_stride(head.vocab, dtype.itemsize) * dtype.itemsize
         rows = len(self.target)
         self.height = tiling.rows_per_tile(rows, row, workspace)
         self.once = dtype == head.weight.dtype and not divides_late(head.input) and not wide
@@ -194,8 +195,7 @@ class Tiles:
         if self.once and learns and rows * row <= workspace + spared:
             self.height = rows
         self.once = self.once and rows <= self.height
-        memory = new_memory((self.height, stride), head.input, dtype)
-        self.logits = memory[:, : head.vocab]
+        self.logits = new_rows(self.height, head.vocab, head.input, dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor | slice, Tensor, Tensor]]:
         """Which of the counted rows, which of all, their input, their logits."""
@@ -362,15 +362,18 @@ def formed_times_upstream(
 
 def formed_once(
     grad_loss: Tensor, formed: Sequence[Tensor], total_weight: Tensor, options: Options,
-    wanted: Sequence[bool], dtypes: Sequence[torch.dtype | None], divides_late: bool,
+    wanted: Sequence[bool], dtypes: Sequence[torch.dtype | None], late: bool,
 ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
     """As formed_times_upstream, but in these dtypes and, if that was formed so, in the memory of
     what was formed, which is left to the caller."""
     if not _ready(formed, options, wanted):
         return None
-    factor = _late_factor(grad_loss, total_weight, options, divides_late)
+    factor = _late_factor(grad_loss, total_weight, options, late)
+    for kept, want in zip(formed, wanted, strict=True):
+        if want:
+            scale_in_place(kept if kept.dim() == 2 else kept[None], factor)
     return tuple(
-        _scaled(kept, factor).to(dtype) if want else None
+        kept.to(dtype) if want else None
         for kept, want, dtype in zip(formed, wanted, dtypes, strict=True)
     )
 
@@ -392,16 +395,6 @@ def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     # is; on CUDA a vector of one makes the product's type that of the wider.
     factor = factor if kept.is_cpu else factor.reshape(1)
     return torch.mul(kept, factor, out=new_memory(kept.shape, kept, dtype))
-
-
-def _scaled(kept: Tensor, factor: Tensor) -> Tensor:
-    """Over itself; by 1, as mostly, nothing is read or written."""
-    if kept.is_cuda:  # to ask whether it is 1 would be to wait for the device
-        rows = kept if kept.dim() == 2 else kept[None]
-        torch.ops.neglog.nll_scale_.default(rows, factor)
-    elif float(factor) != 1:
-        kept.mul_(factor)
-    return kept
 
 
 def _late_factor(grad_loss: Tensor, total_weight: Tensor, options: Options, late: bool) -> Tensor:

@@ -31,12 +31,13 @@ def linear_nll(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, lse, correct and entropy of a head (input, linear_weight, linear_bias) that is rounded
     to `dtype`. Other arguments as the op neglog::linear_nll."""
-    if torch.compiler.is_compiling() or traced(head[0]) or _hooked():  # type: ignore[arg-type]
-        outputs = torch.ops.neglog.linear_nll.default(*_rounded(head, dtype), *others)
-    elif torch._C._are_functorch_transforms_active():
-        outputs = FunctionalLinearNLL.apply(*_rounded(head, dtype), *others)
-    else:
+    alone = not torch.compiler.is_compiling() and not traced(head[0])  # type: ignore[arg-type]
+    if alone and torch._C._are_functorch_transforms_active():
+        outputs = FunctionalLinearNLL.apply(*rounded(head, dtype), *others)
+    elif alone and not _hooked():
         return EagerLinearNLL.apply(*head, dtype, *others)
+    else:
+        outputs = torch.ops.neglog.linear_nll.default(*rounded(head, dtype), *others)
     loss, lse, _, correct, entropy, *_ = outputs
     return loss, lse, correct, entropy
 
@@ -172,11 +173,11 @@ class EagerLinearNLL(Function):
             given = formed_once(
                 grad_loss, formed, total_weight, ctx.options, ctx.needs_input_grad[:3],
                 [None if part is None else part.dtype for part in head],
-                divides_late=ctx.dtype == torch.float16,
+                late=ctx.dtype == torch.float16,
             )  # fmt: skip
             if given is not None:
                 return (*given, *NO_EAGER_GRADIENTS[3:])
-        problem = (*_rounded(head, ctx.dtype), target, weight)
+        problem = (*rounded(head, ctx.dtype), target, weight)
         formed = formed or nothing_formed(problem[0])
         grads = _gradients(ctx, grad_loss, grad_lse, problem, total_weight, formed)[:3]
         wide = (
@@ -186,8 +187,8 @@ class EagerLinearNLL(Function):
         return (*wide, *NO_EAGER_GRADIENTS[3:])
 
 
-def _rounded(head: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    return [None if part is None else part.to(dtype) for part in head]
+def rounded(head: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(None if part is None else part.to(dtype) for part in head)
 
 
 def _formed(
@@ -196,4 +197,4 @@ def _formed(
     """The op, but that gradients are as wide as what they are of."""
     forward = FORWARDS[head[0].device.type]  # type: ignore[union-attr]
     wide = [part is not None and part.dtype != dtype for part in head]
-    return forward(*_rounded(head, dtype), *others, *rest, wide=wide)
+    return forward(*rounded(head, dtype), *others, *rest, wide=wide)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neglog import dispatch, kernels
+from neglog import dispatch, kernels, tiling
 from neglog.kernels.memory import large_buffer
 from neglog.kernels.threads import allowed
 
@@ -152,6 +152,12 @@ def new_memory(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = N
     return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
 
 
+def new_rows(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """New memory for (rows, columns), where each row begins at a line of the cache."""
+    stride = tiling.row_stride(columns, dtype.itemsize)
+    return new_memory((rows, stride), like, dtype)[:, :columns]
+
+
 def run_forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
     options: Options, stats: bool, backend: str,
@@ -245,6 +251,17 @@ def _nll_inplace_cpu(logits, target, weight, num_items, *rest):
     *options, stats, backend = rest
     out = run_fused(logits, target, weight, num_items, Options(*options), stats, backend)
     return out.loss(options[0]), out.lse, out.total_weight(), out.correct, out.entropy
+
+
+def scale_in_place(grad: Tensor, factor: Tensor) -> None:
+    """grad (N, V) times factor (N,) or (), over itself; by 1, as mostly, nothing is written."""
+    if grad.is_cuda:  # to ask whether it is 1 would be to wait for the device
+        torch.ops.neglog.nll_scale_.default(grad, factor)
+        torch.autograd.graph.increment_version(grad)
+    elif factor.dim():
+        grad.mul_(factor.unsqueeze(1))
+    elif float(factor) != 1:
+        grad.mul_(factor)
 
 
 library.impl("nll", _nll_cpu, "CPU")

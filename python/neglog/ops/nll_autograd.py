@@ -16,7 +16,15 @@ from torch.autograd import Function
 
 from neglog import dispatch
 from neglog.ops import nll_composite as composite
-from neglog.ops.nll import MEAN, Options, divides_late, library, run_backward, run_forward
+from neglog.ops.nll import (
+    MEAN,
+    Options,
+    divides_late,
+    library,
+    run_backward,
+    run_forward,
+    scale_in_place,
+)
 
 ARGUMENTS = 12  # of neglog::nll and neglog::nll_
 NO_GRADIENTS = (None,) * ARGUMENTS
@@ -273,15 +281,5 @@ class InplaceNLL(Function):
         (grad,) = ctx.saved_tensors
         if ctx.late is not None:
             grad_loss = grad_loss / ctx.late
-        _scale_in_place(grad, grad_loss)
+        scale_in_place(grad, grad_loss)
         return grad, *NO_GRADIENTS[1:]
-
-
-def _scale_in_place(grad: Tensor, factor: Tensor) -> None:
-    if grad.is_cuda:  # to ask whether it is 1 would be to wait for the device
-        torch.ops.neglog.nll_scale_.default(grad, factor)
-        torch.autograd.graph.increment_version(grad)
-    elif factor.dim():
-        grad.mul_(factor.unsqueeze(1))
-    elif float(factor) != 1:
-        grad.mul_(factor)
