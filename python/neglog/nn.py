@@ -171,7 +171,7 @@ class LinearCrossEntropyLoss(_Torchs):
         bias = self.linear.bias
         return linear_cross_entropy(
             input,
-            self.linear.weight.view(*classes, -1),
+            self.linear.weight.view(*classes, self.linear.in_features),
             target,
             linear_bias=None if bias is None else bias.view(classes),
             weight=self.weight,
