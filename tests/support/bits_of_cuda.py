@@ -1,0 +1,130 @@
+"""The calls of `bits` that run the CUDA ops, emulated on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neglog import matmul
+from neglog.ops import infonce, linear_nll_cuda, siglip
+from neglog.ops.infonce_tile import CudaTiles, Pairs
+from tests import emulated
+from tests.support.bits import normal
+
+NONE, MEAN, SUM = 0, 1, 2
+OPTIONS = {
+    "plain": (0.0, 1.0, 0.0, 0.0),
+    "smoothing": (0.1, 1.0, 0.0, 0.0),
+    "all": (0.2, 0.7, 5.0, 0.1),
+}
+TILE = 97  # columns: several tiles across, not aligned to any vector
+
+Call = tuple[str, list[Tensor | None]]
+
+
+def calls(folder: Path, dtype: torch.dtype) -> Iterator[Call]:
+    ops = emulated.operators(folder)
+    CudaTiles.ops = linear_nll_cuda.ops = ops
+    matmul.wide_is_faster = lambda dtype: False  # type: ignore[assignment]
+    infonce.WIDTH = infonce.CUDA_WIDTH = TILE
+    yield from _nll(ops, dtype)
+    yield from _linear(dtype)
+    yield from _pairs(dtype)
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _nll(ops: Any, dtype: torch.dtype) -> Iterator[Call]:
+    real = _real(dtype)
+    for rows, vocab in ((7, 257), (3, 2049), (2, 17001)):
+        logits = (3 * normal(rows, vocab, seed=1)).to(dtype)
+        index = (normal(rows, seed=2).abs() * 1e6).long() % vocab
+        index[1] = -100
+        weight = (normal(vocab, seed=3).abs() + 0.5).to(real)
+        probabilities = normal(rows, vocab, seed=4).softmax(1).to(dtype)
+        for name, options in OPTIONS.items():
+            for kind, target in (("index", index), ("probabilities", probabilities)):
+                values = (MEAN, -100, *options)
+                out = ops.nll(logits, target, weight, None, *values, True, "")
+                upstream = torch.tensor(0.7, dtype=real)
+                grad = ops.nll_backward(
+                    upstream, None, logits, target, weight, *out[1:4], *values, ""
+                )
+                yield f"nll, {name}, {kind}, {rows} x {vocab}", [*out, grad]
+            memory = logits.clone()
+            out = ops.nll_(memory, index, weight, None, SUM, -100, *options, True, "")
+            ops.nll_scale_(memory, torch.linspace(-1, 2, rows, dtype=real))
+            yield f"nll in place, {name}, {rows} x {vocab}", [*out, memory]
+
+
+def _linear(dtype: torch.dtype) -> Iterator[Call]:
+    rows, features, vocab = 150, 6, 40
+    real = _real(dtype)
+    head = [normal(*s, seed=i).to(dtype) for i, s in enumerate(((rows, features), (vocab, features), (vocab,)))]  # fmt: skip # noqa: E501
+    target = torch.arange(rows) % vocab
+    target[::7] = -100
+    weight = (normal(vocab, seed=3).abs() + 0.5).to(real)
+    for reduction in (NONE, MEAN, SUM):
+        tail = (reduction, -100, *OPTIONS["all"])
+        wanted = [reduction != NONE] * 3
+        out = linear_nll_cuda.forward(*head, target, weight, None, *tail, True, wanted, 1, 0.0, "")
+        grad = normal(*out[0].shape, seed=5).to(real)
+        for name, grad_lse in (("loss", None), ("lse", normal(rows, seed=6).to(real))):
+            grads = linear_nll_cuda.backward(
+                grad, grad_lse, *head, target, weight, out[2], *out[5:], *tail, [True] * 3, 1,
+                0.0, "",
+            )  # fmt: skip
+            yield f"linear_nll, {reduction}, through {name}", [*out, *grads]
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "rows": {},
+    "columns": {"columns": True, "positive": True},
+    "scales, bias": {"columns": True, "positive": True, "scales": True, "bias": True},
+    "excluded": {"columns": True, "positive": True, "excluded": True},
+    "groups": {"columns": True, "positive": True, "groups": True, "scales": True},
+    "symmetric": {"symmetric": True, "positive": True, "excluded": True},
+}
+
+
+def _problem(dtype: torch.dtype, rows: int, keys: int, form: dict[str, Any]) -> Pairs:
+    real, every = _real(dtype), torch.arange(rows)
+    symmetric = form.get("symmetric", False)
+    query, key = (
+        torch.nn.functional.normalize(normal(n, 5, seed=n + 1), dim=1).to(dtype)
+        for n in (rows, keys)
+    )
+    scale = torch.linspace(5, 30, rows) if form.get("scales") else torch.tensor(30.0)
+    return Pairs(
+        query=query, key=query if symmetric else key, scale=scale.to(real),
+        bias=(20 * normal(keys, seed=3)).to(real) if form.get("bias") else None,
+        positive=(every.roll(rows // 2) if symmetric else (every * 3 + 1) % keys)
+        if form.get("positive") else None,
+        excluded=(every if symmetric else (every * 7) % keys) if form.get("excluded") else None,
+        query_group=every % 5 if form.get("groups") else None,
+        key_group=torch.arange(keys) % 5 if form.get("groups") else None,
+        columns=form.get("columns", False), symmetric=symmetric, workspace=1, backend="",
+    )  # fmt: skip
+
+
+def _pairs(dtype: torch.dtype) -> Iterator[Call]:
+    for name, form in FORMS.items():
+        rows, keys = (130, 130) if form.get("symmetric") else (130, 300)
+        given = _problem(dtype, rows, keys, form)
+        for keep in (False, True):
+            out = infonce._forward(CudaTiles, *given, keep)
+            upstream = [normal(len(x), seed=i).to(x.dtype) for i, x in enumerate(out[:5])]
+            saved = (out[2], out[3], out[5], out[6], out[7])
+            wanted = [True, not given.symmetric, True]
+            grads = infonce._backward(CudaTiles, *upstream, *given, *saved, wanted)
+            yield f"pairs, {name}, keep {keep}", [*out[:7], *grads]
+    given = _problem(dtype, 130, 300, {"positive": True})
+    bias = torch.tensor(3.0, dtype=_real(dtype))
+    inputs = (given.query, given.key, given.scale, bias, given.positive)
+    yield "siglip", list(siglip._forward(CudaTiles, *inputs, 1, "", [True] * 4))
