@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-KERNELS := $(wildcard kernels/*.pyx kernels/*.pxd kernels/*.hpp)
+KERNELS := $(wildcard kernels/cython/*.p* kernels/cython/*.hpp)
 
 .PHONY: demo test lint bench cuda examples clean
 

@@ -27,7 +27,7 @@ X86_64_LEVELS = {
 }
 # Neither flag lets the compiler assume away NaN or inf: errno is not read, and no trap handler is.
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-STEMS = ["nll", "infonce"]
+STEMS = ["nll", "pairs"]
 CUDA = "neglog.neglog_cuda"
 
 
@@ -68,22 +68,22 @@ def wants_cuda() -> bool:
 def cuda_extensions() -> list[Extension]:
     if not wants_cuda():
         return []
-    sources, headers = (sorted(map(str, Path("csrc").glob(p))) for p in ("*.cu", "*.*h*"))
+    sources, headers = (sorted(map(str, Path("csrc").glob(p))) for p in ("**/*.cu", "**/*.*h*"))
     return [Extension(CUDA, sources, depends=headers)]
 
 
 def cpu_extensions() -> list[Extension]:
     if os.environ.get("NEGLOG_COMPILE") == "0":
         return []
-    headers = [str(path) for path in Path("kernels").glob("numerics.*")]
-    built = [Extension("neglog.kernels.cpu", ["kernels/cpu.pyx"], language="c++")]
+    headers = [str(path) for path in Path("kernels/cython").glob("block*.*")]
+    built = [Extension("neglog.kernels.cython.cpu_level", ["kernels/cython/cpu_level.pyx"], language="c++")]
     for level, march in isa_levels().items():
         for stem in STEMS:
             built.append(
                 Extension(
-                    f"neglog.kernels.{level}.{stem}",
-                    [f"kernels/{stem}.pyx"],
-                    include_dirs=["kernels"],
+                    f"neglog.kernels.cython.{level}.{stem}",
+                    [f"kernels/cython/{stem}.pyx"],
+                    include_dirs=["kernels/cython"],
                     depends=headers,
                     language="c++",
                     extra_compile_args=[*FLAGS, *march, "-fopenmp"],
@@ -105,7 +105,7 @@ class BuildKernels(build_ext):
                 if extension.name == CUDA:
                     return extension
                 where = f"build/cython/{extension.name}"
-                return cythonize([extension], include_path=["kernels"], build_dir=where)[0]
+                return cythonize([extension], include_path=["kernels/cython"], build_dir=where)[0]
 
             self.distribution.ext_modules = list(map(translated, self.distribution.ext_modules))
         super().finalize_options()

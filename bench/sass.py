@@ -30,8 +30,8 @@ PASSES = {
     "forward_rows": (1, "nll forward"),
     "backward_rows": (2, "nll backward"),
     "fused_rows_on_chip": (2, "nll in place, a row on chip"),
-    "forward_close_cells": (1, "infonce forward, scores close together"),
-    "backward_close_cells": (2, "infonce backward, the same"),
+    "forward_close_cells": (1, "pairs forward, scores close together"),
+    "backward_close_cells": (2, "pairs backward, the same"),
 }
 
 

@@ -1,4 +1,4 @@
-"""How large a tile should be on the GPU at hand: what ops/infonce.py and tiling.py assume, tried.
+"""How large a tile should be on the GPU at hand: what ops/pairs.py and tiling.py assume, tried.
 
 python bench/tiles.py [--seconds N]
 
@@ -18,7 +18,7 @@ from measure import Clock, gradients, measured
 from torch.nn import functional as F
 
 import neglog
-from neglog.ops import infonce
+from neglog.ops import pairs as pairs_op
 
 DEVICE = "cuda"
 SIDES = (4096, 5632, 8192, 11264, 16384)
@@ -28,12 +28,12 @@ FLOATS = 8 * goals.CLIP[0] ** 2 * goals.CLIP[1] / 1e12
 
 @contextmanager
 def tiles_of(height: int, width: int) -> Iterator[None]:
-    before = infonce.CUDA_TILE_BYTES, infonce.CUDA_WIDTH
-    infonce.CUDA_TILE_BYTES, infonce.CUDA_WIDTH = height * width * 2, width
+    before = pairs_op.CUDA_TILE_BYTES, pairs_op.CUDA_WIDTH
+    pairs_op.CUDA_TILE_BYTES, pairs_op.CUDA_WIDTH = height * width * 2, width
     try:
         yield
     finally:
-        infonce.CUDA_TILE_BYTES, infonce.CUDA_WIDTH = before
+        pairs_op.CUDA_TILE_BYTES, pairs_op.CUDA_WIDTH = before
 
 
 def clip(clock: Clock) -> None:

@@ -43,13 +43,13 @@ done
 
 # USE_CUDA shows the stable ABI's CUDA half; the version is the oldest torch the binary serves, 2.10.
 jobs=
-for source in "$here"/*.cu; do
+for source in "$here"/*/*.cu; do
     stem=$(basename "$source" .cu)
     # shellcheck disable=SC2086
     "$nvcc" -std=c++20 -O3 $targets --threads 0 \
         -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
         -Xcompiler -fPIC,-fvisibility=hidden,$warnings -Xptxas -v \
-        $includes -c "$source" -o "$out/$stem.o" >"$out/$stem.log" 2>&1 &
+        -I "$here" $includes -c "$source" -o "$out/$stem.o" >"$out/$stem.log" 2>&1 &
     jobs="$jobs $!:$stem"
 done
 objects=

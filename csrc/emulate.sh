@@ -1,5 +1,5 @@
 #!/bin/sh
-# Compile the CUDA sources for the CPU, as the ops of the namespace neglog_emulated (emulated.hpp).
+# Compile the CUDA sources for the CPU, as the ops of the namespace neglog_emulated (emulator/cuda_on_cpu.hpp).
 #
 #   csrc/emulate.sh OUTDIR      needs g++ and torch's headers; neither CUDA nor a GPU
 #
@@ -15,12 +15,12 @@ includes=$("$python" -c 'from torch.utils.cpp_extension import include_paths as 
 libraries=$("$python" -c 'from torch.utils.cpp_extension import library_paths as p; print(" ".join("-L" + x for x in p()))')
 objects=
 jobs=
-for source in "$here"/*.cu; do
+for source in "$here"/*/*.cu; do
     object=$out/$(basename "$source" .cu).o
     # shellcheck disable=SC2086
     ${CXX:-g++} -std=c++20 -O2 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Werror \
         -Wno-unknown-pragmas -DNEGLOG_EMULATED -DTORCH_TARGET_VERSION=0x020a000000000000 \
-        $includes -x c++ -c "$source" -o "$object" &
+        -I "$here" $includes -x c++ -c "$source" -o "$object" &
     jobs="$jobs $!"
     objects="$objects $object"
 done

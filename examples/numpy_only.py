@@ -30,7 +30,7 @@ def main() -> None:
 
     # Loss and gradient in one pass over the logits, which the gradient overwrites.
     logits = x @ weight
-    result, grad = kernels.nll_fused(logits, target, out=logits)
+    result, grad = kernels.nll_forward_backward(logits, target, out=logits)
     assert grad is logits
     print(f"fused:   loss {result.loss.mean():.4f}; torch imported: {'torch' in sys.modules}")
 

@@ -20,13 +20,13 @@ BACKENDS = ("cython", "numba")
 ISA_LEVELS = ("x86_64_v4", "x86_64_v3", "x86_64_v2", "generic")
 
 _ARRAY_FUNCTIONS = {
-    **dict.fromkeys(("NLL", "nll_forward", "nll_backward", "nll_fused"), "arrays"),
-    **dict.fromkeys(("InfoNCE", "infonce_forward", "infonce_backward"), "pair_arrays"),
+    **dict.fromkeys(("NLL", "nll_forward", "nll_backward", "nll_forward_backward"), "numpy.nll"),
+    **dict.fromkeys(("Pairs", "pairs_forward", "pairs_backward"), "numpy.pairs"),
 }
 
 if TYPE_CHECKING:
-    from neglog.kernels.arrays import NLL, nll_backward, nll_forward, nll_fused
-    from neglog.kernels.pair_arrays import InfoNCE, infonce_backward, infonce_forward
+    from neglog.kernels.numpy.nll import NLL, nll_backward, nll_forward, nll_forward_backward
+    from neglog.kernels.numpy.pairs import Pairs, pairs_backward, pairs_forward
 
 __all__ = [
     "BACKENDS",
@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
 
 def _processor_level() -> int | None:
     try:
-        cpu = importlib.import_module("neglog.kernels.cpu")
+        cpu = importlib.import_module("neglog.kernels.cython.cpu_level")
     except ImportError:
         return None
     return cpu.x86_64_level()
@@ -71,7 +71,7 @@ def _judge(level: str, processor: int | None) -> Build:
         runs = f"x86-64-v{processor}" if processor else "no x86-64 code"
         return Build(level, False, f"the processor runs {runs}")
     try:
-        importlib.import_module(f"neglog.kernels.{level}.nll")
+        importlib.import_module(f"neglog.kernels.cython.{level}.nll")
     except ModuleNotFoundError:
         return Build(level, False, "not built for this machine")
     except ImportError as error:
@@ -134,8 +134,8 @@ def load(stem: str, backend: str | None = None) -> ModuleType:
     if not state.usable:
         raise ImportError(f"neglog: the {backend} kernels cannot run: {state.why}")
     if backend == "numba":
-        return importlib.import_module(f"neglog.kernels.jit.{stem}")
-    return importlib.import_module(f"neglog.kernels.{isa_level()}.{stem}")
+        return importlib.import_module(f"neglog.kernels.numba.{stem}")
+    return importlib.import_module(f"neglog.kernels.cython.{isa_level()}.{stem}")
 
 
 @cache

@@ -7,7 +7,7 @@ import torch
 
 from neglog import dispatch, matmul
 from neglog.ops import linear_nll_cuda
-from neglog.ops.infonce_tile import CudaTiles
+from neglog.ops.pairs_tile import CudaTiles
 from tests import emulated
 
 ON_GPU = (

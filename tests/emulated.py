@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neglog.ops import infonce_tile, nll
+from neglog.ops import pairs_tile, nll
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 AVAILABLE = shutil.which(os.environ.get("CXX", "g++")) is not None
@@ -25,7 +25,7 @@ def operators(out: Path) -> Any:
     subprocess.run(
         [SOURCES / "emulate.sh", out], check=True, env={**os.environ, "PYTHON": sys.executable}
     )
-    for schema in (*nll.SCHEMAS, *infonce_tile.SCHEMAS):
+    for schema in (*nll.SCHEMAS, *pairs_tile.SCHEMAS):
         _definitions.define(schema)
     torch.ops.load_library(str(out / "neglog_emulated.so"))
     return torch.ops.neglog_emulated

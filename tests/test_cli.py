@@ -35,7 +35,7 @@ def test_info_says_what_is_loaded_and_why():
     assert re.search(r"x86_64_v3 +NEGLOG_ISA asks for x86_64_v2", older.stdout)
 
 
-@pytest.mark.parametrize("module", ["rich", "torch", "neglog.kernels.cpu"])
+@pytest.mark.parametrize("module", ["rich", "torch", "neglog.kernels.cython.cpu_level"])
 def test_info_needs_numpy_alone(module):
     told = without(module, "info")
     assert told.returncode == 0, told.stderr

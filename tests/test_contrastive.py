@@ -54,7 +54,7 @@ def test_agrees_with_the_formula(backend, name, dtype):
         for workspace in (TILES, None):
             with dispatch.record() as ran:
                 ours, theirs = both(name, arguments, options=workspace, **options)
-            op = "siglip" if name == "siglip_loss" else "infonce"
+            op = "siglip" if name == "siglip_loss" else "pairs"
             by_rows = name == "info_nce" and workspace and options["reduction"] != "none"
             if by_rows and backend != "torch":  # rows alone, and not kept: keys are classes
                 op = "linear_nll"
@@ -143,7 +143,7 @@ def test_forms_of_info_nce(backend, name, temperature):
         with dispatch.record() as ran:
             ours = neglog.info_nce(*inputs, reduction=reduction, options=TILES, **options)
         in_memory = backend == "torch" or options.get("negative_mode") == "paired"
-        assert ran == [f"infonce:{'torch' if in_memory else backend}"]
+        assert ran == [f"pairs:{'torch' if in_memory else backend}"]
         theirs = formulas.info_nce(*inputs, reduction=reduction, **options)
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
         found, expected = (gradients(loss, learned(inputs)) for loss in (ours, theirs))
@@ -373,7 +373,7 @@ def test_few_similarities_lie_in_memory():
     for rows, expected in ((100, "torch"), (700, dispatch.kernel_backend())):
         with dispatch.record() as ran:
             neglog.info_nce(*pair(rows))
-        assert ran == [f"infonce:{expected}"]
+        assert ran == [f"pairs:{expected}"]
 
 
 def test_numbers_for_scale_and_bias(backend):

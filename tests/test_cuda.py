@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import neglog
 from neglog import dispatch, kernels, reference
-from neglog.ops import infonce, infonce_composite, linear_nll_cuda, siglip
-from neglog.ops.infonce_tile import CpuTiles, CudaTiles, Pairs
+from neglog.ops import linear_nll_cuda, pairs_composite, siglip
+from neglog.ops import pairs as pairs_op
+from neglog.ops.pairs_tile import CpuTiles, CudaTiles, Pairs
 from tests.cuda_devices import GRADIENT, LOSS, normal, off, real_of
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -28,12 +29,12 @@ CALLS = {
     "cross_entropy": (lambda x, key, t: neglog.cross_entropy(x, t), "nll"),
     "masked_cross_entropy": (lambda x, key, t: neglog.masked_cross_entropy(x, t, t > 5), "nll"),
     "linear_cross_entropy": (lambda x, key, t: neglog.linear_cross_entropy(x, x, t), "linear_nll"),
-    "info_nce": (lambda x, key, t: neglog.info_nce(x, key, symmetric=True), "infonce"),
-    "info_nce, queue": (lambda x, key, t: neglog.info_nce(x, key, key), "infonce"),
-    "clip_loss": (lambda x, key, t: neglog.clip_loss(x, key, 10.0), "infonce"),
+    "info_nce": (lambda x, key, t: neglog.info_nce(x, key, symmetric=True), "pairs"),
+    "info_nce, queue": (lambda x, key, t: neglog.info_nce(x, key, key), "pairs"),
+    "clip_loss": (lambda x, key, t: neglog.clip_loss(x, key, 10.0), "pairs"),
     "siglip_loss": (lambda x, key, t: neglog.siglip_loss(x, key, 10.0, 1.0), "siglip"),
-    "nt_xent": (lambda x, key, t: neglog.nt_xent(x, key), "infonce"),
-    "dcl": (lambda x, key, t: neglog.dcl(x, key), "infonce"),
+    "nt_xent": (lambda x, key, t: neglog.nt_xent(x, key), "pairs"),
+    "dcl": (lambda x, key, t: neglog.dcl(x, key), "pairs"),
 }
 
 
@@ -287,7 +288,7 @@ def test_nll_has_the_same_bits_in_any_order(device, dtype, monkeypatch):
         assert torch.equal(first, second)
 
 
-# infonce
+# pairs
 
 FORMS = {
     "rows": {},
@@ -348,7 +349,7 @@ def exactly(given, upstream):
         leaves[1] = torch.zeros((), requires_grad=True, dtype=torch.float64)
     else:
         exact.key.requires_grad_()
-    outputs = infonce_composite.infonce(exact)
+    outputs = pairs_composite.pairs(exact)
     total = sum((o * u.cpu().double()).sum() for o, u in zip(outputs, upstream, strict=True))
     return outputs, torch.autograd.grad(total, leaves, allow_unused=True)
 
@@ -360,16 +361,16 @@ def upstream_of(outputs):
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("shape", [(1, 1), (6, 5), (66, 131), (130, 300)], ids=str)
 @pytest.mark.parametrize("keep", [False, True])
-def test_infonce_against_the_composite(device, dtype, shape, form, keep, monkeypatch):
+def test_pairs_against_the_composite(device, dtype, shape, form, keep, monkeypatch):
     for name in ("WIDTH", "CUDA_WIDTH"):  # several tiles across, not aligned to any vector
-        monkeypatch.setattr(infonce, name, 97)
+        monkeypatch.setattr(pairs_op, name, 97)
     rows, keys = shape
     keys = rows if form.get("symmetric") else keys
     if form.get("symmetric") and rows % 2:
         rows = keys = 2
     given = pairs(dtype, device.name, rows, keys, **form)
     with dispatch.record() as ran:
-        outputs = infonce._forward(CudaTiles, *given, keep)
+        outputs = pairs_op._forward(CudaTiles, *given, keep)
     upstream = upstream_of(outputs[:5])
     exact, leaves = exactly(given, upstream)
     # A similarity in 16 bits is one of 256 or 2048 steps, times the scale.
@@ -378,11 +379,11 @@ def test_infonce_against_the_composite(device, dtype, shape, form, keep, monkeyp
         assert off(found, expected.detach()) <= allowed
     wanted = [True, not given.symmetric, True]
     with dispatch.record() as ran_backward:
-        grads = infonce._backward(
+        grads = pairs_op._backward(
             CudaTiles, *upstream, *given, outputs[2], outputs[3], outputs[5], outputs[6],
             outputs[7], wanted,
         )  # fmt: skip
-    assert (ran, ran_backward) == (["infonce:cuda"], ["infonce_backward:cuda"])
+    assert (ran, ran_backward) == (["pairs:cuda"], ["pairs_backward:cuda"])
     for found, expected, want in zip(grads, leaves, wanted, strict=True):
         if want:
             expected = torch.zeros(found.shape) if expected is None else expected
@@ -390,26 +391,26 @@ def test_infonce_against_the_composite(device, dtype, shape, form, keep, monkeyp
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-def test_infonce_is_what_the_cpu_has(device, dtype, form):
+def test_pairs_is_what_the_cpu_has(device, dtype, form):
     """The same similarities, rounded the same: closer than the oracle can tell in 16 bits."""
     rows, keys = (130, 130) if form.get("symmetric") else (130, 300)
     given = pairs(dtype, device.name, rows, keys, **form)
-    ours = infonce._forward(CudaTiles, *given, False)
-    theirs = infonce._forward(CpuTiles, *on_cpu(given), False)
+    ours = pairs_op._forward(CudaTiles, *given, False)
+    theirs = pairs_op._forward(CpuTiles, *on_cpu(given), False)
     for found, expected in zip(ours[:5], theirs, strict=False):
         assert off(found, expected) <= 5 * LOSS[dtype]
     upstream = upstream_of(ours[:5])
     wanted = [True, not given.symmetric, True]
     saved = [(made[2], made[3], made[5], made[6], made[7]) for made in (ours, theirs)]
-    found = infonce._backward(CudaTiles, *upstream, *given, *saved[0], wanted)
-    expected = infonce._backward(
+    found = pairs_op._backward(CudaTiles, *upstream, *given, *saved[0], wanted)
+    expected = pairs_op._backward(
         CpuTiles, *(x.cpu() for x in upstream), *on_cpu(given), *saved[1], wanted
     )
     for one, other in zip(found, expected, strict=True):
         assert off(one, other.double()) <= 3 * GRADIENT[dtype]
 
 
-def test_infonce_of_sure_positives_keeps_its_digits(device):
+def test_pairs_of_sure_positives_keeps_its_digits(device):
     """Losses near 0 are sums of small terms beside a 1. A row's are added as a tree in float, whose
     rounding torch has too; a column's, one after the other, keep what the float has no room for."""
     scores = -20 + normal(65, 65)
@@ -421,7 +422,7 @@ def test_infonce_of_sure_positives_keeps_its_digits(device):
         maximum = torch.full((65,), -INF, device=device.name)
         states.append((maximum, torch.zeros(65, dtype=torch.float64, device=device.name)))
     (row_maximum, row_sum), (column_maximum, column_sum) = states
-    device.ops.infonce_tile(
+    device.ops.pairs_tile(
         similarity, torch.ones((), device=device.name), None, every, None, None, None, 0,
         row_maximum, row_sum, column_maximum, column_sum, torch.zeros(65, device=device.name),
     )  # fmt: skip
@@ -431,27 +432,27 @@ def test_infonce_of_sure_positives_keeps_its_digits(device):
     torch.testing.assert_close(column_sum.log().cpu(), exact.logsumexp(0), rtol=1e-5, atol=0)
 
 
-def test_infonce_has_the_same_bits_in_any_order(device, dtype, monkeypatch):
+def test_pairs_has_the_same_bits_in_any_order(device, dtype, monkeypatch):
     given = pairs(dtype, device.name, 130, 300, **FORMS["groups"])
     found = []
     for reverse in (False, True):
         if reverse:
             monkeypatch.setenv("NEGLOG_REVERSED", "1")
-        outputs = infonce._forward(CudaTiles, *given, True)
+        outputs = pairs_op._forward(CudaTiles, *given, True)
         saved = (outputs[2], outputs[3], outputs[5], outputs[6], outputs[7])
         upstream = upstream_of(outputs[:5])
-        grads = infonce._backward(CudaTiles, *upstream, *given, *saved, [True] * 3)
+        grads = pairs_op._backward(CudaTiles, *upstream, *given, *saved, [True] * 3)
         found.append((*outputs, *grads))
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
 
 
-def test_infonce_writes_within_its_tile(device, dtype):
+def test_pairs_writes_within_its_tile(device, dtype):
     memory = torch.full((67, 200), 7.0, dtype=dtype, device=device.name)
     tile = memory[1:-1, 3:-5]
     numbers = torch.zeros(65, dtype=real_of(dtype), device=device.name)
     one = torch.ones((), dtype=real_of(dtype), device=device.name)
-    device.ops.infonce_tile_backward(
+    device.ops.pairs_tile_backward(
         tile.clone(), one, *[None] * 5, 0, numbers, numbers, numbers, *[None] * 6, tile
     )
     assert bool((tile == 0).all())
@@ -459,14 +460,14 @@ def test_infonce_writes_within_its_tile(device, dtype):
     assert bool((memory == 7.0).all())
 
 
-def test_infonce_refuses_what_it_would_misread(device):
+def test_pairs_refuses_what_it_would_misread(device):
     tile, one = torch.zeros(4, 6, device=device.name), torch.ones((), device=device.name)
     numbers = torch.zeros(4, device=device.name)
     sums = numbers.double()
 
     def forward(similarity=tile, scale=one, row_sum=sums, **named):
         optional = ("bias", "positive", "excluded", "query_group", "key_group")
-        device.ops.infonce_tile(
+        device.ops.pairs_tile(
             similarity, scale, *(named.get(name) for name in optional), 0, numbers, row_sum, None,
             None, None,
         )  # fmt: skip
@@ -486,7 +487,7 @@ def test_infonce_refuses_what_it_would_misread(device):
 @pytest.mark.parametrize("shape", [(1, 1), (6, 5), (66, 131), (130, 300)], ids=str)
 def test_siglip_against_the_composite(device, dtype, shape, monkeypatch):
     for name in ("WIDTH", "CUDA_WIDTH"):
-        monkeypatch.setattr(infonce, name, 97)
+        monkeypatch.setattr(pairs_op, name, 97)
     given = pairs(dtype, device.name, *shape, one_bias=True, positive=True)
     leaves = [x.detach().double().cpu().requires_grad_() for x in given[:4]]
     expected = siglip.composite(*leaves, given.positive.cpu())
@@ -580,14 +581,14 @@ def test_linear_nll_while_a_graph_is_captured(device, dtype, reduction, stats, m
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-def test_infonce_never_waits(device, form):
+def test_pairs_never_waits(device, form):
     rows, keys = (130, 130) if form.get("symmetric") else (130, 300)
     given = pairs(torch.float32, device.name, rows, keys, **form)
     with Waits():
-        out = infonce._forward(CudaTiles, *given, False)
+        out = pairs_op._forward(CudaTiles, *given, False)
         saved = (out[2], out[3], out[5], out[6], out[7])
         wanted = [True, not given.symmetric, True]
-        infonce._backward(CudaTiles, *upstream_of(out[:5]), *given, *saved, wanted)
+        pairs_op._backward(CudaTiles, *upstream_of(out[:5]), *given, *saved, wanted)
 
 
 def test_linear_nll_of_nothing(device):

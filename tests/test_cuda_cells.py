@@ -33,7 +33,7 @@ def states(tile, ops, scale, columns=True, **named):
         found.append(torch.full((size,), -INF, dtype=real, device=tile.device))
         found.append(torch.zeros(size, dtype=torch.float64, device=tile.device))
     optional = [named.get(name) for name in ("bias", "positive", "excluded", "query", "key")]
-    ops.infonce_tile(
+    ops.pairs_tile(
         tile, scale, *optional, 0, *(found if columns else [*found[:2], None, None]), None
     )
     return found
@@ -53,7 +53,7 @@ def gradient(tile, ops, scale, found, grads, columns=True, **named):
     optional = [named.get(name) for name in ("bias", "positive", "excluded", "query", "key")]
     out = tile.clone(memory_format=torch.preserve_format)
     out = tile_of(tile, tile.dtype, tile.device, tile.data_ptr() % 16 == 0)
-    ops.infonce_tile_backward(
+    ops.pairs_tile_backward(
         out, scale, *optional, 0, *parts[0], *(parts[1] if columns else [None] * 4), None, out
     )
     return out
@@ -194,7 +194,7 @@ def test_nothing_beside_the_tile_is_written(device, dtype):
     zeros = [torch.zeros_like(g) for g in grads_of(tile)]
     parts = [[lse_of(*of).to(zeros[0].dtype), zero, zero, None]
              for of, zero in zip((found[:2], found[2:]), zeros, strict=True)]  # fmt: skip
-    device.ops.infonce_tile_backward(tile, scale, *[None] * 5, 0, *parts[0], *parts[1], None, tile)
+    device.ops.pairs_tile_backward(tile, scale, *[None] * 5, 0, *parts[0], *parts[1], None, tile)
     assert not tile.any()
     tile.fill_(7.0)
     assert bool((memory == 7.0).all())

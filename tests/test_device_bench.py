@@ -330,11 +330,11 @@ def test_without_a_gpu_it_says_so(bench, monkeypatch, capsys):
 def test_tiles_are_tried_and_what_was_is_set_back(bench, monkeypatch, capsys):
     monkeypatch.setattr(bench.goals, "CLIP", (64, 32))
     monkeypatch.setattr(bench.goals, "LINEAR", (16, 32, 500))
-    before = bench.tiles.infonce.CUDA_TILE_BYTES, bench.tiles.infonce.CUDA_WIDTH
+    before = bench.tiles.pairs_op.CUDA_TILE_BYTES, bench.tiles.pairs_op.CUDA_WIDTH
     clock = bench.measure.Clock()
     bench.tiles.clip(clock)
     bench.tiles.linear(clock)
-    assert before == (bench.tiles.infonce.CUDA_TILE_BYTES, bench.tiles.infonce.CUDA_WIDTH)
+    assert before == (bench.tiles.pairs_op.CUDA_TILE_BYTES, bench.tiles.pairs_op.CUDA_WIDTH)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 11
     assert all("'ms': 2.0" in line for line in lines)

@@ -138,7 +138,7 @@ def test_without_torch_the_functions_say_what_to_install():
 def test_without_a_compiled_build_numba_runs_and_says_so_once():
     code = (
         "import sys\n"
-        "sys.modules['neglog.kernels.cpu'] = None\n"
+        "sys.modules['neglog.kernels.cython.cpu_level'] = None\n"
         "import warnings, torch, neglog\n"
         "warnings.simplefilter('always')\n"
         "x = torch.randn(4, 9)\n"
@@ -155,7 +155,7 @@ def test_without_a_compiled_build_numba_runs_and_says_so_once():
 def test_without_any_kernel_torch_runs_and_kernels_say_what_to_install():
     code = (
         "import sys\n"
-        "sys.modules['neglog.kernels.cpu'] = None\n"
+        "sys.modules['neglog.kernels.cython.cpu_level'] = None\n"
         "import importlib.util as u\n"
         "find = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'numba' else find(name, *rest)\n"

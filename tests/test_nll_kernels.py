@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from neglog import reference
-from neglog.kernels import nll_backward, nll_forward, nll_fused
+from neglog.kernels import nll_backward, nll_forward, nll_forward_backward
 from tests.conftest import drawn_weight, relative_error
 
 VOCABS = [1, 2, 7, 31, 257, 2048, 2049, 50257]
@@ -61,8 +61,8 @@ def test_fused_writes_over_its_logits(build, rng, options, vocab, dtype):
     logits = np.ascontiguousarray(logits)
     options = drawn_weight(options, vocab, rng)
     truth = reference.nll(logits, target, reduction="none", grad_loss=0.25, **options)
-    apart, out = nll_fused(logits, target, grad_scale=0.25, backend=build, **options)
-    over, same = nll_fused(
+    apart, out = nll_forward_backward(logits, target, grad_scale=0.25, backend=build, **options)
+    over, same = nll_forward_backward(
         logits, target, grad_scale=0.25, out=logits, stats=True, backend=build, **options
     )
     assert same is logits
@@ -132,7 +132,7 @@ def test_ignored_rows_are_zero_even_of_nan(build):
     assert result.loss[[0, 2]].tolist() == [0, 0]
     assert (gradient[[0, 2]] == 0).all()
     assert result.loss[1] == pytest.approx(np.log(40))
-    over, _ = nll_fused(logits, target, out=logits, backend=build)
+    over, _ = nll_forward_backward(logits, target, out=logits, backend=build)
     assert (logits[[0, 2]] == 0).all()
     assert over.total_weight == 1
 
@@ -194,7 +194,7 @@ def test_gradients_never_share_memory(build, rng):
     kept = []
     for scale in (1.0, 2.0, 3.0):
         gradient = nll_backward(scale, result, logits, target, backend=build)
-        kept += [gradient.reshape(-1)[::7], nll_fused(logits, target, backend=build)[1].T[5:]]
+        kept += [gradient.reshape(-1)[::7], nll_forward_backward(logits, target, backend=build)[1].T[5:]]
         del gradient
     np.testing.assert_allclose(kept[2], 2 * kept[0], rtol=1e-6)
     np.testing.assert_allclose(kept[4], 3 * kept[0], rtol=1e-6)
@@ -304,9 +304,9 @@ def test_out_that_shares_memory(build):
         (memory[:5], probabilities, probabilities),
     ):
         with pytest.raises(ValueError, match="out: expected an array of its own"):
-            nll_fused(logits, target_, out=out, backend=build)
+            nll_forward_backward(logits, target_, out=out, backend=build)
     with pytest.raises(TypeError, match="out: expected an array, got list"):
-        nll_fused(memory[:5], target, out=[], backend=build)
+        nll_forward_backward(memory[:5], target, out=[], backend=build)
 
 
 @pytest.mark.parametrize(("error", "message", "change"), BAD.values(), ids=BAD.keys())

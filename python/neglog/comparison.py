@@ -1,7 +1,7 @@
 """What contrastive losses share: embeddings made ready, compared, and their numbers reduced.
 
 Up to FEW similarities, on devices without kernels and for tensor subclasses the similarities are
-made in memory; otherwise the op infonce makes them a tile at a time.
+made in memory; otherwise the op pairs makes them a tile at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from neglog import dispatch, matmul, tiling
 from neglog.functional import LossStats
-from neglog.ops import infonce_composite as composite
-from neglog.ops.infonce_autograd import infonce
-from neglog.ops.infonce_tile import Pairs
+from neglog.ops import pairs_composite as composite
+from neglog.ops.pairs_autograd import log_sum_exps
+from neglog.ops.pairs_tile import Pairs
 from neglog.ops.nll import real_dtype
 from neglog.validation import autocast_dtype, under_autocast
 
@@ -30,7 +30,7 @@ STATS_BYTES = 4 << 20
 
 
 class Compared(NamedTuple):
-    """By row, (N,), or column, (M,): what the op gives; see neglog.ops.infonce."""
+    """By row, (N,), or column, (M,): what the op gives; see neglog.ops.pairs."""
 
     row_loss: Tensor
     column_loss: Tensor
@@ -128,10 +128,10 @@ def pairs_of(
 
 def compare(pairs: Pairs) -> Compared:
     if in_memory(pairs.query, pairs.key, pairs.backend or None):
-        dispatch.ran("infonce", "torch")
-        return Compared(*composite.infonce(pairs))
+        dispatch.ran("pairs", "torch")
+        return Compared(*composite.pairs(pairs))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in pairs[:3])
-    return Compared(*infonce(pairs, learns)[: len(Compared._fields)])
+    return Compared(*log_sum_exps(pairs, learns)[: len(Compared._fields)])
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from neglog.comparison import (
 from neglog.distributed import gathered
 from neglog.functional import LossStats
 from neglog.linear import linear_cross_entropy
-from neglog.ops.infonce_tile import Pairs
+from neglog.ops.pairs_tile import Pairs
 from neglog.ops.nll import real_dtype
 from neglog.ops.siglip import composite as siglip_composite
 from neglog.ops.siglip import siglip
@@ -265,7 +265,7 @@ def nt_xent(
     positive = rows.roll(z_i.shape[0])
     scale = scale_of(temperature, z)
     if in_memory(z, z, how.backend):
-        dispatch.ran("infonce", "torch")
+        dispatch.ran("pairs", "torch")
         scores = _scaled(z, z, scale).masked_fill(rows == rows[:, None], -torch.inf)
         return returned(F.cross_entropy(scores, positive, reduction=reduction), "none", z_i)
     pairs = pairs_of(z, z, scale, how, positive=positive, excluded=rows, symmetric=True)
@@ -451,7 +451,7 @@ def _sum_of_label(wide: Tensor, of_row: Tensor) -> Tensor:
 def _better_by_rows(query: Tensor, temperature: float | Tensor, how: How) -> bool:
     """Whether to take the loss of rows alone as linear cross-entropy, with the keys for classes.
 
-    It forms gradients in the forward: 3 matmuls, where the op infonce has 4 if it cannot keep the
+    It forms gradients in the forward: 3 matmuls, where the op pairs has 4 if it cannot keep the
     similarities. A temperature that learns is multiplied in before, which 16 bits would round.
     """
     kept = query.shape[0] ** 2 * query.itemsize <= how.workspace
@@ -547,7 +547,7 @@ def _cross_entropy_in_memory(
     query: Tensor, key: Tensor, scale: Tensor, smoothing: float, symmetric: bool, reduction: str
 ) -> Tensor:
     """The formula that everyone writes, where it is the fastest."""
-    dispatch.ran("infonce", "torch")
+    dispatch.ran("pairs", "torch")
     scores = _scaled(query, key, scale)
     target = torch.arange(query.shape[0], device=query.device)
 
@@ -580,7 +580,7 @@ def _of_own_negatives(
     smoothing: float, stats: bool,
 ) -> LossStats:  # fmt: skip
     """(N, 1 + M) scores: fewer than the negatives' own numbers, so they are made in memory."""
-    dispatch.ran("infonce", "torch")
+    dispatch.ran("pairs", "torch")
     similarity = torch.bmm(negatives, query.unsqueeze(2)).squeeze(2).to(scale.dtype)
     of_row = scale[:, None] if scale.dim() else scale
     others = similarity * of_row + number_on(weight, scale.dtype, scale.device)

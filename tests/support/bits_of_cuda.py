@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from neglog import matmul
-from neglog.ops import infonce, linear_nll_cuda, siglip
-from neglog.ops.infonce_tile import CudaTiles, Pairs
+from neglog.ops import linear_nll_cuda, siglip
+from neglog.ops import pairs as pairs_op
+from neglog.ops.pairs_tile import CudaTiles, Pairs
 from tests import emulated
 from tests.support.bits import normal
 
@@ -30,7 +31,7 @@ def calls(folder: Path, dtype: torch.dtype) -> Iterator[Call]:
     ops = emulated.operators(folder)
     CudaTiles.ops = linear_nll_cuda.ops = ops
     matmul.wide_is_faster = lambda dtype: False  # type: ignore[assignment]
-    infonce.WIDTH = infonce.CUDA_WIDTH = TILE
+    pairs_op.WIDTH = pairs_op.CUDA_WIDTH = TILE
     yield from _nll(ops, dtype)
     yield from _linear(dtype)
     yield from _pairs(dtype)
@@ -118,11 +119,11 @@ def _pairs(dtype: torch.dtype) -> Iterator[Call]:
         rows, keys = (130, 130) if form.get("symmetric") else (130, 300)
         given = _problem(dtype, rows, keys, form)
         for keep in (False, True):
-            out = infonce._forward(CudaTiles, *given, keep)
+            out = pairs_op._forward(CudaTiles, *given, keep)
             upstream = [normal(len(x), seed=i).to(x.dtype) for i, x in enumerate(out[:5])]
             saved = (out[2], out[3], out[5], out[6], out[7])
             wanted = [True, not given.symmetric, True]
-            grads = infonce._backward(CudaTiles, *upstream, *given, *saved, wanted)
+            grads = pairs_op._backward(CudaTiles, *upstream, *given, *saved, wanted)
             yield f"pairs, {name}, keep {keep}", [*out[:7], *grads]
     given = _problem(dtype, 130, 300, {"positive": True})
     bias = torch.tensor(3.0, dtype=_real(dtype))

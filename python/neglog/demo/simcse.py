@@ -119,7 +119,7 @@ class SimCSE(Task):
         tell(f"{self.metric[0].upper()}{self.metric[1:]}: {before} before the fine-tuning.")
         with dispatch.record() as ran:
             neglog_loss(torch.randn(2, self.batch, 8).unbind(), None)
-        if set(ran) == {"infonce:torch"}:
+        if set(ran) == {"pairs:torch"}:
             tell(
                 f"The loss above has {self.batch} x {self.batch} similarities: below {FEW:,} "
                 "neglog.info_nce hands them to torch's own formula, which is the faster there."

@@ -267,7 +267,7 @@ def _sweep(
         written = _outputs(rows, part.start)
         in_place = (logits.data_ptr(), logits.stride(0), threads)
         if gradients is not None and upstream is None:
-            kernel.fused(*problem, *written[:2], *written[3:], scale, *in_place)
+            kernel.forward_backward(*problem, *written[:2], *written[3:], scale, *in_place)
         else:
             kernel.forward(*problem, *written, threads)
         if gradients is not None and upstream is not None:

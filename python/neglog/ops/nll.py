@@ -197,7 +197,7 @@ def run_backward(
     return out
 
 
-def run_fused(
+def run_in_place(
     logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
     options: Options, stats: bool, backend: str,
 ) -> Outputs:  # fmt: skip
@@ -210,7 +210,7 @@ def run_fused(
     row_loss, lse = (torch.empty(len(rows), dtype=real) for _ in range(2))
     correct, entropy = _empty_stats(rows, stats)
     now = options.reduction == MEAN and not (divides_late(logits) and divisor)
-    total = kernel.fused(
+    total = kernel.forward_backward(
         *problem, row_loss.data_ptr(), lse.data_ptr(),
         correct.data_ptr() if stats else 0, entropy.data_ptr() if stats else 0,
         quotient(1.0, divisor) if now else 1.0, rows.data_ptr(), rows.stride(0), _threads(rows),
@@ -249,7 +249,7 @@ def _nll_backward_cpu(
 
 def _nll_inplace_cpu(logits, target, weight, num_items, *rest):
     *options, stats, backend = rest
-    out = run_fused(logits, target, weight, num_items, Options(*options), stats, backend)
+    out = run_in_place(logits, target, weight, num_items, Options(*options), stats, backend)
     return out.loss(options[0]), out.lse, out.total_weight(), out.correct, out.entropy
 
 

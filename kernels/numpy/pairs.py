@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from neglog.kernels import load
-from neglog.kernels.arrays import DTYPE_CODES, address, new_gradient, rows_of
+from neglog.kernels.numpy.nll import DTYPE_CODES, address, new_gradient, rows_of
 from neglog.kernels.threads import checked
 
 # No score farther from 0: then e^score is in range, and serves its row and its column alike.
 BOUND = {np.float32: 40.0, np.float64: 300.0}
 
 
-class InfoNCE(NamedTuple):
+class Pairs(NamedTuple):
     """Log-sum-exps by row (N,) and by column (M,), and the positives' scores (N,).
 
     lse + lse_low is a log-sum-exp to twice the digits. What was not asked for is None.
@@ -141,7 +141,7 @@ class _States(NamedTuple):
         return high, low.astype(high.dtype)
 
 
-def infonce_forward(
+def pairs_forward(
     similarity: ArrayLike,
     *,
     scale: ArrayLike = 1.0,
@@ -153,7 +153,7 @@ def infonce_forward(
     columns: bool = True,
     threads: int | None = None,
     backend: str | None = None,
-) -> InfoNCE:
+) -> Pairs:
     """Log-sum-exps of the rows and, if `columns`, the columns of scale * similarity + bias.
 
     similarity: (N, M) float32, float64, float16 or (from ml_dtypes) bfloat16; any row stride.
@@ -168,7 +168,7 @@ def infonce_forward(
 
     Raises IndexError for a column out of range, ValueError and TypeError for shapes and dtypes.
     """
-    kernel = load("infonce", backend)
+    kernel = load("pairs", backend)
     problem = _problem(similarity, scale, bias, positive, excluded, row_group, column_group)
     shape, bounded = problem.similarity.shape, problem.tile[-1]
     by_row, by_column = (_States.empty(length, problem.real) for length in shape)
@@ -179,7 +179,7 @@ def infonce_forward(
         address(score), checked(threads),
     )  # fmt: skip
     of_columns = by_column.lse(bounded) if columns else (None, None)
-    return InfoNCE(*by_row.lse(bounded), *of_columns, score)
+    return Pairs(*by_row.lse(bounded), *of_columns, score)
 
 
 def _upstream(name: str, grad: ArrayLike | None, length: int) -> NDArray:
@@ -204,8 +204,8 @@ def _saved(name: str, lse: NDArray | None, low: NDArray | None, length: int, rea
     return np.ascontiguousarray(lse), np.ascontiguousarray(low)
 
 
-def infonce_backward(
-    result: InfoNCE,
+def pairs_backward(
+    result: Pairs,
     similarity: ArrayLike,
     *,
     grad_row_lse: ArrayLike | None = None,
@@ -220,14 +220,14 @@ def infonce_backward(
     threads: int | None = None,
     backend: str | None = None,
 ) -> NDArray:
-    """The gradient of the similarities, (N, M), given those of what `infonce_forward` returned.
+    """The gradient of the similarities, (N, M), given those of what `pairs_forward` returned.
 
     grad_row_lse, grad_positive: a scalar or (N,). grad_column_lse: a scalar or (M,).
     For the mean of the rows' losses pass grad_row_lse = 1 / N and grad_positive = -1 / N. What
     grad_positive takes back from the log-sum-exps it shares out among them, so that p - 1 keeps
     its digits where p nears 1.
     """
-    kernel = load("infonce", backend)
+    kernel = load("pairs", backend)
     problem = _problem(similarity, scale, bias, positive, excluded, row_group, column_group)
     real, (rows, columns) = problem.real, problem.similarity.shape
     of_rows = _upstream("grad_row_lse", grad_row_lse, rows)

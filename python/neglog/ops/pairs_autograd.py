@@ -1,4 +1,4 @@
-"""Autograd of infonce: by the registered op, and as a Function for torch.func."""
+"""Autograd of pairs: by the registered op, and as a Function for torch.func."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from neglog.ops import infonce_composite as composite
-from neglog.ops.infonce import library
-from neglog.ops.infonce_tile import Pairs
+from neglog.ops import pairs_composite as composite
+from neglog.ops.pairs import library
+from neglog.ops.pairs_tile import Pairs
 from neglog.ops.nll_autograd import as_function
 
 PAIRS = len(Pairs._fields)
@@ -17,11 +17,11 @@ UPSTREAMS = 5
 SAVED = 5  # four log-sum-exps and the similarities
 
 
-def infonce(pairs: Pairs, keep: bool = False) -> tuple[Tensor, ...]:
+def log_sum_exps(pairs: Pairs, keep: bool = False) -> tuple[Tensor, ...]:
     """The op's outputs."""
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
-        return FunctionalInfoNCE.apply(*pairs, keep)
-    return torch.ops.neglog.infonce.default(*pairs, keep)
+        return FunctionalPairs.apply(*pairs, keep)
+    return torch.ops.neglog.pairs.default(*pairs, keep)
 
 
 def _setup(ctx, inputs, output):
@@ -45,7 +45,7 @@ def _backward(ctx, *grads):
     if torch._C._are_functorch_transforms_active():
         made = FunctionalBackward.apply(*arguments)
     else:
-        made = torch.ops.neglog.infonce_backward.default(*arguments)
+        made = torch.ops.neglog.pairs_backward.default(*arguments)
     kept = (grad if want else None for grad, want in zip(made, wanted, strict=True))
     return (*kept, *nothing[3:])
 
@@ -62,7 +62,7 @@ def _double_backward(ctx, *grads):
     others = ctx.saved_tensors[UPSTREAMS + 3 :]
 
     def forward(query: Tensor, key: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        return composite.infonce(Pairs(query, key, scale, *others, *ctx.flags))
+        return composite.pairs(Pairs(query, key, scale, *others, *ctx.flags))
 
     if ctx.flags[1]:  # symmetric: key is query, and its gradient is that of both
         of_upstream, made = second_derivative(
@@ -107,15 +107,15 @@ def second_derivative(
     return of_upstream, list(second[len(given) :])
 
 
-torch.library.register_autograd("neglog::infonce", _backward, setup_context=_setup, lib=library)
+torch.library.register_autograd("neglog::pairs", _backward, setup_context=_setup, lib=library)
 torch.library.register_autograd(
-    "neglog::infonce_backward", _double_backward, setup_context=_setup_backward, lib=library
+    "neglog::pairs_backward", _double_backward, setup_context=_setup_backward, lib=library
 )
 
-FunctionalInfoNCE = as_function(
-    "FunctionalInfoNCE", torch.ops.neglog.infonce.default, _setup, _backward
+FunctionalPairs = as_function(
+    "FunctionalPairs", torch.ops.neglog.pairs.default, _setup, _backward
 )
 FunctionalBackward = as_function(
-    "FunctionalBackward", torch.ops.neglog.infonce_backward.default, _setup_backward,
+    "FunctionalBackward", torch.ops.neglog.pairs_backward.default, _setup_backward,
     _double_backward,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""infonce in torch's own functions: scores in memory, differentiable as often as wanted."""
+"""pairs in torch's own functions: scores in memory, differentiable as often as wanted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neglog.ops.infonce_tile import Pairs
+from neglog.ops.pairs_tile import Pairs
 
 
 def scores(pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def log_sum_exp(z: Tensor, dim: int) -> Tensor:
     return lse.masked_fill(empty, -torch.inf)
 
 
-def infonce(pairs: Pairs) -> tuple[Tensor, ...]:
+def pairs(given: Pairs) -> tuple[Tensor, ...]:
     """row_loss, column_loss, row_lse, column_lse and score, as the op."""
     plain, z = scores(pairs)
     nothing = z.new_empty(0)

@@ -14,7 +14,7 @@
 
 #pragma once
 
-#include "online_softmax.cuh"
+#include "common/online_softmax.cuh"
 
 #undef NDEBUG  // Python's own compiler flags set it; without the assertion a target reads anywhere
 #include <cassert>

@@ -1,10 +1,10 @@
-"""One tile of infonce: what it adds to the states of its rows and columns, and its gradient.
+"""One tile of pairs: what it adds to the states of its rows and columns, and its gradient.
 
-CpuTiles    by the kernels of kernels/infonce.pyx or of their Numba twin
-CudaTiles   by those of csrc/infonce.cu, which are ops:
-    neglog::infonce_tile            merges a tile into the states
-    neglog::infonce_tile_backward   writes the gradient of its scores
-    neglog::infonce_tile_sigmoid    adds to its rows' losses by sigmoids, writes their gradient
+CpuTiles    by the kernels of kernels/pairs.pyx or of their Numba twin
+CudaTiles   by those of csrc/pairs.cu, which are ops:
+    neglog::pairs_tile            merges a tile into the states
+    neglog::pairs_tile_backward   writes the gradient of its scores
+    neglog::pairs_tile_sigmoid    adds to its rows' losses by sigmoids, writes their gradient
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _TILE = (
     "Tensor? query_group, Tensor? key_group, int first_column"
 )
 SCHEMAS = (
-    f"infonce_tile({_TILE}, Tensor(a!) row_maximum, Tensor(b!) row_sum, "
+    f"pairs_tile({_TILE}, Tensor(a!) row_maximum, Tensor(b!) row_sum, "
     "Tensor(c!)? column_maximum, Tensor(d!)? column_sum, Tensor(e!)? score) -> ()",
-    f"infonce_tile_backward({_TILE}, Tensor row_lse, Tensor row_low, Tensor row_grad, "
+    f"pairs_tile_backward({_TILE}, Tensor row_lse, Tensor row_low, Tensor row_grad, "
     "Tensor? row_hard, Tensor? column_lse, Tensor? column_low, Tensor? column_grad, "
     "Tensor? column_hard, Tensor? grad_score, Tensor(a!) out) -> ()",
-    f"infonce_tile_sigmoid({_TILE}, Tensor(a!) loss, Tensor(b!) slopes, Tensor(c!) out) -> ()",
+    f"pairs_tile_sigmoid({_TILE}, Tensor(a!) loss, Tensor(b!) slopes, Tensor(c!) out) -> ()",
 )
 for _schema in SCHEMAS:
     library.define(_schema)
@@ -163,7 +163,7 @@ def tile_arguments(
 
 def load_kernel(op: str, backend: str) -> Any:
     dispatch.ran(op, backend or dispatch.kernel_backend() or "none")
-    return kernels.load("infonce", backend or None)
+    return kernels.load("pairs", backend or None)
 
 
 class CpuTiles:
@@ -239,7 +239,7 @@ class CudaTiles:
         self, similarity: Tensor, down: slice, across: slice, rows: States,
         columns: States | None, score: Tensor | None,
     ) -> None:  # fmt: skip
-        self.ops.infonce_tile(
+        self.ops.pairs_tile(
             *self._tile(similarity, down, across), rows.maximum[down], rows.sum[down],
             None if columns is None else columns.maximum[across],
             None if columns is None else columns.sum[across],
@@ -250,7 +250,7 @@ class CudaTiles:
         self, similarity: Tensor, down: slice, across: slice, up: Upstream, out: Tensor
     ) -> None:
         nothing = (None, None, None, None)
-        self.ops.infonce_tile_backward(
+        self.ops.pairs_tile_backward(
             *self._tile(similarity, down, across), *up.row.parts(down, down),
             *(nothing if up.column is None else up.column.parts(across, down)),
             None if up.score is None else up.score[down], out,
@@ -259,7 +259,7 @@ class CudaTiles:
     def sigmoid(
         self, similarity: Tensor, down: slice, across: slice, loss: Tensor, slopes: Tensor
     ) -> None:
-        self.ops.infonce_tile_sigmoid(
+        self.ops.pairs_tile_sigmoid(
             *self._tile(similarity, down, across), loss[down], slopes[down], similarity
         )
 

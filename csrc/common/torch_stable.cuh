@@ -21,7 +21,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "online_softmax.cuh"
+#include "common/online_softmax.cuh"
 
 namespace neglog {
 

@@ -1,4 +1,4 @@
-"""Every build of the infonce kernels, tile by tile and on NumPy arrays, against the oracle."""
+"""Every build of the pairs kernels, tile by tile and on NumPy arrays, against the oracle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from neglog import kernels, reference
-from neglog.kernels import InfoNCE, infonce_backward, infonce_forward
+from neglog.kernels import Pairs, pairs_backward, pairs_forward
 from tests.conftest import relative_error
 
 CODES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
@@ -120,9 +120,9 @@ def draw(rng, shape, dtype, options="plain", bounded=False):
 
 
 def load(build):
-    kernel = kernels.load("infonce", build)
-    home = "jit" if build == "numba" else kernels.isa_level()
-    assert kernel.__name__ == f"neglog.kernels.{home}.infonce"
+    kernel = kernels.load("pairs", build)
+    home = "numba" if build == "numba" else f"cython.{kernels.isa_level()}"
+    assert kernel.__name__ == f"neglog.kernels.{home}.pairs"
     return kernel
 
 
@@ -496,7 +496,7 @@ def test_sigmoid_of_what_is_not_finite(build, rng, dtype):
 
 
 def face(problem):
-    """The similarities as an array, and the options of infonce_forward."""
+    """The similarities as an array, and the options of pairs_forward."""
     options = {name: getattr(problem, name) for name in
                ("scale", "bias", "positive", "excluded", "row_group", "column_group")}  # fmt: skip
     return problem.memory[:, : problem.columns], options
@@ -513,11 +513,11 @@ def test_arrays(build, rng, dtype, bounded, options):
                  (("grad_row_lse", 70), ("grad_column_lse", 1100), ("grad_positive", 70))
                  if name != "grad_positive" or problem.positive is not None}  # fmt: skip
     truth, eps = problem.truth(**upstreams), EPS[dtype]
-    result = infonce_forward(similarity, backend=build, **given)
+    result = pairs_forward(similarity, backend=build, **given)
     assert result.row_lse.dtype == result.column_lse.dtype == real_of(dtype)
     assert lse_error((result.row_lse, result.row_lse_low), truth.row_lse) < 4 * eps
     assert lse_error((result.column_lse, result.column_lse_low), truth.column_lse) < 4 * eps
-    gradient = infonce_backward(result, similarity, backend=build, **given, **upstreams)
+    gradient = pairs_backward(result, similarity, backend=build, **given, **upstreams)
     assert gradient.dtype == similarity.dtype
     # Scaled as a whole, so that it is measured where scores are.
     expected = truth.grad * np.reshape(problem.scale, (-1, 1))
@@ -536,10 +536,10 @@ def test_arrays_rows_only(build, rng, scale, by_row):
     factor = np.linspace(scale / 2, scale, 9) if by_row else scale
     given = {"scale": factor, "positive": positive}
     truth = reference.pairs(similarity, **given, grad_row_loss=1 / 9)
-    result = infonce_forward(similarity, columns=False, backend=build, **given)
+    result = pairs_forward(similarity, columns=False, backend=build, **given)
     assert result.column_lse is None
     assert result.column_lse_low is None
-    gradient = infonce_backward(
+    gradient = pairs_backward(
         result, similarity, grad_row_lse=1 / 9, grad_positive=-1 / 9, backend=build, **given
     )
     np.testing.assert_allclose(result.row_lse, truth.row_lse, rtol=1e-14)
@@ -551,11 +551,11 @@ def test_arrays_choose_by_the_largest_score(build):
     """At one past the bound e^score would still be in range; at 90 it is not in float32."""
     for largest in (40.0, 41.0, 90.0, 1e6):
         similarity = np.array([[1.0, -1.0], [-1.0, -1.0]], np.float32)
-        result = infonce_forward(similarity, scale=largest, backend=build)
+        result = pairs_forward(similarity, scale=largest, backend=build)
         expected = np.array([largest, np.log(2) - largest])
         assert lse_error((result.row_lse, result.row_lse_low), expected) < 2.0**-40 * 1e6
         np.testing.assert_allclose(result.row_lse, expected, rtol=1e-6)
-    one = infonce_forward(np.ones((2, 2)), bias=np.array([-np.inf, 5.0]), backend=build)
+    one = pairs_forward(np.ones((2, 2)), bias=np.array([-np.inf, 5.0]), backend=build)
     assert one.row_lse.tolist() == [6, 6]
     assert one.column_lse.tolist() == [-np.inf, pytest.approx(6 + np.log(2))]
 
@@ -564,7 +564,7 @@ def test_arrays_keep_the_digits_of_a_confident_positive(build):
     """Both losses of each row: 1 - p is 3e-8, less than half a unit of float32's 1."""
     n, scale = 3, 18.0
     similarity, given = np.eye(n, dtype=np.float32), {"scale": scale, "positive": np.arange(n)}
-    result = infonce_forward(similarity, backend=build, **given)
+    result = pairs_forward(similarity, backend=build, **given)
     tiny = np.zeros(n, np.float32)
     exact = np.log(np.exp(scale) + n - 1)
     high = np.float32(exact) + tiny
@@ -572,7 +572,7 @@ def test_arrays_keep_the_digits_of_a_confident_positive(build):
         row_lse=high, row_lse_low=tiny + np.float32(exact - np.float64(high[0])),
         column_lse=high, column_lse_low=tiny + np.float32(exact - np.float64(high[0])),
     )  # fmt: skip
-    gradient = infonce_backward(
+    gradient = pairs_backward(
         result, similarity, grad_row_lse=1.0, grad_column_lse=1.0, grad_positive=-2.0,
         backend=build, **given,
     )  # fmt: skip
@@ -583,11 +583,11 @@ def test_arrays_keep_the_digits_of_a_confident_positive(build):
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 def test_arrays_of_nothing(build, shape):
     similarity = np.zeros(shape, np.float32)
-    result = infonce_forward(similarity, backend=build)
+    result = pairs_forward(similarity, backend=build)
     assert np.isneginf(result.row_lse).all()
     assert np.isneginf(result.column_lse).all()
     assert not result.row_lse_low.any()
-    gradient = infonce_backward(
+    gradient = pairs_backward(
         result, similarity, grad_row_lse=1.0, grad_column_lse=1.0, backend=build
     )
     assert gradient.shape == shape
@@ -621,21 +621,21 @@ BAD = {
 def test_bad_input(error, message, change):
     arguments = {"similarity": np.zeros((2, 4), np.float32), **change}
     with pytest.raises(error, match=message):
-        infonce_forward(**arguments)
+        pairs_forward(**arguments)
 
 
 def test_bad_upstreams(build):
     similarity = np.zeros((2, 4), np.float32)
-    result = infonce_forward(similarity, columns=False, backend=build)
+    result = pairs_forward(similarity, columns=False, backend=build)
     for error, message, change in (
         (ValueError, r"grad_positive: expected None without positive", {"grad_positive": 1.0}),
         (ValueError, r"result.column_lse: expected that of columns=True", {"grad_column_lse": 1.0}),
         (ValueError, r"grad_row_lse: expected a scalar or shape \(2,\)", {"grad_row_lse": [1.0]}),
         (ValueError, r"result.row_lse: expected shape \(2,\) and float32",
-         {"result": InfoNCE(np.zeros(2), np.zeros(2), None, None, None)}),
+         {"result": Pairs(np.zeros(2), np.zeros(2), None, None, None)}),
         (ValueError, r"result.row_lse: expected shape \(3,\)",
          {"similarity": np.zeros((3, 4), np.float32)}),
     ):  # fmt: skip
         given = {"result": result, "similarity": similarity, "grad_row_lse": 1.0, **change}
         with pytest.raises(error, match=message):
-            infonce_backward(**given, backend=build)
+            pairs_backward(**given, backend=build)

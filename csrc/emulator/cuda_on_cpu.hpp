@@ -119,7 +119,7 @@ inline thread_local Block* block = nullptr;
 inline thread_local Cluster* cluster = nullptr;
 
 [[noreturn]] inline void fail(const char* what) {
-    std::fprintf(stderr, "csrc/emulated.hpp: %s in block %u\n", what, blockIdx.x);
+    std::fprintf(stderr, "csrc/emulator/cuda_on_cpu.hpp: %s in block %u\n", what, blockIdx.x);
     std::abort();
 }
 

@@ -1,5 +1,5 @@
 // A tile of similarities, cell by cell: what a cell adds to the log-sum-exps of its rows and columns,
-// and its gradient. Any cell, with every option; infonce_close.cuh has those that allow a shorter way.
+// and its gradient. Any cell, with every option; cell_one_exp.cuh has those that allow a shorter way.
 //
 // (a) A block walks a cell of 64 rows and two 16-byte vectors of each lane: it reads the cell once, a
 //     warp to 8 rows, since few cells come here and one warp alone would be late. Of a row it finds
@@ -13,7 +13,7 @@
 
 #pragma once
 
-#include "online_softmax.cuh"
+#include "common/online_softmax.cuh"
 
 
 namespace neglog {

@@ -1,6 +1,6 @@
-"""Scores of pairs, a block of one row against adjacent columns: that part of numerics.hpp.
+"""Scores of pairs, a block of one row against adjacent columns: that part of block.hpp.
 
-Each column has a state of its own. The notes of numerics.py hold here.
+Each column has a state of its own. The notes of block.py hold here.
 """
 
 # mypy: ignore-errors
@@ -9,7 +9,7 @@ from math import inf
 
 from numba import njit, types
 
-from neglog.kernels.jit.numerics import (  # isort: skip
+from neglog.kernels.numba.block import (  # isort: skip
     EXACT, FUSED, LANES, block_buffer, block_sum, exp_nonpositive, pointer, polynomial, real,
 )  # fmt: skip
 

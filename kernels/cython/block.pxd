@@ -1,8 +1,8 @@
-"""The block arithmetic of numerics.hpp, as Cython sees it."""
+"""The block arithmetic of block.hpp, as Cython sees it."""
 
 from libc.stdint cimport int64_t
 
-cdef extern from "numerics.hpp" namespace "neglog" nogil:
+cdef extern from "block.hpp" namespace "neglog" nogil:
     cdef cppclass LogSumExp[T]:
         T maximum
         double sum

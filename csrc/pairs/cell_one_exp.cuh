@@ -3,7 +3,7 @@
 // (a) Each exp is taken of the score less one number for the whole cell. What is out of range shows in
 //     the sums: they are too small or too large for their terms to be exact, or NaN. Nobody can know
 //     beforehand, and to ask the device would be to wait; so the cell is tried, and left to
-//     infonce_cells.cuh if it failed.
+//     cell.cuh if it failed.
 // (b) It is left to that too if it is cut off at the tile's edge within a vector or four rows, if it is
 //     not aligned, and if it holds a positive, whose row needs more care, or an excluded pair. Biases
 //     and groups have no such cells.
@@ -11,7 +11,7 @@
 
 #pragma once
 
-#include "infonce_cells.cuh"
+#include "pairs/cell.cuh"
 
 namespace neglog {
 namespace {

@@ -8,7 +8,7 @@
 #pragma once
 
 #ifdef NEGLOG_EMULATED
-#include "emulated.hpp"
+#include "emulator/cuda_on_cpu.hpp"
 #else
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>

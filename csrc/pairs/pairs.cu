@@ -1,16 +1,16 @@
-// infonce on CUDA: what one tile of similarities adds to the log-sum-exps of its rows and columns,
+// pairs on CUDA: what one tile of similarities adds to the log-sum-exps of its rows and columns,
 // and its gradient; and the loss by sigmoids. The schedules over tiles and the matmuls are those of
-// python/neglog/ops/infonce.py and siglip.py.
+// python/neglog/ops/pairs.py and siglip.py.
 //
-// Compiled for sm_80, sm_90a and sm_100, run on the CPU by emulated.hpp, not yet on a GPU; no speed
-// is claimed. The formulas and the edge cases are those of kernels/infonce.pyx.
+// Compiled for sm_80, sm_90a and sm_100, run on the CPU by emulator/cuda_on_cpu.hpp, not yet on a GPU; no speed
+// is claimed. The formulas and the edge cases are those of kernels/pairs.pyx.
 //
-// (a) A cell whose scores lie close together takes one exp a score (infonce_close.cuh); of others the
-//     second kernel sees to it (infonce_cells.cuh).
+// (a) A cell whose scores lie close together takes one exp a score (cell_one_exp.cuh); of others the
+//     second kernel sees to it (cell.cuh).
 // (b) The host never waits, so a whole loss can be captured in a CUDA graph.
 
-#include "infonce_close.cuh"
-#include "tensors.cuh"
+#include "pairs/cell_one_exp.cuh"
+#include "common/torch_stable.cuh"
 
 namespace neglog {
 namespace {
@@ -196,7 +196,7 @@ void run_forward(const Call& call, const Inputs& in, const Tensor& row_maximum,
               *column_sum);
 }
 
-void infonce_tile(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
+void pairs_tile(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
                   const MaybeTensor& positive, const MaybeTensor& excluded,
                   const MaybeTensor& query_group, const MaybeTensor& key_group,
                   int64_t first_column, const Tensor& row_maximum, const Tensor& row_sum,
@@ -229,7 +229,7 @@ Marginal<T> marginal(const MaybeTensor& lse, const MaybeTensor& low, const Maybe
             pointer<const T>(hard)};
 }
 
-void infonce_tile_backward(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
+void pairs_tile_backward(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
                            const MaybeTensor& positive, const MaybeTensor& excluded,
                            const MaybeTensor& query_group, const MaybeTensor& key_group,
                            int64_t first_column, const Tensor& row_lse, const Tensor& row_low,
@@ -277,7 +277,7 @@ void infonce_tile_backward(const Tensor& similarity, const Tensor& scale, const 
     });
 }
 
-void infonce_tile_sigmoid(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
+void pairs_tile_sigmoid(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
                           const MaybeTensor& positive, const MaybeTensor& excluded,
                           const MaybeTensor& query_group, const MaybeTensor& key_group,
                           int64_t first_column, const Tensor& loss, const Tensor& slopes,
@@ -303,7 +303,7 @@ void infonce_tile_sigmoid(const Tensor& similarity, const Tensor& scale, const M
 }  // namespace neglog
 
 NEGLOG_IMPL(m) {
-    m.impl("infonce_tile", TORCH_BOX(&neglog::infonce_tile));
-    m.impl("infonce_tile_backward", TORCH_BOX(&neglog::infonce_tile_backward));
-    m.impl("infonce_tile_sigmoid", TORCH_BOX(&neglog::infonce_tile_sigmoid));
+    m.impl("pairs_tile", TORCH_BOX(&neglog::pairs_tile));
+    m.impl("pairs_tile_backward", TORCH_BOX(&neglog::pairs_tile_backward));
+    m.impl("pairs_tile_sigmoid", TORCH_BOX(&neglog::pairs_tile_sigmoid));
 }

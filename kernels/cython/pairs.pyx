@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""infonce: row and column log-sum-exps of one tile of similarities, and its gradient.
+"""pairs: row and column log-sum-exps of one tile of similarities, and its gradient.
 
 A tile is some queries (rows) against some keys (columns); score = scale * similarity + bias. What
 it adds to the states (maximum, sum) of its rows and columns is merged into them, tile after tile.
-The Numba twin, jit/infonce.py, has the same names and signatures.
+The Numba twin, numba/pairs.py, has the same names and signatures.
 
 (a) Cells of 64 rows and 1024 columns are worked on independently and merged in one order, so the
     bits do not depend on the number of threads.
@@ -23,7 +23,7 @@ from libc.math cimport INFINITY, exp, expm1
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
-from numerics cimport (
+from block cimport (
     LogSumExp, Lse, absorb, block_exclude, block_exp_sum_both, block_exp_sum_of_columns,
     block_maximum_of_columns, block_pair_gradient, block_pair_gradient_bounded, block_pair_scores,
     block_pour, block_softmax, block_softplus, block_sum, exp_nonpositive, log_probability, narrow_block,

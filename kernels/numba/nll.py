@@ -20,7 +20,7 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from neglog.kernels.jit.numerics import (  # isort: skip
+from neglog.kernels.numba.block import (  # isort: skip
     BLOCK, EXACT, UINT16, Lse, absorb, block_affine, block_buffer,
     block_contains, block_copy, block_log_probability_dot, block_log_probability_sum,
     block_multiply, block_negative_entropy, block_scale, block_softcap, block_softcap_backward,
@@ -468,7 +468,7 @@ def backward(dtype, rows, vocab, logits, logits_stride, target, probs, probs_str
     _run(threads, p, Output(0, lse, lse_low, 0, 0), g)
 
 
-def fused(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+def forward_backward(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
           ignore_index, label_smoothing, logit_scale, softcap, z_loss, loss, lse, correct, entropy,
           grad_scale, out, out_stride, threads):  # fmt: skip
     """Forward, and while each row is in cache its gradient for upstream `grad_scale`.

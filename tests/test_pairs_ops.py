@@ -1,4 +1,4 @@
-"""The ops infonce and siglip: derivatives, torch's transformations, bits, memory."""
+"""The ops pairs and siglip: derivatives, torch's transformations, bits, memory."""
 
 import subprocess
 import sys
@@ -10,9 +10,9 @@ from torch.library import opcheck
 
 import neglog
 from neglog import comparison, dispatch
-from neglog.ops import infonce_autograd
-from neglog.ops.infonce import keeps
-from neglog.ops.infonce_tile import Pairs
+from neglog.ops import pairs_autograd
+from neglog.ops.pairs import keeps
+from neglog.ops.pairs_tile import Pairs
 from tests import contrastive_formulas as formulas
 from tests.contrastive_formulas import (
     BACKENDS,
@@ -120,10 +120,10 @@ def pairs_of(rows=7, keys=7, features=3, columns=True, temperature=()):
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("columns", [False, True])
-def test_opcheck_of_infonce(columns, per_row, keep):
+def test_opcheck_of_pairs(columns, per_row, keep):
     pairs = pairs_of(columns=columns, temperature=per_row)
-    opcheck(torch.ops.neglog.infonce.default, (*pairs, keep))
-    out = torch.ops.neglog.infonce.default(*pairs, keep)
+    opcheck(torch.ops.neglog.pairs.default, (*pairs, keep))
+    out = torch.ops.neglog.pairs.default(*pairs, keep)
     row, column, row_lse, column_lse, score, *rest = (x.detach() for x in out)
     upstream = [torch.ones_like(x).requires_grad_() for x in (row, row_lse, score)]
     of_column = torch.ones_like(column).requires_grad_() if columns else None
@@ -132,7 +132,7 @@ def test_opcheck_of_infonce(columns, per_row, keep):
         [True] * 3,
     )  # fmt: skip
     opcheck(
-        torch.ops.neglog.infonce_backward.default, arguments,
+        torch.ops.neglog.pairs_backward.default, arguments,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
 
@@ -161,10 +161,10 @@ def test_kept_similarities_make_what_new_ones_make(monkeypatch, backend, name, d
     if dtype == torch.bfloat16 and "exclude" not in options:
         inputs = (*inputs[:3], inputs[3].detach().float().requires_grad_())
     kept = []
-    op = infonce_autograd.infonce
+    op = pairs_autograd.pairs
     monkeypatch.setattr(
         comparison,
-        "infonce",
+        "pairs",
         lambda pairs, keep: kept.append(keeps(pairs, keep)) or op(pairs, keep),
     )
     results = []

@@ -1,4 +1,4 @@
-"""Arithmetic on one block of a row, as numerics.hpp has it; the two are to be read side by side.
+"""Arithmetic on one block of a row, as block.hpp has it; the two are to be read side by side.
 
 (a) Pointers, not arrays: a block is a typed pointer and a length. LLVM vectorises every loop here.
 (b) Numba passes a caller's fastmath and error model down to what it calls, so each function names

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "nll_row.cuh"
+#include "nll/row.cuh"
 
 namespace neglog {
 namespace {

@@ -1,6 +1,6 @@
-"""The Numba twin of infonce.pyx: same functions, same signatures, same cells.
+"""The Numba twin of pairs.pyx: same functions, same signatures, same cells.
 
-(a) Read infonce.pyx first; its notes hold here, and those of jit/nll.py on types and threads.
+(a) Read pairs.pyx first; its notes hold here, and those of numba/nll.py on types and threads.
 (b) A cell is as large as there, so that columns are summed in the same groups of 64 rows.
 (c) int() and bool() on what a tile is made of: another type would compile everything anew.
 """
@@ -14,11 +14,11 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from neglog.kernels.jit.numerics import (  # isort: skip
+from neglog.kernels.numba.block import (  # isort: skip
     EXACT, UINT16, Lse, absorb, block_affine, block_buffer, block_softmax, block_sum,
     exp_nonpositive, log_probability, narrow, pointer, real, take, widen,
 )  # fmt: skip
-from neglog.kernels.jit.pairs import (  # isort: skip
+from neglog.kernels.numba.block_pairs import (  # isort: skip
     block_exclude, block_exp_sum_both, block_exp_sum_of_columns, block_fill, block_finite_shift,
     block_maximum_of_columns, block_pair_gradient, block_pair_gradient_bounded, block_pair_scores,
     block_pour, block_softplus, softplus,

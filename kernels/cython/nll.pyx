@@ -2,7 +2,7 @@
 """nll: fused log-softmax and negative log-likelihood, forward, backward and both at once.
 
 Works on addresses, not arrays, so that torch's bfloat16 comes in without a copy and the caller may
-be torch or NumPy. The Numba twin, jit/nll.py, has the same names and signatures.
+be torch or NumPy. The Numba twin, numba/nll.py, has the same names and signatures.
 
 (a) A row is walked in blocks of 2048 numbers that stay in L1: their maximum, then their exp-sum,
     merged by the online rule. One read of memory gives the row's log-sum-exp.
@@ -19,7 +19,7 @@ from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, expm1, isnan
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
 
-from numerics cimport (
+from block cimport (
     LogSumExp, Lse, absorb, bfloat16, block_affine, block_contains, block_log_probability_dot,
     block_log_probability_sum, block_multiply, block_negative_entropy, block_scale, block_softcap,
     block_softcap_backward, block_softmax, block_subtract, block_sum, exp_nonpositive, finish,
@@ -409,17 +409,17 @@ cdef void backward_one(const Problem* p, const Gradient* g, Py_ssize_t row, cons
     row_backward(p, g, row, saved, grad, 0 if grad_lse == NULL else grad_lse[row])
 
 
-cdef void fused_one(const Problem* p, const Output* o, const Gradient* g, Py_ssize_t row,
+cdef void forward_backward_one(const Problem* p, const Output* o, const Gradient* g, Py_ssize_t row,
                     double grad_scale, real tag) noexcept nogil:
     row_backward(p, g, row, row_forward(p, o, row, tag), grad_scale, 0)
 
 
-cdef double fused_rows(const Problem* p, const Output* o, const Gradient* g, double grad_scale,
+cdef double forward_backward_rows(const Problem* p, const Output* o, const Gradient* g, double grad_scale,
                        int threads, real tag) noexcept nogil:
     cdef Py_ssize_t row
     cdef Py_ssize_t chunk = rows_at_once(p, threads)
     for row in prange(p.rows, num_threads=threads, schedule="dynamic", chunksize=chunk):
-        fused_one(p, o, g, row, grad_scale, tag)
+        forward_backward_one(p, o, g, row, grad_scale, tag)
     return sum_rows(p, o, tag)
 
 
@@ -526,7 +526,7 @@ def backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
                           grad_stride, grad_scale, <const float*>grad_lse, threads)
 
 
-def fused(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
+def forward_backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
           Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs, Py_ssize_t probs_stride,
           uintptr_t weight, int64_t ignore_index, double label_smoothing, double logit_scale,
           double softcap, double z_loss, uintptr_t loss, uintptr_t lse, uintptr_t correct,
@@ -543,7 +543,7 @@ def fused(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
     cdef double total
     with nogil:
         if dtype == FLOAT64:
-            total = fused_rows(&p, &o, &g, grad_scale, threads, <double>0)
+            total = forward_backward_rows(&p, &o, &g, grad_scale, threads, <double>0)
         else:
-            total = fused_rows(&p, &o, &g, grad_scale, threads, <float>0)
+            total = forward_backward_rows(&p, &o, &g, grad_scale, threads, <float>0)
     return total

@@ -1,7 +1,7 @@
-"""infonce: row and column log-sum-exps of scaled similarities that never lie in memory whole.
+"""pairs: row and column log-sum-exps of scaled similarities that never lie in memory whole.
 
-neglog::infonce            forward, a tile of similarities at a time
-neglog::infonce_backward   gradients of query, key and scale; itself differentiable
+neglog::pairs            forward, a tile of similarities at a time
+neglog::pairs_backward   gradients of query, key and scale; itself differentiable
 
 score_ij = scale_i <query_i, key_j> + bias_j, or -inf where the pair is excluded.
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from neglog import matmul, tiling
-from neglog.ops.infonce_tile import (
+from neglog.ops.pairs_tile import (
     CpuTiles,
     CudaTiles,
     Marginal,
@@ -44,13 +44,13 @@ PAIRS = (
     "str backend"
 )
 library.define(
-    f"infonce({PAIRS}, bool keep) -> (Tensor row_loss, Tensor column_loss, "
+    f"pairs({PAIRS}, bool keep) -> (Tensor row_loss, Tensor column_loss, "
     "Tensor row_lse, Tensor column_lse, Tensor score, Tensor row_low, Tensor column_low, "
     "Tensor kept)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
-    "infonce_backward(Tensor? grad_row_loss, Tensor? grad_column_loss, Tensor? grad_row_lse, "
+    "pairs_backward(Tensor? grad_row_loss, Tensor? grad_column_loss, Tensor? grad_row_lse, "
     f"Tensor? grad_column_lse, Tensor? grad_score, {PAIRS}, Tensor row_lse, Tensor column_lse, "
     "Tensor row_low, Tensor column_low, Tensor kept, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -112,7 +112,7 @@ class Workspace:
 def _forward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
     *given, keep = arguments
     pairs = Pairs(*given).ready()
-    tiles = kind("infonce", pairs)
+    tiles = kind("pairs", pairs)
     rows, columns = (States(len(x), x, tiles.bounded) for x in (pairs.query, pairs.key))
     score = rows.maximum.new_zeros(len(pairs.query) if pairs.positive is not None else 0)
     kept = None
@@ -259,7 +259,7 @@ def _backward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
     up = _upstream(pairs, tuple(saved), grads)
     from_columns = wanted[1] and not wanted[0] and pairs.scale.dim() == 0 and not pairs.symmetric
     sums = Sums(pairs, wanted[0] or (wanted[2] and not from_columns), wanted[1])
-    tiles = kind("infonce_backward", pairs)
+    tiles = kind("pairs_backward", pairs)
     if not pairs.query.numel() or not pairs.key.numel():
         sums.by_row.zero_()
         sums.by_column.zero_()
@@ -276,15 +276,15 @@ def _backward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 for _kind, _key in ((CpuTiles, "CPU"), (CudaTiles, "CUDA")):
-    library.impl("infonce", partial(_forward, _kind), _key)
-    library.impl("infonce_backward", partial(_backward, _kind), _key)
+    library.impl("pairs", partial(_forward, _kind), _key)
+    library.impl("pairs_backward", partial(_backward, _kind), _key)
 
 
 # Shapes alone
 
 
-@torch.library.register_fake("neglog::infonce", lib=library)
-def _infonce_fake(*arguments: Any) -> tuple[Tensor, ...]:
+@torch.library.register_fake("neglog::pairs", lib=library)
+def _pairs_fake(*arguments: Any) -> tuple[Tensor, ...]:
     *given, keep = arguments
     pairs = Pairs(*given)
     query, rows, columns = pairs.query, pairs.query.shape[0], pairs.key.shape[0]
@@ -306,8 +306,8 @@ def _infonce_fake(*arguments: Any) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-@torch.library.register_fake("neglog::infonce_backward", lib=library)
-def _infonce_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+@torch.library.register_fake("neglog::pairs_backward", lib=library)
+def _pairs_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     pairs, wanted = Pairs(*arguments[5:17]), arguments[-1]
     likes = (pairs.query, pairs.key, pairs.scale)
     dtypes = (pairs.query.dtype, pairs.query.dtype, pairs.real)

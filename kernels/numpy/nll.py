@@ -213,7 +213,7 @@ def nll_backward(
     return out
 
 
-def nll_fused(
+def nll_forward_backward(
     logits: ArrayLike,
     target: ArrayLike,
     *,
@@ -254,7 +254,7 @@ def nll_fused(
         )
     loss, lse = (np.empty(len(x), problem.real) for _ in range(2))
     correct, entropy = _stats(problem, stats)
-    kernel.fused(
+    kernel.forward_backward(
         *problem.arguments, address(loss), address(lse), address(correct), address(entropy),
         grad_scale, address(out), x.shape[1], checked(threads),
     )  # fmt: skip

@@ -1,19 +1,19 @@
 // nll on CUDA: neglog::nll, neglog::nll_backward and neglog::nll_, all options, and the product with
 // the upstream for what nll_ wrote.
 //
-// Compiled for sm_80, sm_90a and sm_100, run on the CPU by emulated.hpp, not yet on a GPU; no speed
+// Compiled for sm_80, sm_90a and sm_100, run on the CPU by emulator/cuda_on_cpu.hpp, not yet on a GPU; no speed
 // is claimed.
 //
-// (a) One block walks one row (nll_row.cuh), then the row a grid further.
-// (b) In place, a row of 32 KB and more that needs no second walk stays on chip (nll_chip.cuh).
+// (a) One block walks one row (row.cuh), then the row a grid further.
+// (b) In place, a row of 32 KB and more that needs no second walk stays on chip (row_in_shared.cuh).
 //     Shorter rows find themselves in the caches, longer ones would not fit.
 // (c) No atomics: a row's bits depend on the vocabulary, the dtype and its alignment alone, and the
 //     sums over rows are made by one block in double, in one order.
 // (d) The host never waits: divisors stay on the device, so a call can be captured in a CUDA graph.
 //     A target out of range therefore fails a device-side assertion, as torch's does.
 
-#include "nll_chip.cuh"
-#include "tensors.cuh"
+#include "nll/row_in_shared.cuh"
+#include "common/torch_stable.cuh"
 
 namespace neglog {
 namespace {
