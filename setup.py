@@ -76,7 +76,11 @@ def cpu_extensions() -> list[Extension]:
     if os.environ.get("NEGLOG_COMPILE") == "0":
         return []
     headers = [str(path) for path in Path("kernels/cython").glob("block*.*")]
-    built = [Extension("neglog.kernels.cython.cpu_level", ["kernels/cython/cpu_level.pyx"], language="c++")]
+    built = [
+        Extension(
+            "neglog.kernels.cython.cpu_level", ["kernels/cython/cpu_level.pyx"], language="c++"
+        )
+    ]
     for level, march in isa_levels().items():
         for stem in STEMS:
             built.append(

@@ -29,7 +29,9 @@ def build(request, monkeypatch) -> str:
         yield "numba"
     else:
         monkeypatch.setenv("NEGLOG_ISA", request.param)
-        assert kernels.load("nll", "cython").__name__ == f"neglog.kernels.cython.{request.param}.nll"
+        assert (
+            kernels.load("nll", "cython").__name__ == f"neglog.kernels.cython.{request.param}.nll"
+        )
         yield "cython"
     monkeypatch.undo()
     forget_choices()

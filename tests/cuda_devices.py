@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from neglog import dispatch, matmul
+from neglog import dispatch
 from neglog.ops import linear_nll_cuda
 from neglog.ops.pairs_tile import CudaTiles
+from neglog.tiles import gemm
 from tests import emulated
 
 ON_GPU = (
@@ -29,7 +30,7 @@ class Device(NamedTuple):
 def device(request, tmp_path_factory, monkeypatch):
     """Where tensors lie, and the ops that work there; the schedules over them use those too."""
     # A GPU's tiles have the dtype of their operands; so have those they are compared with.
-    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: False)
+    monkeypatch.setattr(gemm, "wide_is_faster", lambda dtype: False)
     if request.param == "cuda":
         return Device("cuda", torch.ops.neglog)
     ops = emulated.operators(tmp_path_factory.getbasetemp() / "emulated")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neglog.ops import pairs_tile, nll
+from neglog.ops import nll, pairs_tile
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 AVAILABLE = shutil.which(os.environ.get("CXX", "g++")) is not None

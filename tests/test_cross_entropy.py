@@ -314,7 +314,7 @@ def test_shapes(backend, shape, probabilities, reduction):
 
 def test_rows_are_read_where_they_lie():
     """A transposed (B, V, T), as language models pass it, becomes rows without a copy."""
-    from neglog.validation import to_rows
+    from neglog.checks import to_rows
 
     base = torch.randn(3, 50, 40)
     rows = to_rows(base.transpose(1, 2))

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import neglog
-from neglog import dispatch, matmul
+from neglog import dispatch
+from neglog.tiles import gemm
 
 DEVICES = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
 
@@ -165,7 +166,7 @@ def test_products_add_up_in_float32(name, dtype):
     w = draw(1001, 65, device="cuda", dtype=dtype)
     s, x, w = s.detach(), x.detach(), w.detach()
     wide = torch.empty(300, 1024, device="cuda", dtype=dtype)[:, :1001].copy_(s)
-    other, add = (w, matmul.add_product) if name == "add_product" else (x, matmul.add_outer)
+    other, add = (w, gemm.add_product) if name == "add_product" else (x, gemm.add_outer)
     one = s.double() @ w.double() if name == "add_product" else s.double().t() @ x.double()
     out = torch.full(one.shape, torch.nan, device="cuda")
     for round, expected in enumerate((one, 2 * one)):

@@ -10,7 +10,8 @@ from torch.library import opcheck
 from torch.testing._internal.common_methods_invocations import op_db
 
 import neglog
-from neglog import dispatch, matmul, tiling
+from neglog import dispatch
+from neglog.tiles import gemm, plan
 from tests.backends import BACKENDS, KERNELS
 
 OPINFO = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
@@ -334,7 +335,7 @@ def test_autocast_leaves_doubles_alone(backend, dtype):
 @pytest.mark.parametrize("backend", KERNELS)
 def test_error_under_autocast_is_within_torchs(backend, dtype, upstream, monkeypatch):
     """What autocast rounds is float32, and so are its gradients, whatever multiplies them."""
-    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: False)
+    monkeypatch.setattr(gemm, "wide_is_faster", lambda dtype: False)
     x, w, b, target = draw(dtype=torch.float32, rows=600)
     exact = [part.detach().double().requires_grad_() for part in (x, w, b)]
     truth = torch.autograd.grad(
@@ -361,7 +362,7 @@ def test_error_under_autocast_is_within_torchs(backend, dtype, upstream, monkeyp
 @pytest.mark.parametrize("backend", KERNELS)
 def test_upstreams_are_not_rounded(backend, monkeypatch, wide):
     """A third in bfloat16 is off by 0.2%, and so would be every gradient."""
-    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: wide)
+    monkeypatch.setattr(gemm, "wide_is_faster", lambda dtype: wide)
     x, w, _, target = draw(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = neglog.linear_cross_entropy(x, w, target, backend=backend)
@@ -377,8 +378,8 @@ def test_upstreams_are_not_rounded(backend, monkeypatch, wide):
     "bias", [torch.linspace(-3, 3, 2000)[::2], torch.tensor([2.0]).expand(1000)]
 )
 def test_a_bias_with_strides(backend, monkeypatch, way, bias):
-    chosen = getattr(matmul, f"linear_by_{way}")
-    monkeypatch.setattr(matmul, "fastest_linear", lambda: chosen)
+    chosen = getattr(gemm, f"linear_by_{way}")
+    monkeypatch.setattr(gemm, "fastest_linear", lambda: chosen)
     x, w, _, target = draw(dtype=torch.float32)
     ours, theirs = (
         neglog.linear_cross_entropy(x, w, target, linear_bias=b) for b in (bias, bias.clone())
@@ -389,7 +390,7 @@ def test_a_bias_with_strides(backend, monkeypatch, way, bias):
 @pytest.mark.parametrize("wide", [False, True])
 def test_float16_sums_beyond_its_range(monkeypatch, wide):
     """A class that each of 512 rows has, at 200: 102400 before the mean divides it."""
-    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: wide)
+    monkeypatch.setattr(gemm, "wide_is_faster", lambda dtype: wide)
     x, w = torch.full((512, 8), 200.0).half(), torch.zeros(100, 8).half().requires_grad_()
     target = torch.zeros(512, dtype=torch.int64)
     loss = neglog.linear_cross_entropy(x, w, target, backend=KERNELS[0])
@@ -529,17 +530,17 @@ def test_module_for_a_torch_that_has_none(monkeypatch):
 
 
 def test_the_workspace_is_kept_to(monkeypatch):
-    assert tiling.workspace_bytes() == 64 << 20
-    assert tiling.workspace_bytes(1.5) == 3 << 19
+    assert plan.workspace_bytes() == 64 << 20
+    assert plan.workspace_bytes(1.5) == 3 << 19
     monkeypatch.setenv("NEGLOG_WORKSPACE_MB", "8")
-    assert tiling.workspace_bytes() == 8 << 20
-    assert tiling.rows_per_tile(10_000, 1 << 17, 64 << 20) == 512
-    assert tiling.rows_per_tile(10_000, 1 << 30, 64 << 20) == tiling.ROWS
-    assert tiling.rows_per_tile(7, 4, 64 << 20) == 7
-    assert [s.stop - s.start for s in tiling.row_tiles(10, 4)] == [4, 4, 2]
+    assert plan.workspace_bytes() == 8 << 20
+    assert plan.rows_per_tile(10_000, 1 << 17, 64 << 20) == 512
+    assert plan.rows_per_tile(10_000, 1 << 30, 64 << 20) == plan.ROWS
+    assert plan.rows_per_tile(7, 4, 64 << 20) == 7
+    assert [s.stop - s.start for s in plan.row_tiles(10, 4)] == [4, 4, 2]
     monkeypatch.setenv("NEGLOG_WORKSPACE_MB", "much")
     with pytest.raises(ValueError, match="NEGLOG_WORKSPACE_MB: expected a number above 0"):
-        tiling.workspace_bytes()
+        plan.workspace_bytes()
 
 
 X, W, T = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, 2])

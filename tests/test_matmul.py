@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import neglog
-from neglog import matmul
 from neglog.ops import linear_nll
+from neglog.tiles import gemm
 from tests.backends import KERNELS
 
 SHORT = [torch.bfloat16, torch.float16]
@@ -27,22 +27,22 @@ def error(found, truth):
 @pytest.mark.parametrize("way", ["blas", "onednn"])
 def test_both_ways_to_multiply(monkeypatch, way):
     for name in ("linear", "add_outer"):
-        chosen = getattr(matmul, f"{name}_by_{way}")
-        monkeypatch.setattr(matmul, f"fastest_{name}", lambda chosen=chosen: chosen)
+        chosen = getattr(gemm, f"{name}_by_{way}")
+        monkeypatch.setattr(gemm, f"fastest_{name}", lambda chosen=chosen: chosen)
     generator = torch.Generator().manual_seed(0)
     x, w, s = (
         torch.randn(n, m, generator=generator) for n, m in ((70, 33), (5000, 33), (70, 5000))
     )
     out = torch.empty(70, 5000)
     for bias in (None, torch.randn(5000, generator=generator)):
-        matmul.linear(x, w, bias, out)
+        gemm.linear(x, w, bias, out)
         torch.testing.assert_close(out, F.linear(x, w, bias), rtol=1e-5, atol=1e-5)
     total = torch.full((5000, 33), torch.nan)
-    matmul.add_outer(s, x, total, True)
-    matmul.add_outer(s, x, total, False)
+    gemm.add_outer(s, x, total, True)
+    gemm.add_outer(s, x, total, False)
     torch.testing.assert_close(total, 2 * s.t() @ x, rtol=1e-4, atol=1e-4)
     half, wide = s.bfloat16(), torch.zeros(5000, 33)
-    matmul.add_outer(half, x.bfloat16(), wide, False)
+    gemm.add_outer(half, x.bfloat16(), wide, False)
     torch.testing.assert_close(wide, half.float().t() @ x.bfloat16().float(), rtol=1e-2, atol=0.1)
 
 
@@ -60,7 +60,7 @@ def test_a_wide_sum_is_asked_of_the_product_itself(first, monkeypatch):
         torch.ops.aten.addmm, "dtype_out", lambda *a, **n: given.append(called(*a, **n))
     )
     a, b, out = torch.empty(4, 4).bfloat16(), torch.empty(4, 4).bfloat16(), torch.empty(4, 4)
-    matmul._accumulate(a, b, out, first)
+    gemm._accumulate(a, b, out, first)
     (found,) = given
     assert (found["self"] is out, found["mat1"] is a, found["mat2"] is b) == (True,) * 3
     assert found["out"] is out
@@ -80,52 +80,52 @@ def test_a_wrong_or_missing_product_is_not_chosen():
         raise AttributeError("no such op")
 
     for other in (wrong, missing):
-        assert matmul._faster((certain, other), (out,), out) is certain
-    assert matmul.fastest_linear() in (matmul.linear_by_blas, matmul.linear_by_onednn)
+        assert gemm._faster((certain, other), (out,), out) is certain
+    assert gemm.fastest_linear() in (gemm.linear_by_blas, gemm.linear_by_onednn)
 
 
 def test_the_choice_can_be_fixed(monkeypatch):
     def by_onednn():
         raise AssertionError("asked for the faster way")
 
-    monkeypatch.setattr(matmul, "fastest_linear", by_onednn)
+    monkeypatch.setattr(gemm, "fastest_linear", by_onednn)
     x, w = draw((3, 4), (5, 4))
     out = torch.empty(3, 5)
     torch.use_deterministic_algorithms(True)
     try:
-        matmul.linear(x, w, None, out)
+        gemm.linear(x, w, None, out)
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setenv("NEGLOG_MATMUL", "blas")
-    matmul.linear(x, w, None, out)
+    gemm.linear(x, w, None, out)
     torch.testing.assert_close(out, x @ w.t())
     monkeypatch.delenv("NEGLOG_MATMUL")
     with pytest.raises(AssertionError, match="the faster way"):
-        matmul.linear(x, w, None, out)
+        gemm.linear(x, w, None, out)
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 @pytest.mark.parametrize("shape", [(70, 33, 5000), (1, 1, 1), (3, 7, 31)])
 def test_widened_products_round_once(monkeypatch, dtype, shape):
-    monkeypatch.setattr(matmul, "WIDENED_BYTES", 1)  # parts of the least height
+    monkeypatch.setattr(gemm, "WIDENED_BYTES", 1)  # parts of the least height
     rows, features, vocab = shape
     x, w, bias = draw((rows, features), (vocab, features), (vocab,), dtype=dtype)
     s, sum_x, sum_w = draw((rows, vocab), (rows, features), (vocab, features))
     exact = [part.double() for part in (x, w, bias, s)]
     out = torch.full((rows, vocab), torch.nan)
     for given, added in ((None, 0), (bias, exact[2])):
-        matmul.linear(x, w, given, out)
+        gemm.linear(x, w, given, out)
         assert error(out, exact[0] @ exact[1].t() + added) < 1e-6
     short = torch.full((rows, features), torch.nan, dtype=dtype)
-    matmul.product(s, w, short)
+    gemm.product(s, w, short)
     truth = exact[3] @ exact[1]
     assert error(short, truth) <= error(truth.to(dtype), truth) + 1e-6
     for first in (True, False):
         total, before = sum_x.clone(), 0 if first else sum_x.double()
-        matmul.add_product(s, w, total, first)
+        gemm.add_product(s, w, total, first)
         assert error(total, truth + before) < 1e-6
         total, before = sum_w.clone(), 0 if first else sum_w.double()
-        matmul.add_outer(s, x, total, first)
+        gemm.add_outer(s, x, total, first)
         assert error(total, exact[3].t() @ exact[0] + before) < 1e-6
 
 
@@ -170,10 +170,10 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_losses_by_either_tile(monkeypatch, backend, name, dtype, wide, workspace):
-    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: wide)
-    tiles, multiply = set(), matmul.linear
+    monkeypatch.setattr(gemm, "wide_is_faster", lambda dtype: wide)
+    tiles, multiply = set(), gemm.linear
     monkeypatch.setattr(
-        matmul, "linear", lambda x, w, b, out: tiles.add(out.dtype) or multiply(x, w, b, out)
+        gemm, "linear", lambda x, w, b, out: tiles.add(out.dtype) or multiply(x, w, b, out)
     )
     ours, theirs, shapes = LOSSES[name]
     inputs = [x.requires_grad_() for x in draw(*shapes, dtype=dtype)]
@@ -201,16 +201,16 @@ def test_the_faster_tile_is_chosen(monkeypatch, dtype, wide):
     def times(ways, rounds):
         return {way: float(index != wide) for index, way in enumerate(ways)}
 
-    monkeypatch.setattr(matmul, "_times", times)
-    matmul.wide_is_faster.cache_clear()
+    monkeypatch.setattr(gemm, "_times", times)
+    gemm.wide_is_faster.cache_clear()
     try:
         x = torch.zeros(100, 4, dtype=dtype)
-        assert matmul.tile_dtype(x) == (torch.float32 if wide else dtype)
-        assert matmul.few(x, x, 20_000) == (not wide)
+        assert gemm.tile_dtype(x) == (torch.float32 if wide else dtype)
+        assert gemm.few(x, x, 20_000) == (not wide)
     finally:
-        matmul.wide_is_faster.cache_clear()
-    assert matmul.tile_dtype(x.double()) == torch.float64
-    assert matmul.tile_dtype(x.to("meta")) == dtype
+        gemm.wide_is_faster.cache_clear()
+    assert gemm.tile_dtype(x.double()) == torch.float64
+    assert gemm.tile_dtype(x.to("meta")) == dtype
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_the_faster_tile_is_chosen(monkeypatch, dtype, wide):
     ],
 )
 def test_one_tile_has_the_memory_it_saves(monkeypatch, rows, dtype, wide, learns, once):
-    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: wide)
+    monkeypatch.setattr(gemm, "wide_is_faster", lambda dtype: wide)
     x, w = draw((rows, 32), (1000, 32), dtype=dtype)
     target = torch.zeros(rows, dtype=torch.int64)
     tiles = linear_nll.Tiles(linear_nll.Head(x, w, None), target, -100, 500_000, learns)
@@ -237,16 +237,16 @@ def test_one_tile_has_the_memory_it_saves(monkeypatch, rows, dtype, wide, learns
 
 
 def test_the_choice_can_be_made_while_torch_traces():
-    matmul.wide_is_faster.cache_clear()
+    gemm.wide_is_faster.cache_clear()
     with FakeTensorMode():
-        chosen = matmul.tile_dtype(torch.empty(3, 4, dtype=torch.bfloat16))
+        chosen = gemm.tile_dtype(torch.empty(3, 4, dtype=torch.bfloat16))
     assert chosen in (torch.float32, torch.bfloat16)
-    assert chosen == matmul.tile_dtype(torch.empty(3, 4, dtype=torch.bfloat16))
+    assert chosen == gemm.tile_dtype(torch.empty(3, 4, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_either_tile_compiles_whole(monkeypatch, wide):
-    monkeypatch.setattr(matmul, "wide_is_faster", lambda dtype: wide)
+    monkeypatch.setattr(gemm, "wide_is_faster", lambda dtype: wide)
     torch.compiler.reset()
     image, text = (x.requires_grad_() for x in draw((600, 8), (600, 8), dtype=torch.bfloat16))
     scale = torch.tensor(0.5, requires_grad=True)

@@ -194,7 +194,10 @@ def test_gradients_never_share_memory(build, rng):
     kept = []
     for scale in (1.0, 2.0, 3.0):
         gradient = nll_backward(scale, result, logits, target, backend=build)
-        kept += [gradient.reshape(-1)[::7], nll_forward_backward(logits, target, backend=build)[1].T[5:]]
+        kept += [
+            gradient.reshape(-1)[::7],
+            nll_forward_backward(logits, target, backend=build)[1].T[5:],
+        ]
         del gradient
     np.testing.assert_allclose(kept[2], 2 * kept[0], rtol=1e-6)
     np.testing.assert_allclose(kept[4], 3 * kept[0], rtol=1e-6)

@@ -12,33 +12,33 @@ __version__ = "0.1.0"
 
 # Where each public name lives; None where the name is a module.
 _HOMES = {
-    "LossStats": "functional",
+    "LossStats": "losses.cross_entropy",
     "cached_step": "grad_cache",
-    "clip_loss": "contrastive",
-    "cross_entropy": "functional",
-    "dcl": "contrastive",
+    "clip_loss": "losses.contrastive",
+    "cross_entropy": "losses.cross_entropy",
+    "dcl": "losses.contrastive",
     "dispatch": None,
-    "info_nce": "contrastive",
+    "info_nce": "losses.contrastive",
     "kernels": None,
-    "linear_cross_entropy": "linear",
-    "masked_cross_entropy": "functional",
+    "linear_cross_entropy": "losses.linear_cross_entropy",
+    "masked_cross_entropy": "losses.cross_entropy",
     "nn": None,
-    "nt_xent": "contrastive",
+    "nt_xent": "losses.contrastive",
     "patch_torch": "patch",
     "reference": None,
-    "siglip_loss": "contrastive",
-    "sup_con": "contrastive",
+    "siglip_loss": "losses.contrastive",
+    "sup_con": "losses.contrastive",
 }
-_NEED_TORCH = ("contrastive", "functional", "grad_cache", "linear", "nn", "patch")
+_NEED_TORCH = ("losses", "grad_cache", "nn", "patch")
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from neglog import dispatch, kernels, nn, reference
-    from neglog.contrastive import clip_loss, dcl, info_nce, nt_xent, siglip_loss, sup_con
-    from neglog.functional import LossStats, cross_entropy, masked_cross_entropy
     from neglog.grad_cache import cached_step
-    from neglog.linear import linear_cross_entropy
+    from neglog.losses.contrastive import clip_loss, dcl, info_nce, nt_xent, siglip_loss, sup_con
+    from neglog.losses.cross_entropy import LossStats, cross_entropy, masked_cross_entropy
+    from neglog.losses.linear_cross_entropy import linear_cross_entropy
     from neglog.patch import patch_torch
 
 
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"neglog.{home}")
     except ModuleNotFoundError as error:
-        if error.name == "torch" and home in _NEED_TORCH:
+        if error.name == "torch" and home.split(".")[0] in _NEED_TORCH:
             raise ImportError(
                 f"neglog.{name} needs PyTorch: pip install 'neglog[torch]' "
                 "(neglog.kernels works on NumPy arrays without it)"

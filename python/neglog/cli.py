@@ -42,10 +42,10 @@ def _backend_rows() -> Rows:
 
 def _matmul_rows() -> Rows:
     try:
-        from neglog import matmul
+        from neglog.tiles import gemm
     except ImportError:
         return []
-    return [("matmul", f"{matmul.describe()} (measured now)")]
+    return [("matmul", f"{gemm.describe()} (measured now)")]
 
 
 def _torch_rows() -> Rows:

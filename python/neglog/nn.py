@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neglog.contrastive import clip_loss, dcl, info_nce, nt_xent, siglip_loss, sup_con
-from neglog.functional import cross_entropy, masked_cross_entropy
-from neglog.linear import linear_cross_entropy
+from neglog.losses.contrastive import clip_loss, dcl, info_nce, nt_xent, siglip_loss, sup_con
+from neglog.losses.cross_entropy import cross_entropy, masked_cross_entropy
+from neglog.losses.linear_cross_entropy import linear_cross_entropy
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -107,9 +107,7 @@ def nll_calls(backend: str, dtype: Any) -> Iterator[tuple[str, str]]:
     yield (
         "cross_entropy, weight",
         with_gradients(
-            lambda x: neglog.cross_entropy(
-                x, target, weight, label_smoothing=0.1, backend=backend
-            ),
+            lambda x: neglog.cross_entropy(x, target, weight, label_smoothing=0.1, backend=backend),
             logits,
         ),
     )

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neglog import matmul
 from neglog.ops import linear_nll_cuda, siglip
 from neglog.ops import pairs as pairs_op
 from neglog.ops.pairs_tile import CudaTiles, Pairs
+from neglog.tiles import gemm
 from tests import emulated
 from tests.support.bits import normal
 
@@ -30,7 +30,7 @@ Call = tuple[str, list[Tensor | None]]
 def calls(folder: Path, dtype: torch.dtype) -> Iterator[Call]:
     ops = emulated.operators(folder)
     CudaTiles.ops = linear_nll_cuda.ops = ops
-    matmul.wide_is_faster = lambda dtype: False  # type: ignore[assignment]
+    gemm.wide_is_faster = lambda dtype: False  # type: ignore[assignment]
     pairs_op.WIDTH = pairs_op.CUDA_WIDTH = TILE
     yield from _nll(ops, dtype)
     yield from _linear(dtype)

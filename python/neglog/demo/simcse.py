@@ -13,11 +13,11 @@ from torch.nn import functional as F
 import neglog
 from neglog import dispatch
 from neglog.benchmark.terminal import need
-from neglog.comparison import FEW
 from neglog.demo.sentences import LENGTH, Text
 from neglog.demo.sentences import load as load_sentences
 from neglog.demo.task import Features, Task, Tell
 from neglog.demo.topics import EXTRA, wordpiece
+from neglog.losses._pairs import FEW
 
 PURPOSE = "demo --task simcse"
 BATCH, QUICK_BATCH = 64, 32

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neglog import dispatch, kernels, matmul, tiling
+from neglog import dispatch, kernels
 from neglog.kernels.threads import allowed
 from neglog.ops.nll import (
     DTYPE_CODES,
@@ -43,6 +43,7 @@ from neglog.ops.nll import (
     real_dtype,
     scale_in_place,
 )
+from neglog.tiles import gemm, plan
 
 library.define(
     "linear_nll(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
@@ -130,13 +131,13 @@ class Gradients:
         if columns is not None:
             s, weight = s[:, columns], weight[columns]
         if self.wanted[0] and isinstance(rows, slice):
-            matmul.product(s, weight, self.input[rows])
+            gemm.product(s, weight, self.input[rows])
         elif self.wanted[0]:
             part = torch.empty_like(x, dtype=self.dtypes[0])
-            matmul.product(s, weight, part)
+            gemm.product(s, weight, part)
             self.input[rows] = part
         if self.wanted[1] and columns is None:
-            matmul.add_outer(s, x, self.weight, self._first)
+            gemm.add_outer(s, x, self.weight, self._first)
         elif self.wanted[1]:
             self._add_to_columns(columns, s, x)
         self._first = False
@@ -146,7 +147,7 @@ class Gradients:
         if self._first:
             self.weight.zero_()
         part = self.weight.new_empty(len(columns), x.shape[1])
-        matmul.add_outer(s, x, part, True)
+        gemm.add_outer(s, x, part, True)
         self.weight.index_add_(0, columns, part)
 
     def _columns_that_count(self, s: Tensor, upstream: float | Tensor) -> Tensor | None:
@@ -185,10 +186,10 @@ class Tiles:
         if self.rows is not None and len(self.rows) == len(target):
             self.rows = None
         self.target = (target if self.rows is None else target[self.rows]).contiguous()
-        dtype = matmul.tile_dtype(head.input)
-        row = tiling.row_stride(head.vocab, dtype.itemsize) * dtype.itemsize
+        dtype = gemm.tile_dtype(head.input)
+        row = plan.row_stride(head.vocab, dtype.itemsize) * dtype.itemsize
         rows = len(self.target)
-        self.height = tiling.rows_per_tile(rows, row, workspace)
+        self.height = plan.rows_per_tile(rows, row, workspace)
         self.once = dtype == head.weight.dtype and not divides_late(head.input) and not wide
         # A single tile may have the memory of the sum that it makes needless.
         spared = head.weight.numel() * real_dtype(dtype).itemsize if dtype.itemsize == 2 else 0
@@ -199,13 +200,13 @@ class Tiles:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor | slice, Tensor, Tensor]]:
         """Which of the counted rows, which of all, their input, their logits."""
-        for part in tiling.row_tiles(len(self.target), self.height):
+        for part in plan.row_tiles(len(self.target), self.height):
             everywhere = part if self.rows is None else self.rows[part]
             x = self.head.input[everywhere]
             if self.kept is not None:  # what does not count may be NaN
                 x = torch.where(self.kept[part], x, 0)
             logits = self.logits[: len(x)]
-            matmul.linear(x, self.head.weight, self.head.bias, logits)
+            gemm.linear(x, self.head.weight, self.head.bias, logits)
             yield part, everywhere, x, logits
 
     def spread(self, of_counted: Tensor, rows: int) -> Tensor:

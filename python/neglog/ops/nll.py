@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neglog import dispatch, kernels, tiling
+from neglog import dispatch, kernels
 from neglog.kernels.memory import large_buffer
 from neglog.kernels.threads import allowed
+from neglog.tiles import plan
 
 NONE, MEAN, SUM = 0, 1, 2
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -154,7 +155,7 @@ def new_memory(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = N
 
 def new_rows(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """New memory for (rows, columns), where each row begins at a line of the cache."""
-    stride = tiling.row_stride(columns, dtype.itemsize)
+    stride = plan.row_stride(columns, dtype.itemsize)
     return new_memory((rows, stride), like, dtype)[:, :columns]
 
 

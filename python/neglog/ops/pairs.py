@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neglog import matmul, tiling
+from neglog.ops.nll import library, new_memory, new_rows
 from neglog.ops.pairs_tile import (
     CpuTiles,
     CudaTiles,
@@ -36,7 +36,7 @@ from neglog.ops.pairs_tile import (
     Tiles,
     Upstream,
 )
-from neglog.ops.nll import library, new_memory, new_rows
+from neglog.tiles import gemm, plan
 
 PAIRS = (
     "Tensor query, Tensor key, Tensor scale, Tensor? bias, Tensor? positive, Tensor? excluded, "
@@ -66,20 +66,20 @@ CUDA_TILE_BYTES, CUDA_WIDTH = 128 << 20, 8192
 def keeps(pairs: Pairs, keep: bool) -> bool:
     """Whether the similarities are kept: they are asked for, and fit in the workspace."""
     numbers = pairs.query.shape[0] * pairs.key.shape[0]
-    return keep and numbers * matmul.tile_dtype(pairs.query).itemsize <= pairs.workspace
+    return keep and numbers * gemm.tile_dtype(pairs.query).itemsize <= pairs.workspace
 
 
 def tiles_of(pairs: Pairs) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of each tile."""
     rows, columns = len(pairs.query), len(pairs.key)
-    size = matmul.tile_dtype(pairs.query).itemsize
+    size = gemm.tile_dtype(pairs.query).itemsize
     cuda = pairs.query.is_cuda
     budget = min(CUDA_TILE_BYTES if cuda else TILE_BYTES, pairs.workspace)
     width = min(columns, CUDA_WIDTH if cuda else WIDTH)
-    height = tiling.rows_per_tile(rows, width * size, budget)
+    height = plan.rows_per_tile(rows, width * size, budget)
     if pairs.symmetric:  # squares, so that the diagonal cuts none of the others
         height = width = min(height, width)
-    return tiling.grid(rows, columns, height, width, pairs.symmetric)
+    return plan.grid(rows, columns, height, width, pairs.symmetric)
 
 
 class Workspace:
@@ -88,13 +88,13 @@ class Workspace:
     def __init__(self, pairs: Pairs, kept: Tensor | None) -> None:
         self.pairs = pairs
         self.kept = kept
-        self.dtype = matmul.tile_dtype(pairs.query)
+        self.dtype = gemm.tile_dtype(pairs.query)
         self._memory = pairs.query.new_empty(0, dtype=self.dtype)
 
     def new(self, rows: slice, columns: slice) -> Tensor:
         """Room for a tile, until the next one."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        stride = tiling.row_stride(width, self.dtype.itemsize)
+        stride = plan.row_stride(width, self.dtype.itemsize)
         if self._memory.numel() < height * stride:  # the first tile is the largest
             self._memory = new_memory((height * stride,), self.pairs.query, self.dtype)
         return self._memory[: height * stride].view(height, stride)[:, :width]
@@ -102,7 +102,7 @@ class Workspace:
     def filled(self, rows: slice, columns: slice) -> Tensor:
         """The similarities of a tile."""
         out = self.new(rows, columns) if self.kept is None else self.kept[rows, columns]
-        matmul.linear(self.pairs.query[rows], self.pairs.key[columns], None, out)
+        gemm.linear(self.pairs.query[rows], self.pairs.key[columns], None, out)
         return out
 
 
@@ -118,7 +118,7 @@ def _forward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
     kept = None
     if keeps(pairs, keep):
         shape = (len(pairs.query), len(pairs.key))
-        kept = new_rows(*shape, pairs.query, matmul.tile_dtype(pairs.query))
+        kept = new_rows(*shape, pairs.query, gemm.tile_dtype(pairs.query))
     workspace = Workspace(pairs, kept)
     of_columns = rows if pairs.symmetric else columns
     for down, across in tiles_of(pairs):
@@ -213,14 +213,14 @@ class Sums:
         if self.by_row.numel():
             part = self.by_row[rows]
             key = pairs.key[columns]
-            matmul.add_product(gradient, key, part, first and columns.start == 0)
+            gemm.add_product(gradient, key, part, first and columns.start == 0)
         if pairs.symmetric and rows != columns:
-            matmul.add_outer(gradient, pairs.query[rows], self.by_row[columns], False)
+            gemm.add_outer(gradient, pairs.query[rows], self.by_row[columns], False)
         if self.by_column.numel():
             x = pairs.query[rows]
             if self._scaled:
                 x = (x * pairs.scale[rows, None]).to(gradient.dtype)
-            matmul.add_outer(gradient, x, self.by_column[columns], rows.start == 0)
+            gemm.add_outer(gradient, x, self.by_column[columns], rows.start == 0)
 
     def finished(
         self, wanted: list[bool], size: float | Tensor, dtype: torch.dtype
@@ -292,10 +292,10 @@ def _pairs_fake(*arguments: Any) -> tuple[Tensor, ...]:
     def numbers(count: Any) -> Tensor:
         return query.new_empty(count, dtype=pairs.real)
 
-    dtype = matmul.tile_dtype(query)
+    dtype = gemm.tile_dtype(query)
     kept = query.new_empty(0, dtype=dtype)
     if keeps(pairs, keep):
-        strides = (tiling.row_stride(columns, dtype.itemsize), 1)
+        strides = (plan.row_stride(columns, dtype.itemsize), 1)
         kept = query.new_empty_strided((rows, columns), strides, dtype=dtype)
     of_positive = rows if pairs.positive is not None else 0
     of_columns = columns if pairs.columns else 0

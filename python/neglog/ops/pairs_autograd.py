@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from neglog.ops import pairs_composite as composite
+from neglog.ops.nll_autograd import as_function
 from neglog.ops.pairs import library
 from neglog.ops.pairs_tile import Pairs
-from neglog.ops.nll_autograd import as_function
 
 PAIRS = len(Pairs._fields)
 UPSTREAMS = 5
@@ -112,9 +112,7 @@ torch.library.register_autograd(
     "neglog::pairs_backward", _double_backward, setup_context=_setup_backward, lib=library
 )
 
-FunctionalPairs = as_function(
-    "FunctionalPairs", torch.ops.neglog.pairs.default, _setup, _backward
-)
+FunctionalPairs = as_function("FunctionalPairs", torch.ops.neglog.pairs.default, _setup, _backward)
 FunctionalBackward = as_function(
     "FunctionalBackward", torch.ops.neglog.pairs_backward.default, _setup_backward,
     _double_backward,

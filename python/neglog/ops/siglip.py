@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from neglog.ops.nll import library, new_memory, real_dtype
+from neglog.ops.nll_autograd import as_function
 from neglog.ops.pairs import Sums, Workspace, tiles_of
 from neglog.ops.pairs_autograd import second_derivative
 from neglog.ops.pairs_tile import CpuTiles, CudaTiles, Pairs, Tiles
-from neglog.ops.nll import library, new_memory, real_dtype
-from neglog.ops.nll_autograd import as_function
 
 GRADIENTS = 4
 library.define(

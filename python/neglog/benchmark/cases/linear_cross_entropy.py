@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import neglog
-from neglog import linear, matmul, reference
+from neglog import reference
 from neglog.benchmark.cases import Contender, Problem, Shape, Spec, Truth
 from neglog.benchmark.cases.cross_entropy import CHECKED_ROWS, IGNORED, backend_of
+from neglog.losses import linear_cross_entropy as linear
+from neglog.tiles import gemm
 
 MODEL = "3 matmuls of rows x features x vocab, 2 operations each"
 
@@ -38,12 +40,12 @@ def problem(shape: Shape, dtype: str, seed: int) -> Problem:
     def compared(grads: tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
         return grads[0][picked].double().numpy(), grads[1][some].double().numpy()
 
-    left, right = torch.empty_like(hidden), torch.rand(rows, min(vocab, matmul.COLUMNS))
-    right = right.to(matmul.tile_dtype(hidden))
+    left, right = torch.empty_like(hidden), torch.rand(rows, min(vocab, gemm.COLUMNS))
+    right = right.to(gemm.tile_dtype(hidden))
     part = weight[: right.shape[1]].clone()
 
     def yardstick() -> None:
-        matmul.product(right, part, left)
+        gemm.product(right, part, left)
 
     return Problem(
         spec=Spec(
@@ -74,7 +76,7 @@ def _chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def contenders(compiled: bool, shape: Shape, dtype: str) -> list[Contender]:
     """Logits in memory first; each does the same three matmuls."""
     rows, vocab = (torch.empty(shape[n], 0, dtype=getattr(torch, dtype)) for n in ("rows", "vocab"))
-    runs = backend_of(matmul.few(rows, vocab, linear.FEW))
+    runs = backend_of(gemm.few(rows, vocab, linear.FEW))
     found = [Contender("eager", "torch eager", _eager, 1)]
     if compiled:
         compiled_loss = torch.compile(_eager, fullgraph=True, dynamic=False)

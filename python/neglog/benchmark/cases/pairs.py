@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neglog import comparison, matmul
 from neglog.benchmark.cases import Problem, Shape, Spec, Truth
 from neglog.benchmark.cases.cross_entropy import backend_of
+from neglog.losses import _pairs as comparison
+from neglog.tiles import gemm
 
 CHECKED_ROWS = 64
 CHUNK = 1024  # rows of the oracle's matrix at once
@@ -78,9 +79,9 @@ def problem_of(
     rows, features = shape["rows"], shape["features"]
     picked = some_rows(rows)
     kind = getattr(torch, dtype)
-    width = min(rows, matmul.COLUMNS)
+    width = min(rows, gemm.COLUMNS)
     left, right = torch.rand(rows, features).to(kind), torch.rand(rows, width)
-    right = right.to(matmul.tile_dtype(left))
+    right = right.to(gemm.tile_dtype(left))
     part = torch.rand(width, features).to(kind)
 
     def compared(grads: tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
@@ -97,7 +98,7 @@ def problem_of(
         check_fixed=(),
         truth=Truth(loss, (grad.numpy(),)),
         compared=compared,
-        yardstick=lambda: matmul.product(right, part, left),
+        yardstick=lambda: gemm.product(right, part, left),
         by_norm=True,
     )  # fmt: skip
 
@@ -105,4 +106,4 @@ def problem_of(
 def default_backend(shape: Shape, dtype: str) -> str:
     """What runs such a loss."""
     like = torch.empty(shape["rows"], 0, dtype=getattr(torch, dtype))
-    return backend_of(matmul.few(like, like, comparison.FEW))
+    return backend_of(gemm.few(like, like, comparison.FEW))

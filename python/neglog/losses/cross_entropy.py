@@ -12,10 +12,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from neglog import dispatch
-from neglog.ops import nll_composite
-from neglog.ops.nll import real_dtype
-from neglog.ops.nll_autograd import InplaceNLL, nll
-from neglog.validation import (
+from neglog.checks import (
     check_cross_entropy,
     check_extensions,
     check_masked,
@@ -28,6 +25,9 @@ from neglog.validation import (
     to_rows,
     under_autocast,
 )
+from neglog.ops import nll_composite
+from neglog.ops.nll import real_dtype
+from neglog.ops.nll_autograd import InplaceNLL, nll
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # The ignore_index of positions outside a mask: no data can hold it by accident.

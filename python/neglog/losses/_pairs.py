@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neglog import dispatch, matmul, tiling
-from neglog.functional import LossStats
+from neglog import dispatch
+from neglog.checks import autocast_dtype, under_autocast
+from neglog.losses.cross_entropy import LossStats
 from neglog.ops import pairs_composite as composite
+from neglog.ops.nll import real_dtype
 from neglog.ops.pairs_autograd import log_sum_exps
 from neglog.ops.pairs_tile import Pairs
-from neglog.ops.nll import real_dtype
-from neglog.validation import autocast_dtype, under_autocast
+from neglog.tiles import gemm, plan
 
 # Similarities, in numbers, up to which they are made in memory.
 FEW = 1 << 18
@@ -79,7 +80,7 @@ def scale_of(temperature: float | Tensor, like: Tensor) -> Tensor:
 def how_to_compare(options: Any, backend: str | None) -> How:
     if options is not None and (not isinstance(options, dict) or set(options) - {"workspace_mb"}):
         raise TypeError(f"options: expected None or {{'workspace_mb': number}}, got {options!r}")
-    workspace = tiling.workspace_bytes((options or {}).get("workspace_mb"), DEFAULT_WORKSPACE_MB)
+    workspace = plan.workspace_bytes((options or {}).get("workspace_mb"), DEFAULT_WORKSPACE_MB)
     return How(workspace, dispatch.forced(backend))
 
 
@@ -110,7 +111,7 @@ def in_memory(query: Tensor, key: Tensor, forced: str | None) -> bool:
         raise RuntimeError(f"backend={forced!r} cannot take this call: {refusal}")
     if forced is not None or refusal:
         return bool(refusal) or forced == "torch"
-    return not dispatch.kernel_backend(query) or matmul.few(query, key, FEW)
+    return not dispatch.kernel_backend(query) or gemm.few(query, key, FEW)
 
 
 def pairs_of(
@@ -153,10 +154,10 @@ def with_stats(loss: Tensor, pairs: Pairs, lse: Tensor, score: Tensor) -> LossSt
     Another walk over the similarities, some rows at a time, in torch's own functions.
     """
     budget = min(STATS_BYTES, pairs.workspace)
-    height = tiling.rows_per_tile(score.shape[0], pairs.key.shape[0] * lse.itemsize, budget)
+    height = plan.rows_per_tile(score.shape[0], pairs.key.shape[0] * lse.itemsize, budget)
     found = []
     with torch.no_grad():
-        for rows in tiling.row_tiles(score.shape[0], height):
+        for rows in plan.row_tiles(score.shape[0], height):
             part = pairs.rows(rows)
             plain, z = composite.scores(part)
             if part.positive is None:

@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neglog import dispatch, tiling
-from neglog.comparison import (
+from neglog import dispatch
+from neglog.checks import (
+    check_embeddings,
+    check_groups,
+    check_reduction,
+    check_same_rows,
+    check_scalar,
+    check_smoothing,
+    check_temperature,
+    number_on,
+)
+from neglog.distributed import gathered
+from neglog.losses._pairs import (
     Compared,
     How,
     compare,
@@ -26,25 +37,15 @@ from neglog.comparison import (
     with_stats,
     without_stats,
 )
-from neglog.distributed import gathered
-from neglog.functional import LossStats
-from neglog.linear import linear_cross_entropy
-from neglog.ops.pairs_tile import Pairs
+from neglog.losses.cross_entropy import LossStats
+from neglog.losses.linear_cross_entropy import linear_cross_entropy
 from neglog.ops.nll import real_dtype
+from neglog.ops.pairs_tile import Pairs
 from neglog.ops.siglip import composite as siglip_composite
 from neglog.ops.siglip import siglip
-from neglog.validation import (
-    check_embeddings,
-    check_groups,
-    check_reduction,
-    check_same_rows,
-    check_scalar,
-    check_smoothing,
-    check_temperature,
-    number_on,
-)
+from neglog.tiles import plan
 
-ROW_BYTES = tiling.DEFAULT_WORKSPACE_MB << 20
+ROW_BYTES = plan.DEFAULT_WORKSPACE_MB << 20
 NO_GROUP = torch.iinfo(torch.int64).min
 NEGATIVE_MODES = ("unpaired", "paired", "in_batch")
 

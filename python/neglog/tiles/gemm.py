@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neglog import tiling
+from neglog.tiles import plan
 
 COLUMNS = 4096  # of a oneDNN tile
 PROBE_ROWS, PROBE_FEATURES, PROBE_VOCAB = 512, 768, 2 * COLUMNS
@@ -138,9 +138,9 @@ def linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) 
 
 def widened(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """x (V, D) in a wider dtype, some rows at a time, each over the last."""
-    height = tiling.rows_per_tile(len(x), x.shape[1] * x.itemsize, WIDENED_BYTES)
+    height = plan.rows_per_tile(len(x), x.shape[1] * x.itemsize, WIDENED_BYTES)
     room = x.new_empty(height, x.shape[1], dtype=dtype)
-    for part in tiling.row_tiles(len(x), height):
+    for part in plan.row_tiles(len(x), height):
         yield part, room[: part.stop - part.start].copy_(x[part])
 
 

@@ -9,17 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from neglog import dispatch, matmul, tiling
-from neglog.functional import (
-    REDUCTIONS,
-    LossStats,
-    by_row,
-    cross_entropy,
-    masked_cross_entropy,
-)
-from neglog.ops.linear_nll_autograd import linear_nll, rounded
-from neglog.ops.nll import real_dtype
-from neglog.validation import (
+from neglog import dispatch
+from neglog.checks import (
     autocast_dtype,
     check_extensions,
     check_index_dtype,
@@ -31,6 +22,16 @@ from neglog.validation import (
     rows_of_last_axis,
     under_autocast,
 )
+from neglog.losses.cross_entropy import (
+    REDUCTIONS,
+    LossStats,
+    by_row,
+    cross_entropy,
+    masked_cross_entropy,
+)
+from neglog.ops.linear_nll_autograd import linear_nll, rounded
+from neglog.ops.nll import real_dtype
+from neglog.tiles import gemm, plan
 
 # Logits, in numbers, up to which they are made in memory: 8 MB of float32, where the fixed cost of
 # tiles is still felt (512 x 64 x 1000 took 1.3 times torch's time).
@@ -61,7 +62,7 @@ def linear_cross_entropy(
     """cross_entropy(linear(input, linear_weight, linear_bias), target), without its logits.
 
     Rows of logits are made, turned into their gradient and used up a tile at a time, in a workspace
-    of fixed size; rows that do not count are left out before the first matmul. With "mean" and
+    of fixed size; rows that do not count are left out before the first gemm. With "mean" and
     "sum" the gradients are formed in the forward: 3 matmuls in all; with "none", 4.
 
     Args:
@@ -153,8 +154,8 @@ def _tile_options(options: Any, input: Tensor) -> tuple[int, float | str]:
     filter_eps = options.get("filter_eps", 0.0)
     if filter_eps != "auto" and not (isinstance(filter_eps, (int, float)) and 0 <= filter_eps < 1):
         raise ValueError(f"filter_eps: expected 'auto' or 0 <= number < 1, got {filter_eps!r}")
-    default = tiling.CUDA_WORKSPACE_MB if input.is_cuda else tiling.DEFAULT_WORKSPACE_MB
-    return tiling.workspace_bytes(options.get("workspace_mb"), default), filter_eps
+    default = plan.CUDA_WORKSPACE_MB if input.is_cuda else plan.DEFAULT_WORKSPACE_MB
+    return plan.workspace_bytes(options.get("workspace_mb"), default), filter_eps
 
 
 def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> Tensor:
@@ -185,7 +186,7 @@ def _of_labels(
         raise RuntimeError(f"backend={backend!r} cannot take this call: {refusal}")
     by_torch = bool(refusal) or backend == "torch"
     if backend is None and not refusal:
-        by_torch = not dispatch.kernel_backend(rows) or matmul.few(rows, linear_weight, FEW)
+        by_torch = not dispatch.kernel_backend(rows) or gemm.few(rows, linear_weight, FEW)
     if by_torch:
         counted = labels != ignored
         if not _all_seen(counted):  # what does not count may be NaN
