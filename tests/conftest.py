@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from neglog import cuda, kernels
+from neglog import dispatch, kernels
 from tests.cuda_devices import device, dtype  # noqa: F401 - fixtures, by name
 
 # Every line of it needs a GPU with the kernels on it; bench/device.sh runs it there.
-collect_ignore = [] if cuda.state().usable and torch.cuda.is_available() else ["test_gpu.py"]
+collect_ignore = [] if dispatch.best("cuda") and torch.cuda.is_available() else ["test_gpu.py"]
 COMPILED = [build.name for build in kernels.builds() if build.usable]
 BUILDS = [*COMPILED, *(["numba"] if kernels.available("numba").usable else [])]
 

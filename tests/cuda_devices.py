@@ -6,14 +6,12 @@ import pytest
 import torch
 
 from neglog import dispatch
-from neglog.ops import linear_nll_cuda
-from neglog.ops.pairs_tile import CudaTiles
+from neglog.ops.linear_nll import cuda as linear_cuda
+from neglog.ops.pairs.cuda import CudaTiles
 from neglog.tiles import gemm
 from tests import emulated
 
-ON_GPU = (
-    dispatch.kernel_backend(torch.empty(0, device="cuda")) if torch.cuda.is_available() else None
-)
+ON_GPU = dispatch.best("cuda") if torch.cuda.is_available() else None
 DEVICES = [*(["emulated"] if emulated.AVAILABLE else []), *(["cuda"] if ON_GPU else [])]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Largest errors relative to 1 + the largest number: of losses, and of gradients, rounded once.
@@ -30,12 +28,12 @@ class Device(NamedTuple):
 def device(request, tmp_path_factory, monkeypatch):
     """Where tensors lie, and the ops that work there; the schedules over them use those too."""
     # A GPU's tiles have the dtype of their operands; so have those they are compared with.
-    monkeypatch.setattr(gemm, "wide_is_faster", lambda dtype: False)
+    monkeypatch.setattr(gemm, "float32_is_faster", lambda dtype: False)
     if request.param == "cuda":
         return Device("cuda", torch.ops.neglog)
     ops = emulated.operators(tmp_path_factory.getbasetemp() / "emulated")
     monkeypatch.setattr(CudaTiles, "ops", ops)
-    monkeypatch.setattr(linear_nll_cuda, "ops", ops)
+    monkeypatch.setattr(linear_cuda, "ops", ops)
     return Device("cpu", ops)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from neglog.ops import nll, pairs_tile
+from neglog.ops.nll import schema as nll
+from neglog.ops.pairs import schema as pairs
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 AVAILABLE = shutil.which(os.environ.get("CXX", "g++")) is not None
@@ -25,7 +26,8 @@ def operators(out: Path) -> Any:
     subprocess.run(
         [SOURCES / "emulate.sh", out], check=True, env={**os.environ, "PYTHON": sys.executable}
     )
-    for schema in (*nll.SCHEMAS, *pairs_tile.SCHEMAS):
-        _definitions.define(schema)
+    ops = (nll.forward, nll.backward, nll.in_place, nll.scale_in_place, *pairs.CUDA_TILE)
+    for op in ops:
+        _definitions.define(op.schema)
     torch.ops.load_library(str(out / "neglog_emulated.so"))
     return torch.ops.neglog_emulated

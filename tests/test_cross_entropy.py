@@ -445,7 +445,6 @@ def test_module_is_torchs():
 def test_patch_torch_and_back():
     own = F.cross_entropy
     logits, target = draw((500, 400), torch.float32)
-    assert logits.numel() >= dispatch.CROSSOVER
     expected = own(logits, target)
     with dispatch.record() as ran:
         with neglog.patch_torch():

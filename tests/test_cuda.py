@@ -6,10 +6,14 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neglog
-from neglog import dispatch, kernels, reference
-from neglog.ops import linear_nll_cuda, pairs_composite, siglip
-from neglog.ops import pairs as pairs_op
-from neglog.ops.pairs_tile import CpuTiles, CudaTiles, Pairs
+from neglog import dispatch, kernels, reference, torch_state
+from neglog.ops.linear_nll import schedule as linear_schedule
+from neglog.ops.linear_nll import schema as linear_schema
+from neglog.ops.linear_nll.cuda import CudaRows
+from neglog.ops.pairs import formula, schedule, schema
+from neglog.ops.pairs.cpu import CpuTiles
+from neglog.ops.pairs.cuda import CudaTiles
+from neglog.ops.pairs.schema import Pairs
 from tests.cuda_devices import GRADIENT, LOSS, normal, off, real_of
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -32,7 +36,7 @@ CALLS = {
     "info_nce": (lambda x, key, t: neglog.info_nce(x, key, symmetric=True), "pairs"),
     "info_nce, queue": (lambda x, key, t: neglog.info_nce(x, key, key), "pairs"),
     "clip_loss": (lambda x, key, t: neglog.clip_loss(x, key, 10.0), "pairs"),
-    "siglip_loss": (lambda x, key, t: neglog.siglip_loss(x, key, 10.0, 1.0), "siglip"),
+    "siglip_loss": (lambda x, key, t: neglog.siglip_loss(x, key, 10.0, 1.0), "pairs_sigmoid"),
     "nt_xent": (lambda x, key, t: neglog.nt_xent(x, key), "pairs"),
     "dcl": (lambda x, key, t: neglog.dcl(x, key), "pairs"),
 }
@@ -326,8 +330,22 @@ def pairs(dtype, device, rows, keys, features=5, **form):
     return Pairs(
         query, query if symmetric else key, scale.to(real).to(device),
         **{name: None if x is None else x.to(device) for name, x in optional.items()},
-        columns=form.get("columns", False), symmetric=symmetric, workspace=1, backend="",
+        columns=form.get("columns", False), symmetric=symmetric, workspace=1, tile_dtype=dtype,
+        backend="",
     )  # fmt: skip
+
+
+def forward(kind, given, keep=False):
+    return schedule.forward(kind, schema.forward.Arguments(*given, keep))
+
+
+def backward(kind, *arguments):
+    return schedule.backward(kind, schema.backward.Arguments(*arguments))
+
+
+def sigmoid(kind, given):
+    tiles = (1, given.tile_dtype, "", [True] * 4)
+    return schedule.sigmoid(kind, schema.sigmoid.Arguments(*given[:5], *tiles))
 
 
 def on_cpu(given):
@@ -342,14 +360,14 @@ def exactly(given, upstream):
         name: x.detach().double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in on_cpu(given)._asdict().items()
     }
-    exact = Pairs(**wide)
+    exact = Pairs(**wide)._replace(tile_dtype=torch.float64)
     leaves = [exact.query.requires_grad_(), exact.key, exact.scale.requires_grad_()]
     if exact.symmetric:
         exact = exact._replace(key=exact.query)
         leaves[1] = torch.zeros((), requires_grad=True, dtype=torch.float64)
     else:
         exact.key.requires_grad_()
-    outputs = pairs_composite.pairs(exact)
+    outputs = formula.pairs(exact)
     total = sum((o * u.cpu().double()).sum() for o, u in zip(outputs, upstream, strict=True))
     return outputs, torch.autograd.grad(total, leaves, allow_unused=True)
 
@@ -363,14 +381,14 @@ def upstream_of(outputs):
 @pytest.mark.parametrize("keep", [False, True])
 def test_pairs_against_the_composite(device, dtype, shape, form, keep, monkeypatch):
     for name in ("WIDTH", "CUDA_WIDTH"):  # several tiles across, not aligned to any vector
-        monkeypatch.setattr(pairs_op, name, 97)
+        monkeypatch.setattr(schedule, name, 97)
     rows, keys = shape
     keys = rows if form.get("symmetric") else keys
     if form.get("symmetric") and rows % 2:
         rows = keys = 2
     given = pairs(dtype, device.name, rows, keys, **form)
     with dispatch.record() as ran:
-        outputs = pairs_op._forward(CudaTiles, *given, keep)
+        outputs = forward(CudaTiles, given, keep)
     upstream = upstream_of(outputs[:5])
     exact, leaves = exactly(given, upstream)
     # A similarity in 16 bits is one of 256 or 2048 steps, times the scale.
@@ -379,7 +397,7 @@ def test_pairs_against_the_composite(device, dtype, shape, form, keep, monkeypat
         assert off(found, expected.detach()) <= allowed
     wanted = [True, not given.symmetric, True]
     with dispatch.record() as ran_backward:
-        grads = pairs_op._backward(
+        grads = backward(
             CudaTiles, *upstream, *given, outputs[2], outputs[3], outputs[5], outputs[6],
             outputs[7], wanted,
         )  # fmt: skip
@@ -395,17 +413,15 @@ def test_pairs_is_what_the_cpu_has(device, dtype, form):
     """The same similarities, rounded the same: closer than the oracle can tell in 16 bits."""
     rows, keys = (130, 130) if form.get("symmetric") else (130, 300)
     given = pairs(dtype, device.name, rows, keys, **form)
-    ours = pairs_op._forward(CudaTiles, *given, False)
-    theirs = pairs_op._forward(CpuTiles, *on_cpu(given), False)
+    ours = forward(CudaTiles, given)
+    theirs = forward(CpuTiles, on_cpu(given))
     for found, expected in zip(ours[:5], theirs, strict=False):
         assert off(found, expected) <= 5 * LOSS[dtype]
     upstream = upstream_of(ours[:5])
     wanted = [True, not given.symmetric, True]
     saved = [(made[2], made[3], made[5], made[6], made[7]) for made in (ours, theirs)]
-    found = pairs_op._backward(CudaTiles, *upstream, *given, *saved[0], wanted)
-    expected = pairs_op._backward(
-        CpuTiles, *(x.cpu() for x in upstream), *on_cpu(given), *saved[1], wanted
-    )
+    found = backward(CudaTiles, *upstream, *given, *saved[0], wanted)
+    expected = backward(CpuTiles, *(x.cpu() for x in upstream), *on_cpu(given), *saved[1], wanted)
     for one, other in zip(found, expected, strict=True):
         assert off(one, other.double()) <= 3 * GRADIENT[dtype]
 
@@ -438,10 +454,10 @@ def test_pairs_has_the_same_bits_in_any_order(device, dtype, monkeypatch):
     for reverse in (False, True):
         if reverse:
             monkeypatch.setenv("NEGLOG_REVERSED", "1")
-        outputs = pairs_op._forward(CudaTiles, *given, True)
+        outputs = forward(CudaTiles, given, True)
         saved = (outputs[2], outputs[3], outputs[5], outputs[6], outputs[7])
         upstream = upstream_of(outputs[:5])
-        grads = pairs_op._backward(CudaTiles, *upstream, *given, *saved, [True] * 3)
+        grads = backward(CudaTiles, *upstream, *given, *saved, [True] * 3)
         found.append((*outputs, *grads))
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
@@ -487,24 +503,32 @@ def test_pairs_refuses_what_it_would_misread(device):
 @pytest.mark.parametrize("shape", [(1, 1), (6, 5), (66, 131), (130, 300)], ids=str)
 def test_siglip_against_the_composite(device, dtype, shape, monkeypatch):
     for name in ("WIDTH", "CUDA_WIDTH"):
-        monkeypatch.setattr(pairs_op, name, 97)
+        monkeypatch.setattr(schedule, name, 97)
     given = pairs(dtype, device.name, *shape, one_bias=True, positive=True)
     leaves = [x.detach().double().cpu().requires_grad_() for x in given[:4]]
-    expected = siglip.composite(*leaves, given.positive.cpu())
+    expected = formula.sigmoid(*leaves, given.positive.cpu())
     exact = torch.autograd.grad(expected, leaves)
     with dispatch.record() as ran:
-        loss, *grads = siglip._forward(CudaTiles, *given[:5], 1, "", [True] * 4)
-    assert ran == ["siglip:cuda"]
+        loss, *grads = sigmoid(CudaTiles, given)
+    assert ran == ["pairs_sigmoid:cuda"]
     allowed = {torch.bfloat16: 6e-2, torch.float16: 8e-3}.get(dtype, 5 * LOSS[dtype])
     assert off(loss, expected.detach()) <= allowed
     for one, other in zip(grads, exact, strict=True):
         assert off(one, other) <= 3 * allowed
-    cpu = siglip._forward(CpuTiles, *on_cpu(given)[:5], 1, "", [True] * 4)
+    cpu = sigmoid(CpuTiles, on_cpu(given))
     for one, other in zip((loss, *grads), cpu, strict=True):  # of similarities rounded the same
         assert off(one, other.double()) <= 3 * GRADIENT[dtype]
 
 
 # linear_nll
+
+
+def linear_forward(*arguments):
+    return linear_schedule.forward(CudaRows, linear_schema.forward.Arguments(*arguments))
+
+
+def linear_backward(*arguments):
+    return linear_schedule.backward(CudaRows, linear_schema.backward.Arguments(*arguments))
 
 
 @pytest.mark.parametrize("stats", [False, True])
@@ -524,13 +548,13 @@ def test_linear_nll_is_what_the_cpu_has(device, dtype, options, reduction, stats
 
     def run(place, forward, backward):
         given = [x.to(place) for x in fixed]
-        outputs = forward(*given, None, *tail, stats, wanted, 1, filter_eps, "")
+        outputs = forward(*given, None, *tail, stats, wanted, 1, dtype, filter_eps, "")
         grad = normal(*outputs[0].shape, seed=5).to(real).to(place)
         grad_lse = normal(rows, seed=6).to(real).to(place)
         grads = []
         for through_lse in (None, grad_lse):
             made = backward(
-                grad, through_lse, *given, outputs[2], *outputs[5:], *tail, [True] * 3, 1,
+                grad, through_lse, *given, outputs[2], *outputs[5:], *tail, [True] * 3, 1, dtype,
                 filter_eps, "",
             )  # fmt: skip
             grads += made
@@ -539,7 +563,7 @@ def test_linear_nll_is_what_the_cpu_has(device, dtype, options, reduction, stats
     cpu = torch.ops.neglog
     expected, exact = run("cpu", cpu.linear_nll, cpu.linear_nll_backward)
     with dispatch.record() as ran:
-        found, grads = run(device.name, linear_nll_cuda.forward, linear_nll_cuda.backward)
+        found, grads = run(device.name, linear_forward, linear_backward)
     assert set(ran) == {"linear_nll:cuda", "linear_nll_backward:cuda"}
     for one, other in zip(found[:5], expected, strict=False):
         assert one.dtype == other.dtype
@@ -563,16 +587,15 @@ def test_linear_nll_while_a_graph_is_captured(device, dtype, reduction, stats, m
     grad = normal(*([150] if reduction == NONE else []), seed=5).to(real_of(dtype)).to(device.name)
 
     def run():
-        outputs = linear_nll_cuda.forward(
-            *given, None, None, *tail, stats, wanted, 1 << 14, 0.0, ""
-        )
-        grads = linear_nll_cuda.backward(
-            grad, None, *given, None, outputs[2], *outputs[5:], *tail, [True] * 3, 1 << 14, 0.0, ""
+        tiles = (1 << 14, dtype, 0.0, "")
+        outputs = linear_forward(*given, None, None, *tail, stats, wanted, *tiles)
+        grads = linear_backward(
+            grad, None, *given, None, outputs[2], *outputs[5:], *tail, [True] * 3, *tiles
         )
         return *outputs, *grads
 
     expected = run()
-    monkeypatch.setattr(linear_nll_cuda, "_capturing", lambda device: True)
+    monkeypatch.setattr(torch_state, "capturing", lambda device: True)
     with Waits():
         found = run()
     for one, other in zip(found, expected, strict=True):
@@ -585,19 +608,19 @@ def test_pairs_never_waits(device, form):
     rows, keys = (130, 130) if form.get("symmetric") else (130, 300)
     given = pairs(torch.float32, device.name, rows, keys, **form)
     with Waits():
-        out = pairs_op._forward(CudaTiles, *given, False)
+        out = forward(CudaTiles, given)
         saved = (out[2], out[3], out[5], out[6], out[7])
         wanted = [True, not given.symmetric, True]
-        pairs_op._backward(CudaTiles, *upstream_of(out[:5]), *given, *saved, wanted)
+        backward(CudaTiles, *upstream_of(out[:5]), *given, *saved, wanted)
 
 
 def test_linear_nll_of_nothing(device):
     given = [torch.zeros(shape, device=device.name) for shape in ((3, 2), (5, 2), (5,))]
     target = torch.full((3,), -100, device=device.name)
     for reduction, expected in ((MEAN, NAN), (SUM, 0.0)):
-        loss, *_, dx, dw, db = linear_nll_cuda.forward(
+        loss, *_, dx, dw, db = linear_forward(
             *given, target, None, None, reduction, -100, *OPTIONS["plain"], False, [True] * 3, 1,
-            0.0, "",
+            torch.float32, 0.0, "",
         )  # fmt: skip
         assert off(loss, expected) == 0
         assert not any(x.any() for x in (dx, dw, db))

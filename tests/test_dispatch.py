@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -35,13 +36,39 @@ def ran_by(*arguments, **options):
     return ran
 
 
-def test_crossover():
-    best = dispatch.kernel_backend()
+def test_the_kernels_take_every_size():
+    best = dispatch.best("cpu")
     assert best == "cython"
-    assert ran_by(*draw(2, 10)) == ["nll:torch"]
-    assert ran_by(*draw(200, 1000)) == [f"nll:{best}"]
-    # What torch has no argument for goes to the kernels at any size.
-    assert ran_by(*draw(2, 10), z_loss=0.1) == [f"nll:{best}"]
+    for rows, vocab in ((1, 1), (2, 10), (200, 1000)):
+        assert ran_by(*draw(rows, vocab)) == [f"nll:{best}"]
+        assert ran_by(*draw(rows, vocab), z_loss=0.1) == [f"nll:{best}"]
+
+
+def test_a_demand_is_of_its_thread():
+    seen = []
+
+    def other():
+        seen.extend(ran_by(*draw(2, 10)))
+
+    with dispatch.use("torch"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert ran_by(*draw(2, 10)) == ["nll:torch"]
+    assert seen == [f"nll:{dispatch.best('cpu')}"]
+
+
+def test_a_compiled_function_follows_the_demand():
+    torch._dynamo.reset()
+    compiled = torch.compile(neglog.cross_entropy, fullgraph=True, backend="eager")
+    x, t = draw(2, 10)
+    found = []
+    for backend in (None, "numba", None):
+        with dispatch.use(backend), dispatch.record() as ran:
+            compiled(x, t)
+        found += ran
+    best = dispatch.best("cpu")
+    assert found == [f"nll:{best}", "nll:numba", f"nll:{best}"]
 
 
 @pytest.mark.parametrize("backend", ["cython", "numba", "torch"])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import neglog
-from neglog.ops import linear_nll
+from neglog.ops.linear_nll.tiles import Gradients, Head, Tiles
 from neglog.tiles import gemm
 from tests.backends import KERNELS
 
@@ -89,6 +89,7 @@ def test_the_choice_can_be_fixed(monkeypatch):
         raise AssertionError("asked for the faster way")
 
     monkeypatch.setattr(gemm, "fastest_linear", by_onednn)
+    monkeypatch.setattr(gemm, "SMALL_PRODUCT", 3 * 4 * 5)
     x, w = draw((3, 4), (5, 4))
     out = torch.empty(3, 5)
     torch.use_deterministic_algorithms(True)
@@ -102,6 +103,7 @@ def test_the_choice_can_be_fixed(monkeypatch):
     monkeypatch.delenv("NEGLOG_MATMUL")
     with pytest.raises(AssertionError, match="the faster way"):
         gemm.linear(x, w, None, out)
+    gemm.linear(x[:2], w, None, out[:2])  # too small to ask
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
@@ -170,7 +172,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_losses_by_either_tile(monkeypatch, backend, name, dtype, wide, workspace):
-    monkeypatch.setattr(gemm, "wide_is_faster", lambda dtype: wide)
+    monkeypatch.setattr(gemm, "float32_is_faster", lambda dtype: wide)
     tiles, multiply = set(), gemm.linear
     monkeypatch.setattr(
         gemm, "linear", lambda x, w, b, out: tiles.add(out.dtype) or multiply(x, w, b, out)
@@ -202,19 +204,18 @@ def test_the_faster_tile_is_chosen(monkeypatch, dtype, wide):
         return {way: float(index != wide) for index, way in enumerate(ways)}
 
     monkeypatch.setattr(gemm, "_times", times)
-    gemm.wide_is_faster.cache_clear()
+    gemm.float32_is_faster.cache_clear()
     try:
         x = torch.zeros(100, 4, dtype=dtype)
         assert gemm.tile_dtype(x) == (torch.float32 if wide else dtype)
-        assert gemm.few(x, x, 20_000) == (not wide)
     finally:
-        gemm.wide_is_faster.cache_clear()
+        gemm.float32_is_faster.cache_clear()
     assert gemm.tile_dtype(x.double()) == torch.float64
     assert gemm.tile_dtype(x.to("meta")) == dtype
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "wide", "learns", "once"),
+    ("rows", "dtype", "wide", "learns", "single"),
     [
         (300, torch.bfloat16, False, True, True),  # 0.6 MB of logits: the sum would have 0.128
         (300, torch.bfloat16, False, False, False),
@@ -224,20 +225,21 @@ def test_the_faster_tile_is_chosen(monkeypatch, dtype, wide):
         (100, torch.float32, False, True, True),
     ],
 )
-def test_one_tile_has_the_memory_it_saves(monkeypatch, rows, dtype, wide, learns, once):
-    monkeypatch.setattr(gemm, "wide_is_faster", lambda dtype: wide)
+def test_one_tile_has_the_memory_it_saves(monkeypatch, rows, dtype, wide, learns, single):
+    monkeypatch.setattr(gemm, "float32_is_faster", lambda dtype: wide)
     x, w = draw((rows, 32), (1000, 32), dtype=dtype)
     target = torch.zeros(rows, dtype=torch.int64)
-    tiles = linear_nll.Tiles(linear_nll.Head(x, w, None), target, -100, 500_000, learns)
-    gradients = linear_nll.Gradients(tiles, [True, learns, False], 0.0)
-    assert tiles.once == once
-    assert len(list(tiles)) == (1 if once else -(-rows // tiles.height))
+    dtype = torch.float32 if wide else dtype
+    tiles = Tiles(Head(x, w, None), target, -100, 500_000, dtype, learns)
+    gradients = Gradients(tiles, [True, learns, False], 0.0)
+    assert tiles.single == single
+    assert len(list(tiles)) == (1 if single else -(-rows // tiles.height))
     if learns:
-        assert gradients.weight.dtype == (dtype if once else torch.float32)
+        assert gradients.weight.dtype == (dtype if single else torch.float32)
 
 
 def test_the_choice_can_be_made_while_torch_traces():
-    gemm.wide_is_faster.cache_clear()
+    gemm.float32_is_faster.cache_clear()
     with FakeTensorMode():
         chosen = gemm.tile_dtype(torch.empty(3, 4, dtype=torch.bfloat16))
     assert chosen in (torch.float32, torch.bfloat16)
@@ -246,7 +248,7 @@ def test_the_choice_can_be_made_while_torch_traces():
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_either_tile_compiles_whole(monkeypatch, wide):
-    monkeypatch.setattr(gemm, "wide_is_faster", lambda dtype: wide)
+    monkeypatch.setattr(gemm, "float32_is_faster", lambda dtype: wide)
     torch.compiler.reset()
     image, text = (x.requires_grad_() for x in draw((600, 8), (600, 8), dtype=torch.bfloat16))
     scale = torch.tensor(0.5, requires_grad=True)

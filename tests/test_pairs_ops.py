@@ -10,10 +10,8 @@ from torch.library import opcheck
 
 import neglog
 from neglog import dispatch
-from neglog.losses import _pairs as comparison
-from neglog.ops import pairs_autograd
-from neglog.ops.pairs import keeps
-from neglog.ops.pairs_tile import Pairs
+from neglog.ops.pairs import schema
+from neglog.ops.pairs.schema import Pairs
 from tests import contrastive_formulas as formulas
 from tests.contrastive_formulas import (
     BACKENDS,
@@ -114,7 +112,7 @@ def pairs_of(rows=7, keys=7, features=3, columns=True, temperature=()):
     return Pairs(
         query.requires_grad_(), key.requires_grad_(), scale.requires_grad_(), normal(keys),
         positive, excluded, torch.arange(rows) % 3, torch.arange(keys) % 3, columns, False,
-        1 << 16, "",
+        1 << 16, torch.float64, "",
     )  # fmt: skip
 
 
@@ -145,13 +143,14 @@ def test_opcheck_of_siglip(dtype, wanted):
     positive = torch.arange(7)
     inputs = (image, text, scale, bias, positive)
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
-    opcheck(torch.ops.neglog.siglip.default, (*inputs, 1 << 16, "", wanted), test_utils=utilities)
-    _, *formed = torch.ops.neglog.siglip.default(*inputs, 1 << 16, "", wanted)
+    tiles = (1 << 16, dtype, "")
+    given = (*inputs, *tiles, wanted)
+    opcheck(torch.ops.neglog.pairs_sigmoid.default, given, test_utils=utilities)
+    _, *formed = torch.ops.neglog.pairs_sigmoid.default(*given)
     grad = torch.ones((), dtype=scale.dtype, requires_grad=True)
     formed = [x.detach() for x in formed]
-    opcheck(
-        torch.ops.neglog.siglip_backward.default, (grad, *inputs, *formed), test_utils=utilities
-    )
+    given = (grad, *inputs, *formed)
+    opcheck(torch.ops.neglog.pairs_sigmoid_backward.default, given, test_utils=utilities)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -162,11 +161,11 @@ def test_kept_similarities_make_what_new_ones_make(monkeypatch, backend, name, d
     if dtype == torch.bfloat16 and "exclude" not in options:
         inputs = (*inputs[:3], inputs[3].detach().float().requires_grad_())
     kept = []
-    op = pairs_autograd.pairs
+    op = schema.forward.registered
     monkeypatch.setattr(
-        comparison,
-        "pairs",
-        lambda pairs, keep: kept.append(keeps(pairs, keep)) or op(pairs, keep),
+        schema.forward,
+        "registered",
+        lambda *given: kept.append(schema.forward.Arguments(*given).keep) or op(*given),
     )
     results = []
     for workspace in (8, 0.01):

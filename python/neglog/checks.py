@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Beyond it 1 / temperature is none of float32's numbers.
+from neglog import torch_state
+from neglog.torch_state import autocast_dtype, under_autocast
+
+# Made once: to join types takes longer than to ask for one of them.
+INTEGERS = (int, torch.SymInt)
+REALS = (float, int, torch.SymFloat)
+REDUCTIONS = ("none", "mean", "sum")
+# Below this, 1 / temperature overflows float32.
 SMALLEST_TEMPERATURE = 3e-39
-# Asked once: the question is one that torch.compile of 2.11 cannot trace.
-AUTOCASTS = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
 
 
 def is_probabilities(input: Tensor, target: Tensor) -> bool:
@@ -49,18 +54,6 @@ def rows_of_last_axis(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
-def under_autocast(x: Tensor) -> bool:
-    device = x.device.type
-    return device in AUTOCASTS and torch.is_autocast_enabled(device)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """That in which x is multiplied: autocast changes all floats but doubles."""
-    if not under_autocast(x) or not x.dtype.is_floating_point or x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type)
-
-
 def number_on(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number, or a tensor of one, there. A number is filled in where it is wanted: to copy it to
     a GPU would be to wait for what runs on it, which nothing can while a graph is captured."""
@@ -80,36 +73,39 @@ def check_cross_entropy(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
-) -> None:
-    """Everything about the arguments but the values of the target."""
-    for name, value in (("input", input), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+) -> bool:
+    """Everything about the arguments but the values of the target; whether it is probabilities."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
     check_options(ignore_index, reduction, label_smoothing)
     if input.device != target.device:
         raise RuntimeError(f"target: expected device {input.device}, got {target.device}")
     if not input.dtype.is_floating_point:
         raise NotImplementedError(f"input: expected a floating-point dtype, got {input.dtype}")
-    if is_probabilities(input, target):
+    probabilities = is_probabilities(input, target)
+    if probabilities:
         _check_probabilities(target, ignore_index)
     if input.dim() == 0:
         raise IndexError("input: expected shape (C), (N, C) or (N, C, d1, ...), got a scalar")
-    if not is_probabilities(input, target):
+    if not probabilities:
         _check_indices(input, target)
     if weight is not None:
-        check_weight(weight, input.shape[class_dim(input)], input, is_probabilities(input, target))
+        check_weight(weight, input.shape[class_dim(input)], input, probabilities)
+    return probabilities
 
 
 def check_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> None:
-    if not isinstance(ignore_index, int | torch.SymInt) or isinstance(ignore_index, bool):
+    if not isinstance(ignore_index, INTEGERS) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    if reduction not in ("none", "mean", "sum"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
     check_smoothing(label_smoothing)
 
 
 def check_smoothing(label_smoothing: Any) -> None:
-    if not isinstance(label_smoothing, float | int | torch.SymFloat):
+    if not isinstance(label_smoothing, REALS):
         raise TypeError(f"label_smoothing: expected a float, got {type(label_smoothing).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
@@ -121,13 +117,20 @@ def _check_probabilities(target: Tensor, ignore_index: int) -> None:
             f"target: expected a floating-point dtype for the input's shape {_shape(target)} "
             f"(class probabilities), got {target.dtype}"
         )
-    if ignore_index >= 0:
+    check_no_ignore_index(ignore_index if ignore_index >= 0 else None)
+
+
+def check_no_ignore_index(ignore_index: int | None) -> None:
+    if ignore_index is not None:
         raise RuntimeError(
             f"ignore_index: expected none with class probabilities as target, got {ignore_index}"
         )
 
 
 def _check_indices(input: Tensor, target: Tensor) -> None:
+    if input.dim() == 2 and target.dim() == 1 and input.shape[0] == target.shape[0]:
+        check_index_dtype(target)
+        return
     expected = list(row_shape(input))
     accepted = (expected, [1]) if input.dim() == 1 else (expected,)
     if _shape(target) not in accepted:
@@ -187,8 +190,10 @@ def check_masked(input: Any, target: Any, mask: Any) -> None:
     check_mask_shape(mask, positions)
 
 
-def check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any) -> None:
-    """Shapes, dtypes and devices of a projection to logits."""
+def check_linear(
+    input: Any, linear_weight: Any, linear_bias: Any, target: Any, mask: Any, shift: Any
+) -> None:
+    """Shapes, dtypes and devices of a projection to logits, and of what it is held against."""
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
     if linear_bias is not None:
         tensors["linear_bias"] = linear_bias
@@ -222,9 +227,17 @@ def check_linear(input: Any, linear_weight: Any, linear_bias: Any, target: Any) 
             f"input: expected shape (N, in_features) with a K-dimensional linear_weight, "
             f"got {_shape(input)}"
         )
+    if linear_weight.dim() == 2:
+        positions = list(input.shape[:-1])
+        logits = [*positions, linear_weight.shape[0]]
+        _check_linear_target(positions, logits, target, mask, shift)
+        return
+    for name, given in (("mask", mask is not None), ("shift", shift)):
+        if given:
+            raise RuntimeError(f"{name}: expected none with a K-dimensional linear_weight")
 
 
-def check_linear_target(
+def _check_linear_target(
     positions: list[int], logits: list[int], target: Tensor, mask: Any, shift: bool
 ) -> None:
     """Index targets (...) and mask of a projection with shape (..., C)."""
@@ -235,6 +248,8 @@ def check_linear_target(
             f"target: expected shape {positions} (class indices) or {logits} (class "
             f"probabilities), got {_shape(target)}"
         )
+    if _shape(target) == positions:
+        check_index_dtype(target)
     if not isinstance(shift, bool):
         raise TypeError(f"shift: expected a bool, got {type(shift).__name__}")
     if shift and not positions:
@@ -344,7 +359,7 @@ def check_same_rows(**named: Tensor) -> None:
 
 
 def check_reduction(reduction: Any) -> None:
-    if reduction not in ("none", "mean", "sum"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
 
 
@@ -364,8 +379,7 @@ def check_temperature(temperature: Any, rows: int, per_sample: bool) -> None:
     if not temperature.dtype.is_floating_point:
         raise RuntimeError(f"temperature: expected a floating dtype, got {temperature.dtype}")
     # Elsewhere, reading the values would wait for the device, or break the graph being compiled.
-    readable = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and not torch._C._are_functorch_transforms_active():
+    if torch_state.readable(temperature):
         for value in temperature.detach().aminmax() if temperature.numel() else ():
             if not SMALLEST_TEMPERATURE < float(value) < math.inf:
                 raise ValueError(f"temperature: expected numbers above 0, got {float(value)}")

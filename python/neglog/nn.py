@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neglog.losses.contrastive import clip_loss, dcl, info_nce, nt_xent, siglip_loss, sup_con
+from neglog.losses.clip import clip_loss, siglip_loss
 from neglog.losses.cross_entropy import cross_entropy, masked_cross_entropy
+from neglog.losses.info_nce import info_nce
 from neglog.losses.linear_cross_entropy import linear_cross_entropy
+from neglog.losses.nt_xent import dcl, nt_xent
+from neglog.losses.sup_con import sup_con
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neglog.ops import linear_nll_cuda, siglip
-from neglog.ops import pairs as pairs_op
-from neglog.ops.pairs_tile import CudaTiles, Pairs
+from neglog.ops.linear_nll import cuda as linear_cuda
+from neglog.ops.linear_nll import schedule as linear_schedule
+from neglog.ops.linear_nll import schema as linear_schema
+from neglog.ops.linear_nll.cuda import CudaRows
+from neglog.ops.pairs import schedule, schema
+from neglog.ops.pairs.cuda import CudaTiles
+from neglog.ops.pairs.schema import Pairs
 from neglog.tiles import gemm
 from tests import emulated
 from tests.support.bits import normal
@@ -29,9 +33,9 @@ Call = tuple[str, list[Tensor | None]]
 
 def calls(folder: Path, dtype: torch.dtype) -> Iterator[Call]:
     ops = emulated.operators(folder)
-    CudaTiles.ops = linear_nll_cuda.ops = ops
-    gemm.wide_is_faster = lambda dtype: False  # type: ignore[assignment]
-    pairs_op.WIDTH = pairs_op.CUDA_WIDTH = TILE
+    CudaTiles.ops = linear_cuda.ops = ops
+    gemm.float32_is_faster = lambda dtype: False  # type: ignore[assignment]
+    schedule.WIDTH = schedule.CUDA_WIDTH = TILE
     yield from _nll(ops, dtype)
     yield from _linear(dtype)
     yield from _pairs(dtype)
@@ -74,13 +78,15 @@ def _linear(dtype: torch.dtype) -> Iterator[Call]:
     for reduction in (NONE, MEAN, SUM):
         tail = (reduction, -100, *OPTIONS["all"])
         wanted = [reduction != NONE] * 3
-        out = linear_nll_cuda.forward(*head, target, weight, None, *tail, True, wanted, 1, 0.0, "")
+        tiles = (1, dtype, 0.0, "")
+        given = (*head, target, weight, None, *tail, True, wanted, *tiles)
+        out = linear_schedule.forward(CudaRows, linear_schema.forward.Arguments(*given))
         grad = normal(*out[0].shape, seed=5).to(real)
         for name, grad_lse in (("loss", None), ("lse", normal(rows, seed=6).to(real))):
-            grads = linear_nll_cuda.backward(
-                grad, grad_lse, *head, target, weight, out[2], *out[5:], *tail, [True] * 3, 1,
-                0.0, "",
+            given = (
+                grad, grad_lse, *head, target, weight, out[2], *out[5:], *tail, [True] * 3, *tiles,
             )  # fmt: skip
+            grads = linear_schedule.backward(CudaRows, linear_schema.backward.Arguments(*given))
             yield f"linear_nll, {reduction}, through {name}", [*out, *grads]
 
 
@@ -110,7 +116,8 @@ def _problem(dtype: torch.dtype, rows: int, keys: int, form: dict[str, Any]) -> 
         excluded=(every if symmetric else (every * 7) % keys) if form.get("excluded") else None,
         query_group=every % 5 if form.get("groups") else None,
         key_group=torch.arange(keys) % 5 if form.get("groups") else None,
-        columns=form.get("columns", False), symmetric=symmetric, workspace=1, backend="",
+        columns=form.get("columns", False), symmetric=symmetric, workspace=1, tile_dtype=dtype,
+        backend="",
     )  # fmt: skip
 
 
@@ -119,13 +126,16 @@ def _pairs(dtype: torch.dtype) -> Iterator[Call]:
         rows, keys = (130, 130) if form.get("symmetric") else (130, 300)
         given = _problem(dtype, rows, keys, form)
         for keep in (False, True):
-            out = pairs_op._forward(CudaTiles, *given, keep)
+            # At a workspace of a byte nothing was ever kept.
+            out = schedule.forward(CudaTiles, schema.forward.Arguments(*given, False))
             upstream = [normal(len(x), seed=i).to(x.dtype) for i, x in enumerate(out[:5])]
             saved = (out[2], out[3], out[5], out[6], out[7])
             wanted = [True, not given.symmetric, True]
-            grads = pairs_op._backward(CudaTiles, *upstream, *given, *saved, wanted)
+            arguments = schema.backward.Arguments(*upstream, *given, *saved, wanted)
+            grads = schedule.backward(CudaTiles, arguments)
             yield f"pairs, {name}, keep {keep}", [*out[:7], *grads]
     given = _problem(dtype, 130, 300, {"positive": True})
     bias = torch.tensor(3.0, dtype=_real(dtype))
     inputs = (given.query, given.key, given.scale, bias, given.positive)
-    yield "siglip", list(siglip._forward(CudaTiles, *inputs, 1, "", [True] * 4))
+    arguments = schema.sigmoid.Arguments(*inputs, 1, dtype, "", [True] * 4)
+    yield "siglip", list(schedule.sigmoid(CudaTiles, arguments))

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: validation, and the choice between tiles and logits in memory."""
+"""linear_cross_entropy: cross-entropy of hidden states, whose logits are made a tile at a time."""
 
 from __future__ import annotations
 
@@ -9,33 +9,26 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from neglog import dispatch
+from neglog import route, torch_state
 from neglog.checks import (
-    autocast_dtype,
+    check_cross_entropy,
     check_extensions,
-    check_index_dtype,
     check_linear,
-    check_linear_target,
+    check_no_ignore_index,
     check_options,
     check_weight,
     number_on,
     rows_of_last_axis,
-    under_autocast,
+    to_rows,
 )
-from neglog.losses.cross_entropy import (
-    REDUCTIONS,
-    LossStats,
-    by_row,
-    cross_entropy,
-    masked_cross_entropy,
-)
-from neglog.ops.linear_nll_autograd import linear_nll, rounded
-from neglog.ops.nll import real_dtype
-from neglog.tiles import gemm, plan
+from neglog.losses._result import LossStats, change_rows, public
+from neglog.losses._rows import RowOptions, loss_of_rows
+from neglog.losses.cross_entropy import masked_rows, to_indices, with_probabilities
+from neglog.ops.dtypes import real_dtype
+from neglog.ops.linear_nll.autograd import cast, linear_nll
+from neglog.tiles import plan
+from neglog.torch_state import autocast_dtype, under_autocast
 
-# Logits, in numbers, up to which they are made in memory: 8 MB of float32, where the fixed cost of
-# tiles is still felt (512 x 64 x 1000 took 1.3 times torch's time).
-FEW = 1 << 21
 TORCH_OPTIONS: Any = getattr(torch.nn, "LinearCrossEntropyOptions", ())  # new in torch 2.13
 
 
@@ -93,8 +86,8 @@ def linear_cross_entropy(
             filter_eps * g times the sum of the norms of the inputs; linear_bias has no error, nor
             has the loss. Worth it for a trained model only. Default 0: nothing is left out.
 
-    Probabilities, a K-dimensional linear_weight, few logits and devices without kernels take the
-    ordinary way: the logits are made in memory. Where gradients are formed in the forward the first
+    With probabilities, a K-dimensional linear_weight and on devices without kernels the logits are
+    made in memory. Where gradients are formed in the forward the first
     backward has their memory; a second through the same graph (retain_graph) runs the forward anew.
 
     Raises:
@@ -111,39 +104,31 @@ def linear_cross_entropy(
             num_items=num_items, return_stats=return_stats, backend=backend,
         )  # fmt: skip
     check_options(-100 if ignore_index is None else ignore_index, reduction, label_smoothing)
-    check_linear(input, linear_weight, linear_bias, target)
+    check_linear(input, linear_weight, linear_bias, target, mask, shift)
     check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
     workspace, filter_eps = _tile_options(options, input)
-    if torch.compiler.is_compiling() and isinstance(logit_scale, Tensor):  # no number for an op
-        input, logit_scale = input * logit_scale.to(input.dtype), 1.0
-    head, dtype = (input, linear_weight, linear_bias), autocast_dtype(input)
-    common: dict[str, Any] = {
-        "weight": weight, "reduction": reduction, "label_smoothing": label_smoothing,
-        "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss, "num_items": num_items,
-        "return_stats": return_stats, "backend": backend,
-    }  # fmt: skip
+    row_options = RowOptions(
+        reduction, -100 if ignore_index is None else ignore_index, label_smoothing, logit_scale,
+        softcap, z_loss, num_items, False, return_stats,
+    )  # fmt: skip
+    input, row_options = row_options.scaled(input)
+    head = (input, linear_weight, linear_bias)
     if linear_weight.dim() > 2:
-        return _of_many_dimensions(rounded(head, dtype), target, ignore_index, mask, shift, common)
-    positions = list(input.shape[:-1])
-    check_linear_target(positions, [*positions, linear_weight.shape[0]], target, mask, shift)
-    if target.dim() == input.dim():  # one more than the positions
-        return _of_probabilities(rounded(head, dtype), target, ignore_index, mask, shift, common)
-    ignored = -100 if ignore_index is None else ignore_index
-    labels = _labels(target, mask, shift, ignored)
-    if filter_eps == "auto":
-        filter_eps = torch.finfo(dtype).eps / 32
-    tile_options = (workspace, float(filter_eps))
-    result = _of_labels(head, labels.reshape(-1), ignored, tile_options, common)
-
-    def in_place_of_targets(x: Tensor) -> Tensor:
-        x = x.view(positions)
-        return x[..., :-1] if shift else x
-
-    return by_row(result, in_place_of_targets, reduction)
+        result = _of_many_dimensions(head, target, ignore_index, weight, row_options, backend)
+    elif target.dim() == input.dim():  # one more than the positions
+        check_no_ignore_index(ignore_index)
+        result = _of_probabilities(head, target, mask, shift, weight, row_options, backend)
+    else:
+        labels = _labels(target, mask, shift, row_options.ignore_index)
+        tiles = (workspace, filter_eps)
+        result = _of_labels(head, labels, weight, row_options, tiles, backend)
+        if shift:
+            result = change_rows(result, lambda x: x[..., :-1], reduction)
+    return public(result, return_stats)
 
 
-def _tile_options(options: Any, input: Tensor) -> tuple[int, float | str]:
-    """Bytes of the workspace, and filter_eps as given."""
+def _tile_options(options: Any, input: Tensor) -> tuple[int, float]:
+    """Bytes of the workspace, and filter_eps."""
     if options is None or isinstance(options, TORCH_OPTIONS):
         options = {}
     if not isinstance(options, dict) or not set(options) <= {"workspace_mb", "filter_eps"}:
@@ -154,13 +139,14 @@ def _tile_options(options: Any, input: Tensor) -> tuple[int, float | str]:
     filter_eps = options.get("filter_eps", 0.0)
     if filter_eps != "auto" and not (isinstance(filter_eps, (int, float)) and 0 <= filter_eps < 1):
         raise ValueError(f"filter_eps: expected 'auto' or 0 <= number < 1, got {filter_eps!r}")
+    if filter_eps == "auto":
+        filter_eps = torch.finfo(autocast_dtype(input)).eps / 32
     default = plan.CUDA_WORKSPACE_MB if input.is_cuda else plan.DEFAULT_WORKSPACE_MB
-    return plan.workspace_bytes(options.get("workspace_mb"), default), filter_eps
+    return plan.workspace_bytes(options.get("workspace_mb"), default), float(filter_eps)
 
 
 def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> Tensor:
     """The class that each position is held against; `ignored` where there is none."""
-    check_index_dtype(target)
     target = target.long()  # a byte cannot hold `ignored`
     if mask is not None:
         target = torch.where(mask, target, ignored)
@@ -171,114 +157,106 @@ def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> T
 
 
 def _of_labels(
-    head: tuple, labels: Tensor, ignored: int, tile_options: tuple[int, float], common: dict
-) -> Any:
-    """Rows against their labels, by tiles if a kernel can and it is worth it."""
-    input, linear_weight, linear_bias = head
-    given = rows_of_last_axis(input)
+    head: tuple, labels: Tensor, weight: Tensor | None, options: RowOptions,
+    tiles: tuple[int, float], backend: str | None,
+) -> LossStats:  # fmt: skip
+    """Positions against their labels, by tiles if a kernel can."""
+    given, linear_weight, linear_bias = head
+    positions = labels.shape
+    given, labels = rows_of_last_axis(given), labels.reshape(-1)
     rows = given.to(autocast_dtype(given))
-    weight, backend = common["weight"], dispatch.forced(common["backend"])
     if weight is not None:
         check_weight(weight, linear_weight.shape[0], rows)
-    refusal = dispatch.kernels_refuse(rows, weight, backend)
-    refusal = refusal or dispatch.kernels_refuse(linear_weight, backend=backend)
-    if backend not in (None, "torch") and refusal:
-        raise RuntimeError(f"backend={backend!r} cannot take this call: {refusal}")
-    by_torch = bool(refusal) or backend == "torch"
-    if backend is None and not refusal:
-        by_torch = not dispatch.kernel_backend(rows) or gemm.few(rows, linear_weight, FEW)
-    if by_torch:
-        counted = labels != ignored
-        if not _all_seen(counted):  # what does not count may be NaN
-            rows = torch.where(counted[:, None], rows, 0)
-        logits = F.linear(*rounded((rows, linear_weight, linear_bias), rows.dtype))
-        result = cross_entropy(logits, labels, ignore_index=ignored, **common)
-        return _without_ignored(result, counted)
-    common = common | {"backend": backend or ""}
+    workspace, filter_eps = tiles
+    where = route.choose(rows, linear_weight, backend=backend, weight=weight, workspace=workspace)
     head = (given, linear_weight, linear_bias)
-    return _tiled(head, rows.dtype, labels, ignored, tile_options, common)
+    if where.backend == "torch":
+        result = _with_logits_in_memory(where, head, rows.dtype, labels, weight, options)
+    else:
+        result = loss_by_tiles(where, head, rows.dtype, labels, weight, options, filter_eps)
+    return change_rows(result, lambda x: x.view(positions), options.reduction)
 
 
-def _all_seen(counted: Tensor) -> bool:
-    """Whether every position counts, where to ask does not wait for a device or break a graph."""
-    readable = counted.is_cpu and not torch.compiler.is_compiling()
-    transformed = torch._C._are_functorch_transforms_active() or type(counted) is not Tensor
-    return readable and not transformed and bool(counted.all())
-
-
-def _without_ignored(result: Any, counted: Tensor) -> Any:
-    """Statistics as the tiles give them, which make no logits of ignored rows."""
-    if not isinstance(result, LossStats):
-        return result
-    _, lse, correct, entropy = result
-    return LossStats(
-        result.loss, torch.where(counted, lse, 0), correct, torch.where(counted, entropy, 0)
-    )
-
-
-def _tiled(
-    head: tuple, dtype: torch.dtype, labels: Tensor, ignored: int,
-    tile_options: tuple[int, float], common: dict,
-) -> Any:  # fmt: skip
-    rows = head[0]
-    real = real_dtype(dtype)
-    weight, num_items, reduction = common["weight"], common["num_items"], common["reduction"]
-    if weight is not None:
-        weight = weight.to(real)
+def loss_by_tiles(
+    where: route.Route, head: tuple, dtype: torch.dtype, labels: Tensor, weight: Tensor | None,
+    options: RowOptions, filter_eps: float = 0.0,
+) -> LossStats:  # fmt: skip
+    """Rows of a head (input (N, D), weight, bias), rounded to `dtype`, against labels (N,)."""
+    rows, real = head[0], real_dtype(dtype)
+    weight = None if weight is None else weight.to(real)
+    num_items = options.num_items
     if num_items is not None:
         num_items = number_on(num_items, real, rows.device).reshape(())
     # The upstream of "none" is not known yet, so its gradients wait for the backward.
-    early = torch.is_grad_enabled() and reduction != "none"
+    early = torch.is_grad_enabled() and options.reduction != "none"
     wanted = [early and part is not None and part.requires_grad for part in head]
-    loss, lse, correct, entropy = linear_nll(
-        head, dtype, labels.long(), weight, num_items,
-        REDUCTIONS["mean" if num_items is not None else reduction], ignored,
-        float(common["label_smoothing"]), float(common["logit_scale"]),
-        float(common["softcap"] or 0.0), float(common["z_loss"]), common["return_stats"], wanted,
-        *tile_options, common["backend"],
+    result = linear_nll(
+        head, dtype, labels, weight, num_items, *options.for_op(), options.return_stats, wanted,
+        where.workspace, where.tile_dtype, filter_eps, where.demanded,
     )  # fmt: skip
-    loss = loss.to(real if under_autocast(rows) else dtype)
-    return LossStats(loss, lse, correct, entropy) if common["return_stats"] else loss
+    loss = result.loss.to(real if under_autocast(rows) else dtype)
+    return LossStats(loss, *result[1:])
+
+
+def _with_logits_in_memory(
+    where: route.Route, head: tuple, dtype: torch.dtype, labels: Tensor, weight: Tensor | None,
+    options: RowOptions,
+) -> LossStats:  # fmt: skip
+    rows, linear_weight, linear_bias = cast(head, dtype)
+    counted = labels != options.ignore_index
+    # What does not count may be NaN.
+    if not (torch_state.readable(counted) and bool(counted.all())):
+        rows = torch.where(counted[:, None], rows, 0)
+    logits = F.linear(rows, linear_weight, linear_bias)
+    result = loss_of_rows(where, logits, labels, weight, options)
+    if not options.return_stats:
+        return result
+    # As the tiles have it, which make no logits of ignored rows.
+    lse, entropy = (torch.where(counted, x, 0) for x in (result.logsumexp, result.entropy))
+    return LossStats(result.loss, lse, result.correct, entropy)
 
 
 def _of_probabilities(
-    head: tuple, target: Tensor, ignore_index: int | None, mask: Tensor | None, shift: bool,
-    common: dict,
-) -> Any:  # fmt: skip
+    head: tuple, target: Tensor, mask: Tensor | None, shift: bool, weight: Tensor | None,
+    options: RowOptions, backend: str | None,
+) -> LossStats:  # fmt: skip
     """A distribution for each position is as large as the logits, which are made beside it."""
-    _refuse_ignore_index(ignore_index)
-    input, linear_weight, linear_bias = head
+    input, linear_weight, linear_bias = cast(head, autocast_dtype(head[0]))
     if shift:
         mask = None if mask is None else mask.expand(input.shape[:-1])[..., 1:]
         input, target = input[..., :-1, :], target[..., 1:, :]
+    if weight is not None:
+        check_weight(weight, linear_weight.shape[0], input, converts=True)
+    where = route.choose(input, linear_weight, backend=backend, weight=weight)
     logits = F.linear(input, linear_weight, linear_bias)
-    if mask is not None:
-        return masked_cross_entropy(logits, target, mask, **common)
-    result = cross_entropy(rows_of_last_axis(logits), rows_of_last_axis(target), **common)
-    shape = logits.shape[:-1]
-    return by_row(result, lambda x: x.view(shape), common["reduction"])
+    positions = logits.shape[:-1]
+    rows = with_probabilities(rows_of_last_axis(logits), rows_of_last_axis(target), weight)
+    if mask is None:
+        result = loss_of_rows(where, *rows, weight, options)
+    else:
+        result = masked_rows(where, *rows, mask.expand(positions).reshape(-1), weight, options)
+    return change_rows(result, lambda x: x.view(positions), options.reduction)
 
 
 def _of_many_dimensions(
-    head: tuple, target: Tensor, ignore_index: int | None, mask: Tensor | None, shift: bool,
-    common: dict,
-) -> Any:  # fmt: skip
-    """Logits (N, C, d1, ..., dK)."""
-    for name, given in (("mask", mask is not None), ("shift", shift)):
-        if given:
-            raise RuntimeError(f"{name}: expected none with a K-dimensional linear_weight")
-    input, linear_weight, linear_bias = head
+    head: tuple, target: Tensor, ignore_index: int | None, weight: Tensor | None,
+    options: RowOptions, backend: str | None,
+) -> LossStats:  # fmt: skip
+    """Logits (N, C, d1, ..., dK), in memory."""
+    input, linear_weight, linear_bias = cast(head, autocast_dtype(head[0]))
     flat = linear_weight.reshape(-1, linear_weight.shape[-1])
     bias = None if linear_bias is None else linear_bias.reshape(-1)
+    where = route.choose(input, linear_weight, backend=backend, weight=weight)
     logits = F.linear(input, flat, bias).view(input.shape[0], *linear_weight.shape[:-1])
     if target.shape == logits.shape:
-        _refuse_ignore_index(ignore_index)
-    ignored = -100 if ignore_index is None else ignore_index
-    return cross_entropy(logits, target, ignore_index=ignored, **common)
-
-
-def _refuse_ignore_index(ignore_index: int | None) -> None:
-    if ignore_index is not None:
-        raise RuntimeError(
-            f"ignore_index: expected none with class probabilities as target, got {ignore_index}"
-        )
+        check_no_ignore_index(ignore_index)
+    probabilities = check_cross_entropy(
+        logits, target, weight, options.ignore_index, options.reduction, options.label_smoothing
+    )
+    if probabilities:
+        rows = with_probabilities(logits, target, weight)
+    else:
+        rows = to_rows(logits), to_indices(target)
+    result = loss_of_rows(where, *rows, weight, options)
+    shape = (logits.shape[0], *logits.shape[2:])
+    return change_rows(result, lambda x: x.view(shape), options.reduction)

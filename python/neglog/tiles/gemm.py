@@ -34,28 +34,15 @@ MARGIN = 0.9
 # Of 16-bit numbers: small, as the slowest CPU seen takes 0.1 s for these three products.
 PROBE_SMALL = (128, 256, 1024)
 WIDENED_BYTES = 8 << 20  # of 16-bit numbers, what is widened at a time
-# A product's numbers, up to which torch's own way is faster although its 16-bit products are slow.
-FEW_WIDENED = 1 << 13
+# Multiplications below which the clock is not asked: both ways take less than a millisecond, and
+# the measurement itself takes half a second.
+SMALL_PRODUCT = 1 << 26
 
 
 def tile_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a tile of such numbers' products; theirs, or float32 where that is faster."""
-    return torch.float32 if prefers_wide(x) else x.dtype
-
-
-def prefers_wide(x: Tensor) -> bool:
-    """Whether x's 16-bit numbers are multiplied faster after they were widened."""
-    return x.dtype in (torch.bfloat16, torch.float16) and x.is_cpu and wide_is_faster(x.dtype)
-
-
-def few(x: Tensor, y: Tensor, most: int) -> bool:
-    """Whether x (n, D) @ y (m, D)^T is so small that torch's own way is faster: n m < most.
-
-    `most` was measured where torch multiplies such numbers fast.
-    """
-    if not torch.compiler.is_compiling() and prefers_wide(x):  # no place to measure in
-        most = FEW_WIDENED
-    return x.shape[0] * y.shape[0] < most
+    """The dtype of a tile of such numbers' products: theirs, or float32 where that is faster."""
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if is_half and x.is_cpu and float32_is_faster(x.dtype) else x.dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -63,8 +50,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if out.dtype != x.dtype:
         linear_widened(x, weight, bias, out)
         return
-    way = fastest_linear() if _has_choice(x) else linear_by_blas
-    way(x, weight, bias, out)
+    multiply = fastest_linear() if _may_use_onednn(x, out) else linear_by_blas
+    multiply(x, weight, bias, out)
 
 
 def product(s: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -94,7 +81,7 @@ def add_product(s: Tensor, weight: Tensor, out: Tensor, first: bool) -> None:
     elif s.is_cuda:
         _accumulate(s, weight, out, first)
     else:
-        _put(out, _wide(s, weight, out.dtype), first)
+        _store_or_add(out, _multiply_wide(s, weight, out.dtype), first)
 
 
 def add_outer(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
@@ -103,8 +90,8 @@ def add_outer(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
     `out` may be wider than the others, or `s` and `out` wider than x.
     """
     x = x.to(s.dtype)
-    way = fastest_add_outer() if _has_choice(x) else add_outer_by_blas
-    way(s, x, out, first)
+    multiply = fastest_add_outer() if _may_use_onednn(x, s) else add_outer_by_blas
+    multiply(s, x, out, first)
 
 
 def describe() -> str:
@@ -112,15 +99,16 @@ def describe() -> str:
     names: dict[Any, str] = {linear_by_blas: "torch.mm", linear_by_onednn: "oneDNN"}
     names |= {add_outer_by_blas: "torch.mm", add_outer_by_onednn: "oneDNN"}
     short = [
-        f"{str(dtype).removeprefix('torch.')} {'widened' if wide_is_faster(dtype) else 'torch.mm'}"
+        f"{str(dtype)[6:]} {'in float32' if float32_is_faster(dtype) else 'torch.mm'}"
         for dtype in (torch.bfloat16, torch.float16)
     ]
     ways = f"float32 logits {names[fastest_linear()]}, gradient {names[fastest_add_outer()]}"
     return ", ".join([ways, *short])
 
 
-def _has_choice(x: Tensor) -> bool:
-    if x.dtype != torch.float32 or not x.is_cpu or not x.numel():  # oneDNN refuses empty ones
+def _may_use_onednn(x: Tensor, logits: Tensor) -> bool:
+    """Whether a product of x (n, D) that makes or takes logits (n, V) is left to the clock."""
+    if x.dtype != torch.float32 or not x.is_cpu or logits.numel() * x.shape[1] < SMALL_PRODUCT:
         return False
     # A choice by the clock may be another in the next process, and with it the last bits.
     fixed = os.environ.get("NEGLOG_MATMUL") == "blas"
@@ -168,13 +156,13 @@ def add_outer_by_blas(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
         return
     for start in range(0, s.shape[1], COLUMNS):
         part = slice(start, start + COLUMNS)
-        _put(out[part], _wide(s[:, part].t(), x, out.dtype), first)
+        _store_or_add(out[part], _multiply_wide(s[:, part].t(), x, out.dtype), first)
 
 
 def add_outer_by_onednn(s: Tensor, x: Tensor, out: Tensor, first: bool) -> None:
     for start in range(0, s.shape[1], COLUMNS):
         part = slice(start, start + COLUMNS)
-        _put(out[part], _onednn(s[:, part].t(), x.t(), None), first)
+        _store_or_add(out[part], _onednn(s[:, part].t(), x.t(), None), first)
 
 
 def _accumulate(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
@@ -183,14 +171,14 @@ def _accumulate(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
     torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=0 if first else 1, out=out)
 
 
-def _wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def _multiply_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b on the CPU, which rounds it to the dtype of a and b; a sum over rows may be beyond
     float16's 65504. Into memory of its own: autocast would round the float32 product too."""
     wide = dtype if a.dtype == torch.float16 else a.dtype
     return torch.mm(a.to(wide), b.to(wide), out=a.new_empty(a.shape[0], b.shape[1], dtype=wide))
 
 
-def _put(out: Tensor, tile: Tensor, first: bool) -> None:
+def _store_or_add(out: Tensor, tile: Tensor, first: bool) -> None:
     if first:
         out.copy_(tile)
     else:
@@ -222,15 +210,15 @@ def fastest_add_outer() -> Callable[..., None]:
 
 
 @cache
-def wide_is_faster(dtype: torch.dtype) -> bool:
+def float32_is_faster(dtype: torch.dtype) -> bool:
     """Whether three 16-bit products took less time through float32 when they were tried."""
     # The first use may come while torch traces or transforms a function. The modes that do so
     # belong to a thread, and a new one has none.
     with ThreadPoolExecutor(1) as alone:
-        return alone.submit(_wide_wins, dtype).result()
+        return alone.submit(_float32_wins, dtype).result()
 
 
-def _wide_wins(dtype: torch.dtype) -> bool:
+def _float32_wins(dtype: torch.dtype) -> bool:
     rows, features, vocab = PROBE_SMALL
     x, weight, s = (
         _random(*shape).to(dtype) for shape in ((rows, features), (vocab, features), (rows, vocab))

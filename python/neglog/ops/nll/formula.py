@@ -8,19 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NONE, MEAN, SUM = 0, 1, 2
+from neglog.ops.dtypes import real_dtype
+from neglog.ops.nll.schema import MEAN, SUM, Options
 
 
-def scores(logits: Tensor, logit_scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
-    """z = softcap * tanh(logit_scale * x / softcap), and dz/dx."""
-    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    z = logits.to(real)
+def scores(logits: Tensor, logit_scale: float, softcap: float) -> Tensor:
+    """z = softcap * tanh(logit_scale * x / softcap)."""
+    z = logits.to(real_dtype(logits.dtype))
     if logit_scale != 1:
         z = z * logit_scale
-    if softcap == 0:
-        return z, logit_scale
-    ratio = torch.tanh(z / softcap)
-    return softcap * ratio, logit_scale * (1 - ratio) * (1 + ratio)
+    return z if softcap == 0 else softcap * torch.tanh(z / softcap)
 
 
 def _mass(
@@ -42,18 +39,13 @@ def _mass(
     return mass, row_weight, counted
 
 
-def _upstream(grad_loss: Tensor, total_weight: Tensor, reduction: int, rows: int) -> Tensor:
-    upstream = grad_loss / total_weight if reduction == MEAN else grad_loss
-    return upstream.expand(rows)
-
-
 def nll(
     logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
-    reduction: int, ignore_index: int, label_smoothing: float, logit_scale: float, softcap: float,
-    z_loss: float, stats: bool,
+    options: Options, stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As the op neglog::nll: loss, lse, total_weight, correct, entropy."""
-    z, _ = scores(logits, logit_scale, softcap)
+    reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss = options
+    z = scores(logits, logit_scale, softcap)
     lse = torch.logsumexp(z, 1)
     mass, row_weight, counted = _mass(z, target, weight, ignore_index, label_smoothing)
     # Ignored rows leave before the softmax: a NaN there would come back as 0 * NaN.
@@ -87,36 +79,14 @@ def _statistics(z: Tensor, target: Tensor, counted: Tensor, stats: bool) -> tupl
     return counted & (z.argmax(1) == target) & ~z.isnan().any(1), entropy
 
 
-def gradient(
-    grad_loss: Tensor, grad_lse: Tensor | None, logits: Tensor, target: Tensor,
-    weight: Tensor | None, total_weight: Tensor, options: tuple,
-) -> Tensor:  # fmt: skip
-    """As the op neglog::nll_backward, differentiable in its four first arguments."""
-    reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss = options
-    z, dz_dx = scores(logits, logit_scale, softcap)
-    mass, row_weight, counted = _mass(z, target, weight, ignore_index, label_smoothing)
-    upstream = torch.where(counted, _upstream(grad_loss, total_weight, reduction, len(z)), 0)
-    needed = counted if grad_lse is None else counted | (grad_lse != 0)
-    kept = torch.where(needed[:, None], z, 0)
-    p = torch.softmax(kept, 1)
-    soft = upstream * mass.sum(1)
-    if z_loss:
-        soft = soft + upstream * 2 * z_loss * row_weight * torch.logsumexp(kept, 1)
-    if grad_lse is not None:
-        soft = soft + grad_lse
-    dz = soft[:, None] * p - upstream[:, None] * mass
-    return (dz * dz_dx).to(logits.dtype)
-
-
 def target_gradient(
     grad_loss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None,
-    total_weight: Tensor, reduction: int, ignore_index: int, label_smoothing: float,
-    logit_scale: float, softcap: float, z_loss: float,
+    total_weight: Tensor, options: Options,
 ) -> Tensor:  # fmt: skip
     """The gradient of probability targets: -w (1 - label_smoothing) log p, times the upstream."""
-    z, _ = scores(logits, logit_scale, softcap)
-    log_p = torch.log_softmax(z, 1)
+    log_p = torch.log_softmax(scores(logits, options.logit_scale, options.softcap), 1)
     if weight is not None:
         log_p = log_p * weight
-    upstream = _upstream(grad_loss, total_weight, reduction, len(z))
-    return (upstream[:, None] * (label_smoothing - 1) * log_p).to(target.dtype)
+    upstream = grad_loss / total_weight if options.reduction == MEAN else grad_loss
+    upstream = upstream.expand(len(logits))
+    return (upstream[:, None] * (options.label_smoothing - 1) * log_p).to(target.dtype)

@@ -1,61 +1,27 @@
-"""pairs: row and column log-sum-exps of scaled similarities that never lie in memory whole.
+"""The schedules of pairs, one for the CPU and CUDA; cpu.py and cuda.py have the steps.
 
-neglog::pairs            forward, a tile of similarities at a time
-neglog::pairs_backward   gradients of query, key and scale; itself differentiable
-
-score_ij = scale_i <query_i, key_j> + bias_j, or -inf where the pair is excluded.
-
-Shapes: query (N, D), key (M, D); scale () or (N,), bias () or (M,) and everything returned in the
-accumulation dtype. positive (N,) int64: the column of each row's positive. excluded (N,) int64: a
-column that its row leaves out, -1 for none. query_group (N,), key_group (M,) int64: pairs of one
-group are left out, but for the positive. symmetric: key is query and positive its own inverse, so
-the tiles on and above the diagonal are enough.
-
-Returned, (0,) where not asked for or without a positive: row_loss (N,) = row_lse - positive score;
-column_loss (N,) = column_lse[positive] - positive score; row_lse (N,), column_lse (M,), score (N,)
-of the positive; then what the backward needs: row_low (N,), column_low (M,) and, if `keep` and they
-fit in the workspace, the similarities (N, M).
+Similarities are made a tile at a time in a workspace: 2 matmuls of the forward and the backward's
+3 are 4 in all where the backward makes them again, and 3 where the forward kept them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neglog.ops.nll import library, new_memory, new_rows
-from neglog.ops.pairs_tile import (
-    CpuTiles,
-    CudaTiles,
-    Marginal,
-    Pairs,
-    States,
-    Tiles,
-    Upstream,
-)
+from neglog.ops.memory import new_memory, new_rows
+from neglog.ops.pairs import formula, schema
+from neglog.ops.pairs.cpu import CpuTiles
+from neglog.ops.pairs.cuda import CudaTiles
+from neglog.ops.pairs.schema import Marginal, Pairs, Upstream
+from neglog.ops.pairs.states import States
 from neglog.tiles import gemm, plan
 
-PAIRS = (
-    "Tensor query, Tensor key, Tensor scale, Tensor? bias, Tensor? positive, Tensor? excluded, "
-    "Tensor? query_group, Tensor? key_group, bool columns, bool symmetric, int workspace, "
-    "str backend"
-)
-library.define(
-    f"pairs({PAIRS}, bool keep) -> (Tensor row_loss, Tensor column_loss, "
-    "Tensor row_lse, Tensor column_lse, Tensor score, Tensor row_low, Tensor column_low, "
-    "Tensor kept)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
-    "pairs_backward(Tensor? grad_row_loss, Tensor? grad_column_loss, Tensor? grad_row_lse, "
-    f"Tensor? grad_column_lse, Tensor? grad_score, {PAIRS}, Tensor row_lse, Tensor column_lse, "
-    "Tensor row_low, Tensor column_low, Tensor kept, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
+TILES: dict[str, Any] = {"CPU": CpuTiles, "CUDA": CudaTiles}
 # Bytes of a tile, if the workspace allows it, and its columns. On the CPU half of that, which the
 # last cache holds, is no faster, and slower on a busy machine: each tile waits for all threads half
 # a dozen times. On CUDA, not measured yet: what fills the device, and little more than its cache.
@@ -63,20 +29,13 @@ TILE_BYTES, WIDTH = 16 << 20, 4096
 CUDA_TILE_BYTES, CUDA_WIDTH = 128 << 20, 8192
 
 
-def keeps(pairs: Pairs, keep: bool) -> bool:
-    """Whether the similarities are kept: they are asked for, and fit in the workspace."""
-    numbers = pairs.query.shape[0] * pairs.key.shape[0]
-    return keep and numbers * gemm.tile_dtype(pairs.query).itemsize <= pairs.workspace
-
-
 def tiles_of(pairs: Pairs) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of each tile."""
     rows, columns = len(pairs.query), len(pairs.key)
-    size = gemm.tile_dtype(pairs.query).itemsize
     cuda = pairs.query.is_cuda
     budget = min(CUDA_TILE_BYTES if cuda else TILE_BYTES, pairs.workspace)
     width = min(columns, CUDA_WIDTH if cuda else WIDTH)
-    height = plan.rows_per_tile(rows, width * size, budget)
+    height = plan.rows_per_tile(rows, width * pairs.tile_dtype.itemsize, budget)
     if pairs.symmetric:  # squares, so that the diagonal cuts none of the others
         height = width = min(height, width)
     return plan.grid(rows, columns, height, width, pairs.symmetric)
@@ -88,15 +47,14 @@ class Workspace:
     def __init__(self, pairs: Pairs, kept: Tensor | None) -> None:
         self.pairs = pairs
         self.kept = kept
-        self.dtype = gemm.tile_dtype(pairs.query)
-        self._memory = pairs.query.new_empty(0, dtype=self.dtype)
+        self._memory = pairs.query.new_empty(0, dtype=pairs.tile_dtype)
 
     def new(self, rows: slice, columns: slice) -> Tensor:
         """Room for a tile, until the next one."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        stride = plan.row_stride(width, self.dtype.itemsize)
+        stride = plan.row_stride(width, self.pairs.tile_dtype.itemsize)
         if self._memory.numel() < height * stride:  # the first tile is the largest
-            self._memory = new_memory((height * stride,), self.pairs.query, self.dtype)
+            self._memory = new_memory((height * stride,), self.pairs.query, self._memory.dtype)
         return self._memory[: height * stride].view(height, stride)[:, :width]
 
     def filled(self, rows: slice, columns: slice) -> Tensor:
@@ -109,16 +67,14 @@ class Workspace:
 # Forward
 
 
-def _forward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep = arguments
-    pairs = Pairs(*given).ready()
+def forward(kind: Any, a: Any) -> tuple[Tensor, ...]:
+    pairs = Pairs.of(a).ready()
     tiles = kind("pairs", pairs)
     rows, columns = (States(len(x), x, tiles.bounded) for x in (pairs.query, pairs.key))
     score = rows.maximum.new_zeros(len(pairs.query) if pairs.positive is not None else 0)
     kept = None
-    if keeps(pairs, keep):
-        shape = (len(pairs.query), len(pairs.key))
-        kept = new_rows(*shape, pairs.query, gemm.tile_dtype(pairs.query))
+    if a.keep:
+        kept = new_rows(len(pairs.query), len(pairs.key), pairs.query, pairs.tile_dtype)
     workspace = Workspace(pairs, kept)
     of_columns = rows if pairs.symmetric else columns
     for down, across in tiles_of(pairs):
@@ -128,21 +84,25 @@ def _forward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
             similarity, down, across, rows, of_columns if both else None,
             None if pairs.positive is None else score,
         )  # fmt: skip
-    nothing = score.new_empty(0)
     if pairs.symmetric and pairs.positive is not None:  # of the two, one lies above the diagonal
         below = pairs.positive < torch.arange(len(score), device=score.device)
         score = torch.where(below, score[pairs.positive], score)
+    if kept is None:
+        kept = pairs.query.new_empty(0, dtype=pairs.tile_dtype)
+    return *_results(pairs, rows, columns, score), kept
+
+
+def _results(pairs: Pairs, rows: States, columns: States, score: Tensor) -> tuple[Tensor, ...]:
+    """All but the similarities that were kept."""
+    column_lse, row_loss, column_loss, column_low = (score.new_empty(0) for _ in range(4))
     row_lse, row_low = rows.finish()
-    column_lse, column_low = columns.finish() if pairs.columns else (nothing, nothing.clone())
-    row_loss, column_loss = nothing.clone(), nothing.clone()
+    if pairs.columns:
+        column_lse, column_low = columns.finish()
     if pairs.positive is not None:
         row_loss = (row_lse - score) + row_low
-        if pairs.columns:
-            column_loss = (column_lse[pairs.positive] - score) + column_low[pairs.positive]
-    return (
-        row_loss, column_loss, row_lse, column_lse, score, row_low, column_low,
-        pairs.query.new_empty(0, dtype=workspace.dtype) if kept is None else kept,
-    )  # fmt: skip
+    if pairs.positive is not None and pairs.columns:
+        column_loss = (column_lse[pairs.positive] - score) + column_low[pairs.positive]
+    return row_loss, column_loss, row_lse, column_lse, score, row_low, column_low
 
 
 # Backward
@@ -156,44 +116,48 @@ def _sum(*parts: Tensor | None) -> Tensor | None:
     return total
 
 
-def _size(grads: tuple[Tensor | None, ...]) -> Tensor | float:
+def _largest(grads: Sequence[Tensor | None]) -> Tensor | float:
     """The largest finite number among the largest of each; 1 if there is none but 0."""
     largest = [g.abs().amax() for g in grads if g is not None and g.numel()]
     if not largest:
         return 1.0
-    finite = torch.stack(largest)
-    size = torch.where(finite < torch.inf, finite, 0).amax()
+    each = torch.stack(largest)
+    size = torch.where(each < torch.inf, each, 0).amax()
     return torch.where(size > 0, size, 1)
 
 
-def _upstream(
-    pairs: Pairs, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
-) -> Upstream:
-    row_lse, column_lse, row_low, column_low = saved
+def _upstream(pairs: Pairs, a: Any) -> Upstream:
+    """The gradients of losses are those of a log-sum-exp, and their negatives of a score."""
+    grads = [
+        a.grad_row_loss, a.grad_column_loss, a.grad_row_lse, a.grad_column_lse,
+        a.grad_positive_score,
+    ]  # fmt: skip
     size: float | Tensor = 1.0
     if pairs.query.itemsize == 2:  # products of small gradients and small probabilities vanish
-        size = _size(grads)
-        grads = tuple(None if g is None else g / size for g in grads)
-    row_hard, column_hard, row_soft, column_soft, score = (
+        size = _largest(grads)
+        grads = [None if g is None else g / size for g in grads]
+    row_loss, column_loss, through_rows, through_columns, score = (
         None if g is None or not g.numel() else g.contiguous() for g in grads
     )
-    row_grad = _sum(row_soft, row_hard)
-    row = Marginal(
-        row_lse, row_low, torch.zeros_like(row_lse) if row_grad is None else row_grad, row_hard
-    )
+    by_row = _sum(through_rows, row_loss)
+    by_row = torch.zeros_like(a.row_lse) if by_row is None else by_row
+    row = Marginal(a.row_lse, a.row_low, by_row, row_loss)
     if pairs.symmetric:
         if pairs.positive is not None:
-            column_hard = None if row_hard is None else row_hard[pairs.positive]
+            column_loss = None if row_loss is None else row_loss[pairs.positive]
             score = None if score is None else score + score[pairs.positive]
-        return Upstream(row, row._replace(hard=column_hard), score, size)
-    if not pairs.columns or (column_hard is None and column_soft is None):
+        return Upstream(row, row._replace(target_weight=column_loss), score, size)
+    if not pairs.columns or (column_loss is None and through_columns is None):
         return Upstream(row, None, score, size)
-    column_grad = torch.zeros_like(column_lse) if column_soft is None else column_soft.clone()
-    if column_hard is not None:
+    by_column = (
+        torch.zeros_like(a.column_lse) if through_columns is None else through_columns.clone()
+    )
+    if column_loss is not None:
         assert pairs.positive is not None
         # Not index_add_: on CUDA its order is not determined.
-        column_grad.index_put_((pairs.positive,), column_hard, accumulate=True)
-    return Upstream(row, Marginal(column_lse, column_low, column_grad, column_hard), score, size)
+        by_column.index_put_((pairs.positive,), column_loss, accumulate=True)
+    column = Marginal(a.column_lse, a.column_low, by_column, column_loss)
+    return Upstream(row, column, score, size)
 
 
 class Sums:
@@ -205,8 +169,9 @@ class Sums:
         self.by_column = new_memory(pairs.key.shape if by_column else (0,), pairs.key, pairs.real)
         self._scaled = pairs.scale.dim() == 1  # a scale of its own: the sum must hold it
         self._has_rows = by_row
-        if pairs.symmetric:
+        if pairs.symmetric or not pairs.query.numel() or not pairs.key.numel():
             self.by_row.zero_()
+            self.by_column.zero_()
 
     def add(self, gradient: Tensor, rows: slice, columns: slice) -> None:
         pairs, first = self.pairs, not self.pairs.symmetric
@@ -223,7 +188,7 @@ class Sums:
             gemm.add_outer(gradient, x, self.by_column[columns], rows.start == 0)
 
     def finished(
-        self, wanted: list[bool], size: float | Tensor, dtype: torch.dtype
+        self, wanted: Sequence[bool], size: float | Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query and key in `dtype`, and of scale; empty where not wanted."""
         pairs = self.pairs
@@ -253,21 +218,18 @@ def _dot_rows(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([(a * b).sum(1) for a, b in zip(x.split(4096), y.split(4096), strict=True)])
 
 
-def _backward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
-    grads, pairs = arguments[:5], Pairs(*arguments[5:17]).ready()
-    *saved, kept, wanted = arguments[17:]
-    up = _upstream(pairs, tuple(saved), grads)
+def backward(kind: Any, a: Any) -> tuple[Tensor, ...]:
+    pairs, wanted = Pairs.of(a).ready(), a.wanted
+    up = _upstream(pairs, a)
     from_columns = wanted[1] and not wanted[0] and pairs.scale.dim() == 0 and not pairs.symmetric
     sums = Sums(pairs, wanted[0] or (wanted[2] and not from_columns), wanted[1])
     tiles = kind("pairs_backward", pairs)
     if not pairs.query.numel() or not pairs.key.numel():
-        sums.by_row.zero_()
-        sums.by_column.zero_()
         return sums.finished(wanted, up.size, pairs.query.dtype)
     workspace = Workspace(pairs, None)
     for down, across in tiles_of(pairs):
-        if kept.numel():
-            similarity, gradient = kept[down, across], workspace.new(down, across)
+        if a.kept.numel():
+            similarity, gradient = a.kept[down, across], workspace.new(down, across)
         else:
             similarity = gradient = workspace.filled(down, across)
         tiles.backward(similarity, down, across, up, gradient)
@@ -275,43 +237,44 @@ def _backward(kind: Tiles, *arguments: Any) -> tuple[Tensor, ...]:
     return sums.finished(wanted, up.size, pairs.query.dtype)
 
 
-for _kind, _key in ((CpuTiles, "CPU"), (CudaTiles, "CUDA")):
-    library.impl("pairs", partial(_forward, _kind), _key)
-    library.impl("pairs_backward", partial(_backward, _kind), _key)
+# The loss by sigmoids
 
 
-# Shapes alone
+def sigmoid(kind: Any, a: Any) -> tuple[Tensor, ...]:
+    pairs = Pairs(
+        a.query, a.key, a.scale, a.bias, a.positive, None, None, None, False, False, a.workspace,
+        a.tile_dtype, a.backend,
+    ).ready()  # fmt: skip
+    tiles = kind("pairs_sigmoid", pairs, False)
+    sums = Sums(pairs, a.wanted[0] or a.wanted[2], a.wanted[1])
+    loss, slopes = (a.query.new_zeros(len(a.query), dtype=torch.float64) for _ in range(2))
+    workspace = Workspace(pairs, None)
+    for down, across in tiles_of(pairs):
+        similarity = workspace.filled(down, across)
+        tiles.sigmoid(similarity, down, across, loss, slopes)
+        sums.add(similarity, down, across)
+    formed = sums.finished(a.wanted[:3], 1.0, pairs.real)
+    of_bias = slopes.sum() if a.wanted[3] else slopes.new_empty(0)
+    return loss.sum().to(pairs.real), *formed, of_bias.to(pairs.real)
 
 
-@torch.library.register_fake("neglog::pairs", lib=library)
-def _pairs_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep = arguments
-    pairs = Pairs(*given)
-    query, rows, columns = pairs.query, pairs.query.shape[0], pairs.key.shape[0]
-
-    def numbers(count: Any) -> Tensor:
-        return query.new_empty(count, dtype=pairs.real)
-
-    dtype = gemm.tile_dtype(query)
-    kept = query.new_empty(0, dtype=dtype)
-    if keeps(pairs, keep):
-        strides = (plan.row_stride(columns, dtype.itemsize), 1)
-        kept = query.new_empty_strided((rows, columns), strides, dtype=dtype)
-    of_positive = rows if pairs.positive is not None else 0
-    of_columns = columns if pairs.columns else 0
-    return (
-        numbers(of_positive), numbers(of_positive if pairs.columns else 0), numbers(rows),
-        numbers(of_columns), numbers(of_positive), numbers(rows), numbers(of_columns),
-        kept,
-    )  # fmt: skip
-
-
-@torch.library.register_fake("neglog::pairs_backward", lib=library)
-def _pairs_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    pairs, wanted = Pairs(*arguments[5:17]), arguments[-1]
-    likes = (pairs.query, pairs.key, pairs.scale)
-    dtypes = (pairs.query.dtype, pairs.query.dtype, pairs.real)
+def sigmoid_backward(a: Any) -> tuple[Tensor, ...]:
+    """In new memory: the graph may be walked again."""
+    formed = (a.grad_query, a.grad_key, a.grad_scale, a.grad_bias)
+    likes = (a.query, a.key, a.scale, a.bias)
     return tuple(
-        pairs.query.new_empty(like.shape if want else 0, dtype=dtype)
-        for like, want, dtype in zip(likes, wanted, dtypes, strict=True)
+        torch.mul(kept, a.grad, out=new_memory(kept.shape, kept, x.dtype))
+        for kept, x in zip(formed, likes, strict=True)
     )
+
+
+def statistics(a: Any) -> tuple[Tensor, Tensor]:
+    return formula.statistics(a.positive_score, Pairs.of(a))
+
+
+for _device, _kind in TILES.items():
+    schema.forward.implement(_device, partial(forward, _kind))
+    schema.backward.implement(_device, partial(backward, _kind))
+    schema.sigmoid.implement(_device, partial(sigmoid, _kind))
+    schema.sigmoid_backward.implement(_device, sigmoid_backward)
+    schema.statistics.implement(_device, statistics)

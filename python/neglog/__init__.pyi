@@ -1,0 +1,20 @@
+from neglog import dispatch as dispatch
+from neglog import kernels as kernels
+from neglog import nn as nn
+from neglog import reference as reference
+from neglog.grad_cache import cached_step as cached_step
+from neglog.losses._result import LossStats as LossStats
+from neglog.losses.clip import clip_loss as clip_loss
+from neglog.losses.clip import siglip_loss as siglip_loss
+from neglog.losses.cross_entropy import cross_entropy as cross_entropy
+from neglog.losses.cross_entropy import masked_cross_entropy as masked_cross_entropy
+from neglog.losses.info_nce import info_nce as info_nce
+from neglog.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from neglog.losses.nt_xent import dcl as dcl
+from neglog.losses.nt_xent import nt_xent as nt_xent
+from neglog.losses.sup_con import sup_con as sup_con
+from neglog.patch import patch_torch as patch_torch
+from neglog.route import Route as Route
+from neglog.route import explain as explain
+
+__version__: str

@@ -1,0 +1,149 @@
+"""Cross-entropy of rows, below the checks: what the losses over classes share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy as torch_cross_entropy  # before any patch
+
+from neglog import dispatch, torch_state
+from neglog.checks import check_range, number_on
+from neglog.losses._result import REDUCTIONS, LossStats, without_stats
+from neglog.ops.dtypes import real_dtype
+from neglog.ops.nll import formula
+from neglog.ops.nll.autograd import nll, nll_in_place
+from neglog.ops.nll.schema import Options
+from neglog.route import Route
+from neglog.torch_state import under_autocast
+
+
+class RowOptions(NamedTuple):
+    """The arguments of a loss over classes, checked."""
+
+    reduction: str = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    logit_scale: Any = 1.0
+    softcap: Any = None
+    z_loss: Any = 0.0
+    num_items: Any = None
+    inplace_backward: bool = False
+    return_stats: bool = False
+
+    def for_op(self) -> Options:
+        # The sum over num_items is a mean whose divisor is given.
+        reduction = "mean" if self.num_items is not None else self.reduction
+        return Options(
+            REDUCTIONS[reduction], self.ignore_index, float(self.label_smoothing),
+            float(self.logit_scale), float(self.softcap or 0.0), float(self.z_loss),
+        )  # fmt: skip
+
+    def extends_torch(self) -> bool:
+        """Whether any of them is none of torch's."""
+        return (
+            isinstance(self.logit_scale, Tensor) or self.logit_scale != 1.0
+            or self.softcap is not None or self.z_loss != 0.0 or self.num_items is not None
+            or self.return_stats or self.inplace_backward
+        )  # fmt: skip
+
+    def scaled(self, x: Tensor) -> tuple[Tensor, RowOptions]:
+        """Under torch.compile a tensor is no number for an op: x times it, and 1 in its place."""
+        if not torch_state.compiling() or not isinstance(self.logit_scale, Tensor):
+            return x, self
+        return x * self.logit_scale.to(x.dtype), self._replace(logit_scale=1.0)
+
+
+def loss_of_rows(
+    where: Route, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions
+) -> LossStats:
+    """logits (N, V), target (N,) int64 or (N, V) of the logits' dtype, weight (V,).
+
+    The loss has torch's dtype: that of the logits, or under autocast float32 for 16-bit ones.
+    Without return_stats only it has a meaning.
+    """
+    result = _by_formula_or_kernel(where, logits, target, weight, options)
+    if result.loss.dtype == logits.dtype or under_autocast(logits):
+        return result
+    return LossStats(result.loss.to(logits.dtype), *result[1:])
+
+
+def torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> Tensor:
+    """torch's own function, for what it has all options of."""
+    try:
+        loss = torch_cross_entropy(
+            input, target, weight, ignore_index=options.ignore_index, reduction=options.reduction,
+            label_smoothing=options.label_smoothing,
+        )  # fmt: skip
+    except (IndexError, RuntimeError):
+        # Our message names value and row. Where it finds nothing, torch's word stands.
+        check_range(input, target, options.ignore_index)
+        raise
+    dispatch.ran("nll", "torch")
+    return loss
+
+
+def _by_formula_or_kernel(
+    where: Route, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions
+) -> LossStats:
+    if where.backend == "torch" and not options.extends_torch():
+        return without_stats(torch_loss(logits, target, weight, options))
+    num_items = options.num_items
+    if weight is not None:
+        weight = weight.to(real_dtype(logits.dtype))
+    if num_items is not None:
+        num_items = number_on(num_items, real_dtype(logits.dtype), logits.device).reshape(())
+    given, values = (logits, target, weight, num_items), options.for_op()
+    if where.backend == "torch":
+        dispatch.ran("nll", "torch")
+        if target.dim() == 1 and not torch_state.compiling():
+            check_range(logits, target, options.ignore_index)
+        loss, lse, _, correct, entropy = formula.nll(*given, values, options.return_stats)
+        stats = LossStats(loss, lse, correct, entropy)
+        return stats if options.return_stats else without_stats(loss)
+    if where.backend == "cuda":  # the others' ops say so themselves
+        dispatch.ran("nll", "cuda")
+    in_place = options.inplace_backward and _may_overwrite(logits, target)
+    run = nll_in_place if in_place else nll
+    return LossStats(*run(*given, values, options.return_stats, where.demanded))
+
+
+def _may_overwrite(logits: Tensor, target: Tensor) -> bool:
+    if torch_state.compiling() or torch_state.transforming():
+        return False
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return False
+    if target.requires_grad:  # its gradient is made of the logits
+        return False
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        raise RuntimeError(
+            "inplace_backward: input is a leaf that requires grad or a view of one, and "
+            "overwriting it would lose the values being trained: expected the output of an "
+            "operation"
+        )
+    if target.dim() == 2 and target.numel() and _storage(target) == _storage(logits):
+        raise RuntimeError(
+            "inplace_backward: expected a target in memory of its own, got the input's"
+        )
+    if _rows_overlap(logits):
+        raise RuntimeError(
+            "inplace_backward: expected an input whose rows lie apart in memory, got strides "
+            f"{logits.stride()} for shape {list(logits.shape)}; clone() it first"
+        )
+    return True
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _rows_overlap(rows: Tensor) -> bool:
+    """Whether two of the numbers are one in memory, as after expand."""
+    reach = 0  # of the dimensions so far, from the first number to the last
+    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

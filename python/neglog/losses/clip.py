@@ -1,0 +1,104 @@
+"""The losses of image and text pairs: CLIP's softmax and SigLIP's sigmoids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neglog import dispatch, route
+from neglog.checks import check_embeddings, check_same_rows, check_scalar
+from neglog.distributed import gathered
+from neglog.losses._pairs import compare, embeddings, number, pairs_of, workspace_of
+from neglog.losses._result import reduce_and_cast
+from neglog.ops.pairs import autograd, formula
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    group: Any = None,
+    options: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The mean of cross-entropy from images to texts and from texts to images.
+
+    Args:
+        image_features, text_features: (N, D), compared by dot product: normalise them first.
+        logit_scale: what similarities are multiplied by; a tensor () receives a gradient.
+        logit_bias: changes nothing, as in open_clip: a number added to all logits leaves softmax.
+        group: a torch.distributed process group: this process's images against the texts of all,
+            and its texts against all images, with gradients back to all. The mean over processes,
+            as DistributedDataParallel takes it of gradients, is then the loss of the whole batch.
+        options, backend: as in `info_nce`.
+
+    Source: arXiv:2103.00020; the arguments are those of open_clip's ClipLoss.
+    """
+    _check(image_features, text_features, logit_scale, logit_bias)
+    image, text = (embeddings(x, False) for x in (image_features, text_features))
+    where = route.choose(image, text, backend=backend, workspace=workspace_of(options))
+    scale = number(logit_scale, image)
+    if group is not None:
+        losses = [
+            _of_processes(where, *sides, scale, group) for sides in ((image, text), (text, image))
+        ]
+        return reduce_and_cast((losses[0] + losses[1]) / 2, "mean", image_features)
+    rows = torch.arange(image.shape[0], device=image.device)
+    compared = compare(where, pairs_of(where, image, text, scale, positive=rows, columns=True))
+    loss = (compared.row_loss + compared.column_loss) / 2
+    return reduce_and_cast(loss, "mean", image_features)
+
+
+def _of_processes(
+    where: route.Route, query: Tensor, key: Tensor, scale: Tensor, group: Any
+) -> Tensor:
+    """Losses of this process's queries against the keys of all processes."""
+    keys, first = gathered(key, group)
+    positive = torch.arange(query.shape[0], device=query.device) + first
+    return compare(where, pairs_of(where, query, keys, scale, positive=positive)).row_loss
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    group: Any = None,
+    options: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """-log sigmoid of each pair's score, negated where image and text do not belong; sum over / N.
+
+    Arguments as `clip_loss`; logit_bias is added to the scores and receives a gradient.
+
+    Source: arXiv:2303.15343; the arguments are those of open_clip's SigLipLoss.
+    """
+    _check(image_features, text_features, logit_scale, logit_bias)
+    image, text = (embeddings(x, False) for x in (image_features, text_features))
+    where = route.choose(image, text, backend=backend, workspace=workspace_of(options))
+    positive = torch.arange(image.shape[0], device=image.device)
+    if group is not None:
+        text, first = gathered(text, group)
+        positive = positive + first
+    inputs = (image, text, number(logit_scale, image), number(logit_bias, image))
+    if where.backend == "torch":
+        dispatch.ran("pairs_sigmoid", "torch")
+        total = formula.sigmoid(*inputs, positive)
+    else:
+        wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+        tiles = (where.workspace, where.tile_dtype, where.demanded)
+        total = autograd.sigmoid(*inputs, positive, *tiles, wanted).loss
+    return reduce_and_cast(total / image.shape[0], "sum", image_features)
+
+
+def _check(image: Any, text: Any, logit_scale: Any, logit_bias: Any) -> None:
+    check_embeddings(image_features=image, text_features=text)
+    check_same_rows(image_features=image, text_features=text)
+    check_scalar("logit_scale", logit_scale)
+    if logit_bias is not None:
+        check_scalar("logit_bias", logit_bias)

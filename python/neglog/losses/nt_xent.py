@@ -1,0 +1,80 @@
+"""SimCLR's loss of two views, and its decoupled form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neglog import route
+from neglog.checks import check_embeddings, check_reduction, check_same_rows, check_temperature
+from neglog.losses._pairs import compare, dots, embeddings, pairs_of, scale_of, workspace_of
+from neglog.losses._result import reduce_and_cast
+
+
+def nt_xent(
+    z_i: Tensor,
+    z_j: Tensor,
+    temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    *,
+    normalize: bool = True,
+    options: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """SimCLR's loss: each of the 2N views against its other view, among all but itself.
+
+    Args:
+        z_i, z_j: (N, D), two views of the same N things.
+        temperature: a number or a tensor (), which receives a gradient.
+        reduction: "none" gives (2N,), those of z_i first.
+        normalize, options, backend: as in `info_nce`.
+
+    The matrix of similarities is symmetric: half of it is computed.
+
+    Source: arXiv:2002.05709; NTXentLoss of pytorch-metric-learning and of lightly.
+    """
+    where, z = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
+    rows = torch.arange(z.shape[0], device=z.device)
+    positive = rows.roll(z_i.shape[0])
+    scale = scale_of(temperature, z)
+    pairs = pairs_of(where, z, z, scale, positive=positive, excluded=rows, symmetric=True)
+    return reduce_and_cast(compare(where, pairs).row_loss, reduction, z_i)
+
+
+def dcl(
+    z_i: Tensor,
+    z_j: Tensor,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    *,
+    normalize: bool = True,
+    options: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`nt_xent` decoupled: the positive is not among what it is held against.
+
+    Arguments as `nt_xent`. The loss may be below 0.
+
+    Source: arXiv:2110.06848.
+    """
+    where, z = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
+    scale = scale_of(temperature, z)
+    group = torch.arange(z_i.shape[0], device=z.device).repeat(2)
+    pairs = pairs_of(where, z, z, scale, query_group=group, key_group=group, symmetric=True)
+    score = dots(z, z.roll(z_i.shape[0], 0)) * scale
+    return reduce_and_cast(compare(where, pairs).row_lse - score, reduction, z_i)
+
+
+def _two_views(
+    z_i: Tensor, z_j: Tensor, temperature: float | Tensor, reduction: str, normalize: bool,
+    options: Any, backend: str | None,
+) -> tuple[route.Route, Tensor]:  # fmt: skip
+    """Where to compare, and both views as one (2N, D)."""
+    check_embeddings(z_i=z_i, z_j=z_j)
+    check_same_rows(z_i=z_i, z_j=z_j)
+    check_reduction(reduction)
+    check_temperature(temperature, z_i.shape[0], per_sample=False)
+    z = embeddings(torch.cat([z_i, z_j]), normalize)
+    return route.choose(z, backend=backend, workspace=workspace_of(options)), z

@@ -1,0 +1,161 @@
+"""An op from one declaration: its schema, implementations, shapes, derivative, and forms.
+
+    forward = Op("nll(Tensor logits, Tensor target, ...) -> (Tensor loss, Tensor lse, ...)")
+    forward.implement("CPU", function)      # function(arguments) -> results
+    forward.shapes(function)                # the same for tensors that have no memory
+    forward.differentiable(setup, backward)
+
+Each function takes one named tuple whose fields are the schema's arguments, and `backward` one of
+gradients whose fields are the schema's results; it returns a dict of gradients by argument.
+
+An op has two forms. The registered one, torch.ops.neglog.nll, is what torch.compile and export
+see. torch.func demands the functional one, an autograd.Function with setup_context.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from neglog import torch_state
+
+library = torch.library.Library("neglog", "DEF")
+
+
+class Op:
+    """One op of the namespace neglog. Called, it takes the form that fits what is active."""
+
+    def __init__(self, schema: str, compiled: bool = True) -> None:
+        """compiled: torch.compile and export may trace the op."""
+        self.schema = schema
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,) if compiled else ())
+        self.name = schema.partition("(")[0]
+        self.registered = getattr(torch.ops.neglog, self.name).default
+        described = self.registered._schema
+        names = [argument.name for argument in described.arguments]
+        self.Arguments: Any = namedtuple("Arguments", names)  # type: ignore[misc]
+        results = [result.name or "result" for result in described.returns]
+        self.Results: Any = namedtuple("Results", results)  # type: ignore[misc]
+        self._functional: Any = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The results, by name where there are several."""
+        if torch_state.transforming() and not torch_state.compiling() and self._functional:
+            return self._named(self._functional.apply(*arguments))
+        return self._named(self.registered(*arguments))
+
+    def _named(self, output: Any) -> Any:
+        return self.Results(*output) if len(self.Results._fields) > 1 else output
+
+    def _all_results(self, output: Any) -> Any:
+        return self.Results(*output) if isinstance(output, tuple | list) else self.Results(output)
+
+    def implement(self, device: str, function: Callable[[Any], Any]) -> None:
+        """`function` computes the op for tensors on this dispatch key, "CPU" or "CUDA"."""
+        library.impl(self.name, lambda *given: function(self.Arguments(*given)), device)
+
+    def shapes(self, function: Callable[[Any], Any]) -> None:
+        torch.library.register_fake(
+            f"neglog::{self.name}", lambda *given: function(self.Arguments(*given)), lib=library
+        )
+
+    def differentiable(
+        self, setup: Callable[[Any, Any, Any], None], backward: Callable[[Any, Any], dict[str, Any]]
+    ) -> None:
+        """setup(ctx, arguments, results) saves; backward(ctx, gradients) is their derivative.
+
+        backward is not called where no gradient arrives. A gradient of None means zero.
+        """
+        count = len(self.Arguments._fields)
+
+        def set_up(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            setup(ctx, self.Arguments(*inputs), self._all_results(output))
+
+        def by_position(ctx: Any, *gradients: Any) -> tuple:
+            if all(gradient is None for gradient in gradients):
+                return (None,) * count
+            ctx.wanted = self.Arguments(*ctx.needs_input_grad[:count])
+            found = backward(ctx, self.Results(*gradients))
+            return tuple(found.get(name) for name in self.Arguments._fields)
+
+        torch.library.register_autograd(
+            f"neglog::{self.name}", by_position, setup_context=set_up, lib=library
+        )
+        members = {
+            "forward": staticmethod(lambda *inputs: self.registered(*inputs)),
+            "setup_context": staticmethod(set_up),
+            "backward": staticmethod(by_position),
+        }
+        self._functional = type(f"Functional_{self.name}", (Function,), members)
+        self._functional.vmap = staticmethod(_vmap_by_loop(self._functional))
+
+
+def save(ctx: Any, **tensors: Tensor | None) -> None:
+    """Keep tensors for the backward by name."""
+    ctx.saved_names = tuple(tensors)
+    ctx.save_for_backward(*tensors.values())
+
+
+def saved(ctx: Any) -> dict[str, Any]:
+    return dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
+
+
+def _vmap_by_loop(function: Any) -> Any:
+    """vmap as the loop it stands for; one call of a kernel already fills the machine."""
+
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> Any:
+        calls = [
+            function.apply(
+                *(  # a list's dim is a list
+                    value.select(dim, index) if isinstance(dim, int) else value
+                    for value, dim in zip(inputs, in_dims, strict=True)
+                )
+            )
+            for index in range(info.batch_size)
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        stacked = tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return vmap
+
+
+def second_derivative(
+    forward: Callable[..., tuple[Tensor, ...]],
+    upstream: dict[str, Tensor | None],
+    inputs: dict[str, Tensor],
+    gradients: dict[str, Tensor | None],
+) -> dict[str, Tensor]:
+    """Derivative of forward's own gradient, by upstream and by input.
+
+    upstream: the gradients of forward's results, in their order; None means zero. inputs: what
+    `forward` takes, in its order. gradients: what arrives for the gradient of each input; None, or
+    an empty tensor, means zero.
+    """
+    given = {name: grad for name, grad in upstream.items() if grad is not None}
+    used = [name for name, grad in gradients.items() if grad is not None and grad.numel()]
+    if not used:
+        return {}
+
+    def gradient(*values: Tensor) -> tuple[Tensor, ...]:
+        outputs, pull, *_ = torch.func.vjp(forward, *values[len(given) :])
+        flowing = dict(zip(given, values, strict=False))
+        made = pull(
+            tuple(
+                flowing.get(name, torch.zeros_like(output))
+                for name, output in zip(upstream, outputs, strict=True)
+            )
+        )
+        by_name = dict(zip(inputs, made, strict=True))
+        return tuple(by_name[name] for name in used)
+
+    pullback = torch.func.vjp(gradient, *given.values(), *inputs.values())[1]
+    second = pullback(tuple(gradients[name] for name in used))
+    return dict(zip([*given, *inputs], second, strict=True))

@@ -1,0 +1,24 @@
+"""The dtypes of the ops: which the kernels take, and in which they compute."""
+
+from __future__ import annotations
+
+import torch
+
+# As the kernels number them (kernels/cython/nll.pyx).
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that losses, weights and log-sum-exps of such scores are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def divides_late(dtype: torch.dtype) -> bool:
+    """Whether a mean's divisor waits for the backward. In float16 a gradient divided by thousands
+    of rows is below the smallest number, and a loss scale that comes after cannot bring it back."""
+    return dtype == torch.float16
+
+
+def quotient(numerator: float, divisor: float) -> float:
+    """Division as tensors do it: 0 / 0 is NaN (a mean over nothing), x / 0 infinite."""
+    return numerator / divisor if divisor else numerator * float("inf")

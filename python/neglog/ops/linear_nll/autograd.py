@@ -1,0 +1,161 @@
+"""The derivative of linear_nll, and the shorter form that eager calls take.
+
+eager      gives the gradients formed in the forward away, where the registered op copies them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from neglog import torch_state
+from neglog.ops.define import save, saved, second_derivative
+from neglog.ops.linear_nll import schema
+from neglog.ops.linear_nll.schedule import ROWS, forward, nothing_formed, scaled_in_place
+from neglog.ops.nll import formula
+from neglog.ops.nll.autograd import Rows
+from neglog.ops.nll.schema import NONE, Options
+
+HEAD = ("input", "linear_weight", "linear_bias")
+# Of EagerLinearNLL: those of the op, and the dtype.
+ARGUMENTS = 1 + len(schema.forward.Arguments._fields)
+
+
+def linear_nll(head: Sequence[Tensor | None], dtype: torch.dtype, *others: Any) -> Rows:
+    """Loss and statistics of a head (input, linear_weight, linear_bias) that is rounded to `dtype`.
+    Other arguments as the op neglog::linear_nll."""
+    input: Any = head[0]
+    stats = schema.forward.Arguments(*head, *others).stats
+    # Hooks of saved tensors (checkpointing, offloading) get all that is saved, gradients too.
+    plain = not torch_state.traced(input) and not torch_state.transforming()
+    if plain and not torch_state.saved_tensors_hooked():
+        return Rows.of(Rows(*EagerLinearNLL.apply(*head, dtype, *others)), stats)
+    return Rows.of(schema.forward(*cast(head, dtype), *others), stats)
+
+
+def cast(head: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(None if part is None else part.to(dtype) for part in head)
+
+
+def _setup(ctx: Any, a: Any, results: Any) -> None:
+    formed = (results.grad_input, results.grad_weight, results.grad_bias)
+    ctx.mark_non_differentiable(results.total_weight, results.correct, results.entropy, *formed)
+    save(
+        ctx, input=a.input, linear_weight=a.linear_weight, linear_bias=a.linear_bias,
+        target=a.target, weight=a.weight, total_weight=results.total_weight,
+        grad_input=formed[0], grad_weight=formed[1], grad_bias=formed[2],
+    )  # fmt: skip
+    ctx.options = Options.of(a)
+    ctx.tiles = (a.workspace, a.tile_dtype, a.filter_eps, a.backend)
+
+
+def _backward(ctx: Any, grad: Any) -> dict[str, Any]:
+    return _gradients(ctx, grad.loss, grad.lse, tuple(saved(ctx).values()), ctx.wanted[:3])
+
+
+def _gradients(
+    ctx: Any, grad_loss: Any, grad_lse: Any, kept: tuple, wanted: Sequence[bool]
+) -> dict[str, Any]:
+    """By the registered op, which is itself differentiable."""
+    if grad_loss is None:
+        total_weight = kept[5]
+        grad_loss = total_weight.new_zeros(())
+    made = schema.backward(grad_loss, grad_lse, *kept, *ctx.options, list(wanted), *ctx.tiles)
+    return {name: g for name, g, want in zip(HEAD, made, wanted, strict=True) if want}
+
+
+def _setup_backward(ctx: Any, a: Any, results: Any) -> None:
+    save(
+        ctx, grad_loss=a.grad_loss, grad_lse=a.grad_lse, input=a.input,
+        linear_weight=a.linear_weight, linear_bias=a.linear_bias, target=a.target,
+        weight=a.weight, total_weight=a.total_weight,
+    )  # fmt: skip
+    ctx.options = Options.of(a)
+
+
+def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
+    """By the formula, with the logits in memory."""
+    kept = saved(ctx)
+    grad_lse, target, options = kept["grad_lse"], kept["target"], ctx.options
+    inputs = {name: kept[name] for name in HEAD if kept[name] is not None}
+
+    def forward(*head: Tensor) -> tuple[Tensor, ...]:
+        loss, lse, *_ = formula.nll(
+            torch.nn.functional.linear(*head), target, kept["weight"], kept["total_weight"],
+            options, False,
+        )  # fmt: skip
+        # The op computes no log-sum-exp of ignored rows.
+        lse = torch.where(target == options.ignore_index, 0, lse)
+        return (loss,) if grad_lse is None else (loss, lse)
+
+    upstream = {"grad_loss": kept["grad_loss"]}
+    if grad_lse is not None:
+        upstream["grad_lse"] = grad_lse
+    arrived = {name: g for name, g in grad._asdict().items() if name in inputs}
+    return second_derivative(forward, upstream, inputs, arrived)
+
+
+schema.forward.differentiable(_setup, _backward)
+schema.backward.differentiable(_setup_backward, _double_backward)
+
+
+class EagerLinearNLL(Function):
+    """Loss, lse, correct, entropy of a head, which is rounded to `dtype` here: so the gradients of
+    what autocast rounds are never rounded themselves.
+
+    The first backward has the memory of what the forward formed: a copy would be as large as the
+    weight. For one after it (retain_graph) the forward runs again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        head, dtype, others = inputs[:3], inputs[3], inputs[4:]
+        a = schema.forward.Arguments(*head, *others)
+        loss, lse, total_weight, correct, entropy, *ctx.formed = _formed(head, dtype, others)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(correct, entropy)
+        ctx.save_for_backward(*head, a.target, a.weight, a.num_items, total_weight)
+        ctx.dtype, ctx.rest = dtype, others[3:]
+        ctx.options = Options.of(a)
+        ctx.tiles = (a.workspace, a.tile_dtype, a.filter_eps, a.backend)
+        return loss, lse, correct, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Any, grad_lse: Any, *undefined: Any) -> tuple:
+        none = (None,) * ARGUMENTS
+        if grad_loss is None and grad_lse is None:
+            return none
+        *head, target, weight, num_items, total_weight = ctx.saved_tensors
+        wanted, dtypes = ctx.needs_input_grad[:3], [None if x is None else x.dtype for x in head]
+        formed, ctx.formed = ctx.formed, None
+        # With create_graph the gradients have a graph of their own.
+        alone = grad_lse is None and not torch.is_grad_enabled() and not torch_state.traced(head[0])
+        if alone and ctx.options.reduction != NONE and torch_state.one_upstream(grad_loss):
+            if formed is None:
+                formed = _formed(head, ctx.dtype, (target, weight, num_items, *ctx.rest))[-3:]
+            given = scaled_in_place(
+                grad_loss, formed, total_weight, ctx.options.reduction, wanted, dtypes, ctx.dtype
+            )
+            if given is not None:
+                return *given, *none[3:]
+        rounded = cast(head, ctx.dtype)
+        kept = (*rounded, target, weight, total_weight, *(formed or nothing_formed(rounded[0])))
+        found = _gradients(ctx, grad_loss, grad_lse, kept, wanted)
+        wide = (
+            found[name].to(dtype) if name in found else None
+            for name, dtype in zip(HEAD, dtypes, strict=True)
+        )
+        return *wide, *none[3:]
+
+
+def _formed(
+    head: Sequence[Tensor | None], dtype: torch.dtype, others: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """The op, but that gradients are as wide as what they are of."""
+    wide = [part is not None and part.dtype != dtype for part in head]
+    a = schema.forward.Arguments(*cast(head, dtype), *others)
+    return forward(ROWS[a.input.device.type], a, wide)

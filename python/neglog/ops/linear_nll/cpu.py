@@ -1,0 +1,89 @@
+"""A tile of linear_nll on the CPU, by the kernels of nll."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neglog.kernels.threads import allowed
+from neglog.ops.dtypes import DTYPE_CODES, divides_late, quotient, real_dtype
+from neglog.ops.linear_nll.tiles import Tile, Tiles
+from neglog.ops.memory import address
+from neglog.ops.nll import cpu as nll_cpu
+from neglog.ops.nll.schema import MEAN, NONE
+
+
+class CpuRows:
+    """Loss and statistics of the counted rows, a tile at a time."""
+
+    def __init__(self, op: str, a: Any, tiles: Tiles, weight: Tensor | None) -> None:
+        self.a, self.tiles, self.weight = a, tiles, weight
+        self._kernel = nll_cpu.load_kernel(op, a.backend)
+        self._threads = allowed(torch.get_num_threads())
+        count, real = len(tiles.target), real_dtype(a.input.dtype)
+        self.loss, self.lse, self.lse_low = (torch.empty(count, dtype=real) for _ in range(3))
+        stats = getattr(a, "stats", False)
+        self.correct = torch.empty(count, dtype=torch.bool) if stats else None
+        self.entropy = torch.empty(count, dtype=real) if stats else None
+
+    @staticmethod
+    def compacts(device: torch.device) -> bool:
+        """Whether rows that do not count may be left out: their number is asked for."""
+        return True
+
+    def begin(self) -> None:
+        """Find the divisor of the mean and what the gradients are formed for."""
+        a = self.a
+        if a.num_items is not None:
+            self._divisor = float(a.num_items)
+        else:
+            target = a.target.contiguous()
+            self._divisor = self._kernel.total_weight(
+                len(target), self.tiles.head.vocab, address(target), 0, address(self.weight),
+                a.ignore_index, DTYPE_CODES[a.input.dtype],
+            )  # fmt: skip
+        late = divides_late(a.input.dtype) and self._divisor
+        self.largest = quotient(1.0, self._divisor) if a.reduction == MEAN and not late else 1.0
+
+    def forward(self, tile: Tile) -> None:
+        self._kernel.forward(*self._problem(tile), *self._outputs(tile), self._threads)
+
+    def forward_backward(self, tile: Tile) -> Tensor:
+        """The gradient of the logits, where they lay, for an upstream of `largest`."""
+        loss, lse, _, correct, entropy = self._outputs(tile)
+        self._kernel.forward_backward(
+            *self._problem(tile), loss, lse, correct, entropy, self.largest,
+            tile.logits.data_ptr(), tile.logits.stride(0), self._threads,
+        )  # fmt: skip
+        return tile.logits
+
+    def backward(self, tile: Tile, grad_loss: Tensor, grad_lse: Tensor | None) -> Tensor:
+        """The gradient of the logits, where they lay."""
+        self.forward(tile)
+        grad = grad_loss[tile.rows].contiguous()
+        through_lse = None if grad_lse is None else grad_lse[tile.rows].contiguous()
+        _, *lse, _, _ = self._outputs(tile)
+        self._kernel.backward(
+            *self._problem(tile), *lse, address(grad), 1, 1.0, address(through_lse),
+            tile.logits.data_ptr(), tile.logits.stride(0), self._threads,
+        )  # fmt: skip
+        return tile.logits
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Loss () or of the counted rows, lse, total_weight, correct, entropy."""
+        reduction, loss = self.a.reduction, self.loss
+        if reduction != NONE:
+            total = float(loss.sum(dtype=torch.float64))
+            value = quotient(total, self._divisor) if reduction == MEAN else total
+            loss = torch.scalar_tensor(value, dtype=loss.dtype)
+        total_weight = torch.scalar_tensor(self._divisor, dtype=loss.dtype)
+        return loss, self.lse, total_weight, self.correct, self.entropy
+
+    def _problem(self, tile: Tile) -> tuple:
+        return nll_cpu.problem(tile.logits, tile.target, self.weight, self.a)
+
+    def _outputs(self, tile: Tile) -> tuple[int, ...]:
+        numbers = (self.loss, self.lse, self.lse_low, self.correct, self.entropy)
+        return tuple(address(x, tile.part.start) for x in numbers)

@@ -1,0 +1,85 @@
+"""A tile of linear_nll on CUDA, by the ops nll and nll_ of csrc/nll/nll.cu.
+
+The divisor stays on the device. What makes the host wait is the number of rows that count, which
+the matmuls must know, and the columns that filter_eps leaves. While a graph is captured the host
+cannot wait: all rows are multiplied then, and filter_eps is an error of CUDA's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neglog import dispatch, torch_state
+from neglog.ops.dtypes import divides_late, real_dtype
+from neglog.ops.linear_nll.tiles import Tile, Tiles
+from neglog.ops.nll.schema import MEAN, NONE, Options
+
+ops = torch.ops.neglog
+
+
+class CudaRows:
+    """Loss and statistics of the counted rows, a tile at a time."""
+
+    def __init__(self, op: str, a: Any, tiles: Tiles, weight: Tensor | None) -> None:
+        self.a, self.weight, self.options = a, weight, Options.of(a)
+        self.real = real_dtype(a.input.dtype)
+        self._found: list[tuple[Tensor, ...]] = []
+        dispatch.ran(op, "cuda")
+
+    @staticmethod
+    def compacts(device: torch.device) -> bool:
+        return not torch_state.capturing(device)
+
+    def begin(self) -> None:
+        a = self.a
+        self._divisor = self._total_weight() if a.num_items is None else a.num_items
+        late = divides_late(a.input.dtype)
+        self.largest = 1 / self._divisor if a.reduction == MEAN and not late else 1.0
+
+    def _total_weight(self) -> Tensor:
+        """The sum of the counted targets' weights."""
+        target = self.a.target
+        counted = target != self.a.ignore_index
+        if self.weight is None:
+            return counted.sum().to(self.real)
+        return torch.where(counted, self.weight[torch.where(counted, target, 0)], 0).sum()
+
+    def forward(self, tile: Tile) -> None:
+        loss, lse, _, _, correct, entropy = ops.nll(*self._given(tile))
+        self._found.append((loss.reshape(-1), lse, correct, entropy))
+
+    def forward_backward(self, tile: Tile) -> Tensor:
+        """The gradient of the logits, where they lay; of a mean, that of the tile's sum over the
+        divisor of all rows."""
+        loss, lse, _, correct, entropy = ops.nll_(*self._given(tile))
+        self._found.append((loss.reshape(-1), lse, correct, entropy))
+        return tile.logits
+
+    def backward(self, tile: Tile, grad_loss: Tensor, grad_lse: Tensor | None) -> Tensor:
+        of_rows = self.options._replace(reduction=NONE)
+        given = (tile.logits, tile.target, self.weight)
+        _, *kept, _, _ = ops.nll(*given, None, *of_rows, False, "")
+        grads = (None if g is None else g[tile.rows] for g in (grad_loss, grad_lse))
+        return ops.nll_backward(*grads, *given, *kept, *of_rows, "")
+
+    def results(self) -> tuple[Tensor, ...]:
+        """Loss () or of the counted rows, lse, total_weight, correct, entropy."""
+        a = self.a
+        none = a.input.new_empty(0, dtype=self.real)
+        parts = zip(*self._found, strict=True)
+        loss, lse, correct, entropy = (
+            map(torch.cat, parts) if self._found else (none, none, none.bool(), none)
+        )
+        if a.reduction != NONE:
+            loss = loss.sum(dtype=torch.float64).to(self.real)
+            if not self._found and a.reduction == MEAN:
+                loss = loss / self._divisor
+        return loss, lse, self._divisor.clone(), correct, entropy
+
+    def _given(self, tile: Tile) -> tuple:
+        return (
+            tile.logits, tile.target, self.weight, self._divisor, *self.options, self.a.stats, "",
+        )  # fmt: skip

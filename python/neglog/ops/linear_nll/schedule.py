@@ -1,0 +1,133 @@
+"""The schedule of linear_nll, one for the CPU and CUDA; cpu.py and cuda.py have its steps.
+
+(a) A tile of rows against the whole vocabulary: its logits are made in a workspace, turned into
+    their gradient where they lie by the kernel forward_backward, and used for both gradients:
+    3 matmuls.
+(b) Ignored rows are dropped before the first of them. On CUDA their number is asked of the device;
+    while a graph is captured nothing can be asked, and they stay, as zeros.
+(c) The gradient of the weight is accumulated over tiles in float32 or wider. One tile is one
+    product, which needs no memory for that.
+(d) With filter_eps, the columns of a tile whose gradients are all below filter_eps times the
+    largest upstream are left out of the last two matmuls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neglog.ops.dtypes import divides_late
+from neglog.ops.linear_nll import schema
+from neglog.ops.linear_nll.cpu import CpuRows
+from neglog.ops.linear_nll.cuda import CudaRows
+from neglog.ops.linear_nll.tiles import NARROW, Gradients, Head, Tiles
+from neglog.ops.memory import new_memory
+from neglog.ops.nll.autograd import late_divisor, scale_in_place
+from neglog.ops.nll.schema import MEAN, NONE
+
+ROWS: dict[str, Any] = {"cpu": CpuRows, "cuda": CudaRows}
+
+
+def _prepare(kind: Any, op: str, a: Any, wide: bool) -> tuple[Tiles, Any]:
+    head = Head(a.input, a.linear_weight, a.linear_bias).contiguous()
+    tiles = Tiles(
+        head, a.target, a.ignore_index, a.workspace, a.tile_dtype, a.wanted[1],
+        kind.compacts(a.input.device), wide,
+    )  # fmt: skip
+    return tiles, kind(op, a, tiles, None if a.weight is None else a.weight.contiguous())
+
+
+def forward(kind: Any, a: Any, wide: Sequence[bool] = NARROW) -> tuple[Tensor, ...]:
+    """As the op. wide: which gradients are wanted in the accumulation dtype."""
+    tiles, rows = _prepare(kind, "linear_nll", a, wide[1])
+    rows.begin()
+    gradients = Gradients(tiles, a.wanted, a.filter_eps, wide) if any(a.wanted) else None
+    for tile in tiles:
+        if gradients is None:
+            rows.forward(tile)
+        else:
+            gradients.add(tile, rows.forward_backward(tile), rows.largest)
+    loss, lse, total_weight, *stats = rows.results()
+    count = len(a.target)
+    if a.reduction == NONE:
+        loss = tiles.among_all(loss, count)
+    empty = loss.new_empty(0)
+    correct, entropy = (
+        (tiles.among_all(made, count) for made in stats) if a.stats else (empty.bool(), empty)
+    )
+    formed = nothing_formed(a.input)
+    if gradients is not None:
+        formed = gradients.finished(divides_late(a.input.dtype))
+    return loss, tiles.among_all(lse, count), total_weight, correct, entropy, *formed
+
+
+def backward(kind: Any, a: Any) -> tuple[Tensor, ...]:
+    """As the op: what the forward formed, times the upstream, or formed anew."""
+    formed = (a.grad_input, a.grad_weight, a.grad_bias)
+    if a.grad_lse is None and _was_formed(formed, a.reduction, a.wanted):
+        factor = _factor(a.grad_loss, a.total_weight, a.reduction, a.input.dtype)
+        likes = (a.input, a.linear_weight, a.input)
+        return tuple(
+            _times(kept, factor, like.dtype) if want else like.new_empty(0)
+            for want, kept, like in zip(a.wanted, formed, likes, strict=True)
+        )
+    tiles, rows = _prepare(kind, "linear_nll_backward", a, False)
+    upstream = a.grad_loss / a.total_weight if a.reduction == MEAN else a.grad_loss
+    upstream = upstream.expand(len(a.target))
+    largest = upstream.abs().amax() if len(upstream) else 0.0
+    gradients = Gradients(tiles, a.wanted, a.filter_eps)
+    for tile in tiles:
+        gradients.add(tile, rows.backward(tile, upstream, a.grad_lse), largest)
+    return gradients.finished(False)
+
+
+def scaled_in_place(
+    grad_loss: Tensor, formed: Sequence[Tensor], total_weight: Tensor, reduction: int,
+    wanted: Sequence[bool], dtypes: Sequence[torch.dtype | None], dtype: torch.dtype,
+) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+    """The gradients that the forward formed in `dtype`, times the upstream, in these dtypes and,
+    where that changes nothing, in their own memory, which is left to the caller; None if they were
+    not formed."""
+    if not _was_formed(formed, reduction, wanted):
+        return None
+    factor = _factor(grad_loss, total_weight, reduction, dtype)
+    for kept, want in zip(formed, wanted, strict=True):
+        if want:
+            scale_in_place(kept if kept.dim() == 2 else kept[None], factor)
+    return tuple(
+        kept.to(dtype) if want else None
+        for kept, want, dtype in zip(formed, wanted, dtypes, strict=True)
+    )
+
+
+def _was_formed(formed: Sequence[Tensor], reduction: int, wanted: Sequence[bool]) -> bool:
+    made = all(not want or kept.numel() for want, kept in zip(wanted, formed, strict=True))
+    return made and reduction != NONE
+
+
+def nothing_formed(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return input.new_empty(0), input.new_empty(0), input.new_empty(0)
+
+
+def _factor(grad_loss: Tensor, total_weight: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
+    divisor = late_divisor(total_weight, dtype, reduction)
+    return grad_loss if divisor is None else grad_loss / divisor
+
+
+def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In new memory: the graph may be walked again."""
+    if kept.dtype != dtype:
+        return (kept * factor).to(dtype)
+    # In 16 bits the factor itself would be rounded, a third by 0.2%. The CPU takes a number as it
+    # is; on CUDA a vector of one makes the product's type that of the wider.
+    factor = factor if kept.is_cpu else factor.reshape(1)
+    return torch.mul(kept, factor, out=new_memory(kept.shape, kept, dtype))
+
+
+for _device, _kind in ROWS.items():
+    schema.forward.implement(_device.upper(), partial(forward, _kind))
+    schema.backward.implement(_device.upper(), partial(backward, _kind))

@@ -1,0 +1,39 @@
+"""Memory of the ops: where results go, and the addresses that the CPU kernels want."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from neglog.kernels.memory import large_buffer
+from neglog.tiles import plan
+
+
+def new_memory(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """like.new_empty, on huge pages where it is large and on the CPU (kernels/memory.py)."""
+    dtype = dtype or like.dtype
+    count = math.prod(shape)
+    buffer = large_buffer(count * dtype.itemsize) if like.is_cpu else None
+    if buffer is None:
+        return like.new_empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+
+
+def new_rows(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """New memory for (rows, columns), where each row begins at a line of the cache."""
+    stride = plan.row_stride(columns, dtype.itemsize)
+    return new_memory((rows, stride), like, dtype)[:, :columns]
+
+
+def address(tensor: Tensor | None, start: int = 0) -> int:
+    """Of the number at `start`; 0 for "not given". An empty tensor has no address: it gets 1,
+    which nobody reads."""
+    return 0 if tensor is None else (tensor.data_ptr() or 1) + start * tensor.itemsize
+
+
+def adjacent_columns(rows: Tensor) -> Tensor:
+    """Rows whose columns are adjacent in memory, as the kernels want them."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

@@ -1,0 +1,177 @@
+"""nll on the CPU: the addresses that the kernels of kernels/cython/nll.pyx want."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neglog import dispatch, kernels
+from neglog.kernels.threads import allowed
+from neglog.ops.dtypes import DTYPE_CODES, divides_late, quotient, real_dtype
+from neglog.ops.memory import address, adjacent_columns, new_memory
+from neglog.ops.nll import schema
+from neglog.ops.nll.schema import MEAN, NONE, empty_stats
+
+# Numbers a thread must have before another is worth waking: 9 microseconds of work.
+GRAIN = 32768
+_NOTHING = torch.empty(0)
+
+
+class Outputs(NamedTuple):
+    """What a forward writes: memory, and the two sums that the mean divides."""
+
+    row_loss: Tensor
+    lse: Tensor
+    lse_low: Tensor
+    correct: Tensor
+    entropy: Tensor
+    total: float
+    divisor: float
+
+    def loss(self, reduction: int) -> Tensor:
+        if reduction == NONE:
+            return self.row_loss
+        value = quotient(self.total, self.divisor) if reduction == MEAN else self.total
+        return torch.scalar_tensor(value, dtype=self.row_loss.dtype)
+
+    def total_weight(self) -> Tensor:
+        return torch.scalar_tensor(self.divisor, dtype=self.row_loss.dtype)
+
+
+def note(op: str, backend: str) -> None:
+    """For `dispatch.record()`."""
+    dispatch.ran(op, backend or dispatch.best("cpu") or "none")
+
+
+def load_kernel(op: str, backend: str) -> Any:
+    """The kernels of a backend, "" for the best; the call is noted."""
+    note(op, backend)
+    return kernels.load("nll", backend or None)
+
+
+def threads_for(logits: Tensor) -> int:
+    return allowed(max(1, min(torch.get_num_threads(), logits.numel() // GRAIN)))
+
+
+def problem(logits: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> tuple:
+    """The arguments that every kernel begins with. The tensors must outlive the call: logits with
+    adjacent columns, target and weight contiguous."""
+    index, probabilities = (target, None) if target.dim() == 1 else (None, target)
+    return (
+        DTYPE_CODES[logits.dtype], *logits.shape, logits.data_ptr(), logits.stride(0),
+        address(index), address(probabilities), 0 if index is not None else target.stride(0),
+        address(weight), options.ignore_index, options.label_smoothing, options.logit_scale,
+        options.softcap, options.z_loss,
+    )  # fmt: skip
+
+
+def _ready(target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    target = target.contiguous() if target.dim() == 1 else adjacent_columns(target)
+    return target, None if weight is None else weight.contiguous()
+
+
+def _divisor(kernel: Any, given: tuple, num_items: Tensor | None) -> float:
+    code, rows, vocab, _, _, target, probabilities, _, weight, ignore_index = given[:10]
+    total = kernel.total_weight(rows, vocab, target, probabilities, weight, ignore_index, code)
+    return total if num_items is None else float(num_items)
+
+
+def forward(a: Any) -> Outputs:
+    """Loss and statistics of rows."""
+    kernel = load_kernel("nll", a.backend)
+    logits = adjacent_columns(a.logits)
+    target, weight = _ready(a.target, a.weight)
+    given = problem(logits, target, weight, a)
+    divisor = _divisor(kernel, given, a.num_items)
+    real = real_dtype(logits.dtype)
+    row_loss, lse, lse_low = (torch.empty(len(logits), dtype=real) for _ in range(3))
+    correct, entropy = empty_stats(logits, True) if a.stats else (_NOTHING, _NOTHING)
+    total = kernel.forward(
+        *given, row_loss.data_ptr(), lse.data_ptr(), lse_low.data_ptr(),
+        correct.data_ptr() if a.stats else 0, entropy.data_ptr() if a.stats else 0,
+        threads_for(logits),
+    )  # fmt: skip
+    return Outputs(row_loss, lse, lse_low, correct, entropy, total, divisor)
+
+
+def backward(a: Any, divisor: float) -> Tensor:
+    """The gradient of the logits, in new memory."""
+    kernel = load_kernel("nll_backward", a.backend)
+    logits = adjacent_columns(a.logits)
+    target, weight = _ready(a.target, a.weight)
+    grad_lse = None if a.grad_lse is None else a.grad_lse.contiguous()
+    lse, lse_low = a.lse.contiguous(), a.lse_low.contiguous()
+    out = new_memory(logits.shape, logits)
+    kernel.backward(
+        *problem(logits, target, weight, a), lse.data_ptr(), lse_low.data_ptr(),
+        a.grad_loss.data_ptr(), a.grad_loss.stride(0) if a.grad_loss.dim() else 0,
+        quotient(1.0, divisor) if a.reduction == MEAN else 1.0,
+        address(grad_lse), out.data_ptr(), logits.shape[1], threads_for(logits),
+    )  # fmt: skip
+    return out
+
+
+def forward_in_place(a: Any) -> Outputs:
+    """Loss and statistics of rows, and their gradient in place of the logits."""
+    kernel = load_kernel("nll_", a.backend)
+    rows = adjacent_columns(a.logits)
+    target, weight = _ready(a.target, a.weight)
+    given = problem(rows, target, weight, a)
+    divisor = _divisor(kernel, given, a.num_items)
+    real = real_dtype(rows.dtype)
+    row_loss, lse = (torch.empty(len(rows), dtype=real) for _ in range(2))
+    correct, entropy = empty_stats(rows, a.stats)
+    divides = a.reduction == MEAN and not (divides_late(rows.dtype) and divisor)
+    total = kernel.forward_backward(
+        *given, row_loss.data_ptr(), lse.data_ptr(),
+        correct.data_ptr() if a.stats else 0, entropy.data_ptr() if a.stats else 0,
+        quotient(1.0, divisor) if divides else 1.0, rows.data_ptr(), rows.stride(0),
+        threads_for(rows),
+    )  # fmt: skip
+    if rows is not a.logits:
+        a.logits.copy_(rows)
+    return Outputs(row_loss, lse, _NOTHING, correct, entropy, total, divisor)
+
+
+def forward_with_gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None, options: Any,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss () of few rows, and its gradient in new memory, by one call of a kernel.
+
+    For a small input the fixed cost of calls is all that is felt.
+    """
+    kernel = load_kernel("nll", backend)
+    if not logits.is_contiguous():
+        logits = logits.contiguous()
+    target, weight = _ready(target, weight)
+    given = problem(logits, target, weight, options)
+    divisor = _divisor(kernel, given, num_items)
+    real = real_dtype(logits.dtype)
+    rows, columns = logits.shape
+    room = torch.empty(2 * rows, dtype=real)  # of losses and log-sum-exps, which nobody reads
+    losses, out = room.data_ptr(), torch.empty_like(logits)
+    mean = options.reduction == MEAN
+    scale = quotient(1.0, divisor) if mean else 1.0
+    total = kernel.forward_backward(
+        *given, losses, losses + rows * real.itemsize, 0, 0, scale, out.data_ptr(), columns, 1
+    )
+    return torch.scalar_tensor(quotient(total, divisor) if mean else total, dtype=real), out
+
+
+def _forward(a: Any) -> tuple[Tensor, ...]:
+    out = forward(a)
+    correct, entropy = (out.correct, out.entropy) if a.stats else empty_stats(a.logits, False)
+    return out.loss(a.reduction), out.lse, out.lse_low, out.total_weight(), correct, entropy
+
+
+def _in_place(a: Any) -> tuple[Tensor, ...]:
+    out = forward_in_place(a)
+    return out.loss(a.reduction), out.lse, out.total_weight(), out.correct, out.entropy
+
+
+schema.forward.implement("CPU", _forward)
+schema.backward.implement("CPU", lambda a: backward(a, float(a.total_weight)))
+schema.in_place.implement("CPU", _in_place)

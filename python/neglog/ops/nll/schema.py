@@ -1,0 +1,86 @@
+"""The ops of nll.
+
+neglog::nll            loss and statistics of rows; keeps two numbers a row for the backward
+neglog::nll_backward   gradient of the logits; itself differentiable, by formula.py
+neglog::nll_           as nll, and the gradient for an upstream of 1 is written over the logits
+neglog::nll_scale_     that gradient times the upstream, () or (N,); on CUDA alone
+
+Shapes: logits (N, V), any row stride. target (N,) int64, or (N, V) probabilities of the logits'
+dtype. weight (V,) and num_items () in the accumulation dtype, float32 or for float64 logits
+float64. Returned: loss () or (N,), lse (N,), lse_low (N,), total_weight (); correct (N,) bool and
+entropy (N,), or both (0,) without stats. lse + lse_low is the log-sum-exp to twice the digits.
+reduction: 0 none, 1 mean, 2 sum, as in aten. backend: "cython" or "numba"; "" is the best that can
+run, so that a graph exported on one machine runs on another.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neglog.ops.define import Op
+from neglog.ops.dtypes import real_dtype
+
+NONE, MEAN, SUM = 0, 1, 2
+OPTIONS = (
+    "int reduction, int ignore_index, float label_smoothing, float logit_scale, float softcap, "
+    "float z_loss"
+)
+forward = Op(
+    f"nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, "
+    "str backend) -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor total_weight, "
+    "Tensor correct, Tensor entropy)"
+)
+backward = Op(
+    "nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, "
+    f"Tensor? weight, Tensor lse, Tensor lse_low, Tensor total_weight, {OPTIONS}, str backend)"
+    " -> Tensor"
+)
+in_place = Op(
+    f"nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, "
+    "bool stats, str backend) -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, "
+    "Tensor entropy)"
+)
+scale_in_place = Op("nll_scale_(Tensor(a!) grad, Tensor factor) -> ()")
+
+
+class Options(NamedTuple):
+    """What shapes the loss of a row, in the order of the schemas."""
+
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+    logit_scale: float
+    softcap: float
+    z_loss: float
+
+    @classmethod
+    def of(cls, arguments: Any) -> Options:
+        return cls(*(getattr(arguments, name) for name in cls._fields))
+
+
+def empty_stats(logits: Tensor, stats: bool) -> tuple[Tensor, Tensor]:
+    """Room for correct and entropy."""
+    rows = logits.shape[0] if stats else 0
+    real = real_dtype(logits.dtype)
+    return logits.new_empty(rows, dtype=torch.bool), logits.new_empty(rows, dtype=real)
+
+
+def _forward_shapes(a: Any) -> tuple[Tensor, ...]:
+    real, rows = real_dtype(a.logits.dtype), a.logits.shape[0]
+    loss = a.logits.new_empty((rows,) if a.reduction == NONE else (), dtype=real)
+    lse, lse_low = (a.logits.new_empty(rows, dtype=real) for _ in range(2))
+    total_weight = a.logits.new_empty((), dtype=real)
+    return loss, lse, lse_low, total_weight, *empty_stats(a.logits, a.stats)
+
+
+def _in_place_shapes(a: Any) -> tuple[Tensor, ...]:
+    loss, lse, _, *others = _forward_shapes(a)
+    return loss, lse, *others
+
+
+forward.shapes(_forward_shapes)
+in_place.shapes(_in_place_shapes)
+backward.shapes(lambda a: a.logits.new_empty(a.logits.shape))

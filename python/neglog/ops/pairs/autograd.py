@@ -1,0 +1,117 @@
+"""The derivatives of the ops of pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from neglog.ops.define import save, saved, second_derivative
+from neglog.ops.pairs import (
+    formula,
+    schedule,  # noqa: F401 - implements the ops
+    schema,
+)
+from neglog.ops.pairs.schema import Pairs
+
+forward, sigmoid = schema.forward, schema.sigmoid
+
+LEARNED = ("query", "key", "scale")
+OTHERS = ("bias", "positive", "excluded", "query_group", "key_group")
+FLAGS = ("columns", "symmetric", "workspace", "tile_dtype", "backend")
+UPSTREAM = (
+    "grad_row_loss", "grad_column_loss", "grad_row_lse", "grad_column_lse", "grad_positive_score",
+)  # fmt: skip
+
+
+def _named(a: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(a, name) for name in names}
+
+
+def _setup(ctx: Any, a: Any, results: Any) -> None:
+    ctx.mark_non_differentiable(results.row_low, results.column_low, results.kept)
+    kept = ("row_lse", "column_lse", "row_low", "column_low", "kept")
+    save(ctx, **_named(a, LEARNED + OTHERS), **_named(results, kept))
+    ctx.flags = _named(a, FLAGS)
+
+
+def _backward(ctx: Any, grad: Any) -> dict[str, Any]:
+    wanted = _named(ctx.wanted, LEARNED)
+    if ctx.flags["symmetric"]:  # key is query, which takes the gradient of both
+        wanted |= {"query": wanted["query"] or wanted["key"], "key": False}
+    kept, pairs = saved(ctx), {}
+    for name in LEARNED + OTHERS:
+        pairs[name] = kept.pop(name)
+    made = schema.backward(
+        *grad[: len(UPSTREAM)], *pairs.values(), *ctx.flags.values(), *kept.values(),
+        list(wanted.values()),
+    )  # fmt: skip
+    return {name: getattr(made, name) for name, want in wanted.items() if want}
+
+
+def _setup_backward(ctx: Any, a: Any, results: Any) -> None:
+    save(ctx, **_named(a, UPSTREAM + LEARNED + OTHERS))
+    ctx.flags = _named(a, FLAGS)
+
+
+def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
+    kept = saved(ctx)
+    upstream = {name: kept[name] for name in UPSTREAM}
+    inputs = {name: kept[name] for name in LEARNED}
+    others = {name: kept[name] for name in OTHERS} | ctx.flags
+    if ctx.flags["symmetric"]:  # key is query, and its gradient is that of both
+        del inputs["key"]
+
+    def forward(*learned: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(inputs, learned, strict=True))
+        return formula.pairs(Pairs(**{"key": given["query"]} | given | others))
+
+    return second_derivative(forward, upstream, inputs, _named(grad, tuple(inputs)))
+
+
+schema.forward.differentiable(_setup, _backward)
+schema.backward.differentiable(_setup_backward, _double_backward)
+
+
+def statistics(positive_score: Tensor, *pairs: Any) -> Any:
+    """correct and entropy (N,), without gradient."""
+    return schema.statistics(
+        *(x.detach() if isinstance(x, Tensor) else x for x in (positive_score, *pairs))
+    )
+
+
+# The loss by sigmoids
+
+SIGMOID = ("query", "key", "scale", "bias")
+
+
+def _setup_sigmoid(ctx: Any, a: Any, results: Any) -> None:
+    ctx.mark_non_differentiable(*results[1:])
+    formed = results._asdict()
+    del formed["loss"]
+    save(ctx, **_named(a, (*SIGMOID, "positive")), **formed)
+
+
+def _sigmoid_backward(ctx: Any, grad: Any) -> dict[str, Any]:
+    made = schema.sigmoid_backward(grad.loss, *saved(ctx).values())
+    wanted = _named(ctx.wanted, SIGMOID)
+    return {name: getattr(made, name) for name, want in wanted.items() if want}
+
+
+def _setup_sigmoid_backward(ctx: Any, a: Any, results: Any) -> None:
+    save(ctx, **_named(a, ("grad", *SIGMOID, "positive")))
+
+
+def _sigmoid_double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
+    kept = saved(ctx)
+    inputs = {name: kept[name] for name in SIGMOID}
+
+    def forward(*learned: Any) -> tuple[Tensor, ...]:
+        query, key, scale, bias = learned
+        return (formula.sigmoid(query, key, scale, bias, kept["positive"]),)
+
+    return second_derivative(forward, {"grad": kept["grad"]}, inputs, grad._asdict())
+
+
+schema.sigmoid.differentiable(_setup_sigmoid, _sigmoid_backward)
+schema.sigmoid_backward.differentiable(_setup_sigmoid_backward, _sigmoid_double_backward)

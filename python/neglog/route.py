@@ -1,0 +1,174 @@
+"""Where a call runs: decided here, once, after its arguments were checked.
+
+    where = route.choose(logits, backend=backend, weight=weight)
+
+The answer is handed down: nothing below asks again, and a loss that composes another enters below
+its public function. `explain` gives a user the same answer without the computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from neglog import dispatch, torch_state
+from neglog.tiles import gemm
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NO_KERNELS = "no kernels can run here; see neglog.dispatch.describe()"
+ACCEPTED = (*torch_state.PLAIN, *torch_state.TRACED)
+
+
+class Route(NamedTuple):
+    """Where a call runs.
+
+    backend: "cython", "numba", "cuda" or "torch".
+    why: the reason, in words.
+    tiled: scores are made a tile at a time, in `workspace` bytes; otherwise they are the caller's,
+        or lie in memory whole.
+    tile_dtype: the dtype of a tile.
+    demanded: the backend if the caller demanded it; else "", and the op takes the best there is
+        when it runs, so that a graph exported on one machine runs on another.
+    """
+
+    backend: str
+    why: str
+    tiled: bool
+    tile_dtype: torch.dtype
+    workspace: int
+    demanded: str
+
+    def __str__(self) -> str:
+        how = "in memory"
+        if self.tiled:
+            dtype = str(self.tile_dtype).removeprefix("torch.")
+            how = f"in tiles of {dtype}, up to {self.workspace / 2**20:g} MB"
+        return f"{self.backend}, {how}: {self.why}"
+
+
+_explaining: ContextVar[bool] = ContextVar("neglog_explaining", default=False)
+
+
+class _Explained(BaseException):
+    """Leaves the function that `explain` called, with what was decided."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+
+
+def explain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Route:
+    """Where `function(*arguments, **options)` would run, and why. Nothing is computed.
+
+        print(neglog.explain(neglog.cross_entropy, logits, target))
+
+    function: a loss of neglog, or a module of neglog.nn. Raises what the call would raise for its
+    arguments, and TypeError for a function that makes no such decision.
+    """
+    token = _explaining.set(True)
+    try:
+        function(*arguments, **options)
+    except _Explained as explained:
+        return explained.route
+    finally:
+        _explaining.reset(token)
+    raise TypeError(f"function: expected a loss of neglog, got {function!r}")
+
+
+def choose(
+    x: Tensor,
+    *others: Tensor,
+    backend: str | None = None,
+    weight: Tensor | None = None,
+    workspace: int | None = None,
+    by_torch: str | None = None,
+) -> Route:
+    """Where scores of `x`, and of what it is multiplied with, are worked on.
+
+    weight: class weights, whose gradient only torch's formula gives. workspace: bytes for tiles of
+    scores; None where the scores are given. by_torch: the reason if no kernel is for this loss.
+
+    Raises RuntimeError if a backend is demanded that cannot take the call.
+    """
+    compiling = torch_state.compiling()
+    demanded = dispatch.demanded(backend, compiling)
+    # A lookup takes half the time of the questions; torch.compile would trace the cache.
+    find = _for_tensor.__wrapped__ if compiling else _for_tensor
+    where = find(type(x), x.dtype, x.layout, x.device, demanded)
+    for other in others:
+        beside = find(type(other), other.dtype, other.layout, other.device, demanded)
+        where = beside if beside.backend == "torch" else where
+    if weight is not None or compiling or torch_state.differentiating_forward():
+        where = _unless_refused_now(where, weight, compiling)
+    if by_torch is not None:
+        where = _by_torch(where, by_torch)
+    elif where.backend == "torch" and demanded not in (None, "torch"):
+        raise RuntimeError(f"backend={demanded!r} cannot take this call: {where.why}")
+    if workspace is not None and where.backend != "torch":
+        where = where._replace(tiled=True, tile_dtype=gemm.tile_dtype(x), workspace=workspace)
+    if not compiling and _explaining.get():
+        raise _Explained(where)
+    return where
+
+
+def keeps(route: Route, rows: Any, columns: Any, learns: bool) -> bool:
+    """Whether all rows x columns similarities are kept for the backward: they fit in the workspace.
+
+    While a size is symbolic this is not known, and they are not kept: no graph depends on a size.
+    """
+    size = rows * columns * route.tile_dtype.itemsize
+    return learns and statically_known_true(size <= route.workspace)
+
+
+@cache
+def _for_tensor(
+    kind: type, dtype: torch.dtype, layout: torch.layout, device: torch.device,
+    demanded: str | None,
+) -> Route:  # fmt: skip
+    """For scores that are given, in such a tensor."""
+    refusal = _refused_by_device(device, demanded)
+    if refusal is None and dtype not in DTYPES:
+        refusal = f"logits of dtype {dtype}"
+    elif refusal is None and kind not in ACCEPTED:
+        refusal = f"logits of type {kind.__name__}, which decides for itself what an op does"
+    elif refusal is None and layout != torch.strided:
+        refusal = f"logits of layout {layout}"
+    best = dispatch.best(device.type)
+    if demanded == "torch" or refusal or best is None:
+        why = "it was demanded" if demanded == "torch" else refusal or NO_KERNELS
+        return Route("torch", why, False, dtype, 0, "")
+    why = "it was demanded" if demanded else dispatch.state(best).why
+    return Route(demanded or best, why, False, dtype, 0, demanded or "")
+
+
+def _by_torch(where: Route, why: str) -> Route:
+    return Route("torch", why, False, where.tile_dtype, 0, "")
+
+
+def _unless_refused_now(where: Route, weight: Tensor | None, compiling: bool) -> Route:
+    """`where`, unless no kernel can take the call in this state of torch."""
+    if weight is not None and weight.requires_grad:
+        return _by_torch(where, "weight requires grad, which only torch's own formula gives")
+    if compiling and torch_state.transforming():
+        why = "a transform of torch.func is being compiled, for which an op has no formula"
+        return _by_torch(where, why)
+    if torch_state.differentiating_forward():
+        why = "forward-mode differentiation is on, which the kernels have no formula for"
+        return _by_torch(where, why)
+    return where
+
+
+def _refused_by_device(device: Any, demanded: str | None) -> str | None:
+    if device.type == "cuda":
+        if demanded in ("cython", "numba"):
+            return f"logits on device {device}, and its kernels run on the CPU"
+        usable = dispatch.best("cuda") is not None
+        return None if usable else f"logits on {device}: {dispatch.state('cuda').why}"
+    if device.type not in ("cpu", "meta") or demanded == "cuda":
+        return f"logits on device {device}, which its kernels do not run on"
+    return None
