@@ -2,8 +2,8 @@
 
 python bench/sass.py [FOLDER] [--architecture sm_90a]
 
-FOLDER is one that csrc/compile.sh has built (build/cuda). Needs cuobjdump: of the CUDA toolkit, or
-`pip install nvidia-cuda-cuobjdump`.
+FOLDER is one that csrc/compile.sh has built (build/cuda). Needs cuobjdump and nvdisasm in PATH, of
+the CUDA toolkit or of `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`.
 
 A loop that reads vectors of 16 bytes reads a known number of elements each time round, so its
 instructions by element are exact. What they allow is a bound, not a measurement: a multiprocessor
@@ -29,9 +29,9 @@ ITEMSIZE = {"__nv_bfloat16": 2, "__half": 2, "float": 4, "double": 8}
 PASSES = {
     "forward_rows": (1, "nll forward"),
     "backward_rows": (2, "nll backward"),
-    "fused_rows_on_chip": (2, "nll in place, a row on chip"),
-    "forward_close_cells": (1, "pairs forward, scores close together"),
-    "backward_close_cells": (2, "pairs backward, the same"),
+    "forward_backward_rows_in_shared": (2, "nll in place, a row in shared memory"),
+    "forward_cells_one_exp": (1, "pairs forward, scores close together"),
+    "backward_cells_one_exp": (2, "pairs backward, the same"),
 }
 
 
@@ -72,7 +72,7 @@ def demangled(name: str) -> str:
 
 
 def hot_loops(code: list[Instruction], itemsize: int) -> list[Loop]:
-    """The innermost loops that take exps of vectors: of logits read, or of those held on chip."""
+    """The innermost loops that take exps of vectors, read from global or from shared memory."""
     spans = [(i.target, i.address) for i in code if i.target is not None and i.target < i.address]
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     loops = []
@@ -95,7 +95,7 @@ def report(kernel: str, code: list[Instruction]) -> str | None:
     loops = hot_loops(code, itemsize)
     if not loops:
         return None
-    if "chip" not in found[1]:  # the widest is the one that whole rows take
+    if "shared" not in found[1]:  # the widest is the one that whole rows take
         loops = [max(loops, key=lambda loop: loop.elements)]
     by_element = sum(loop.instructions / loop.elements for loop in loops)
     share = by_element / ISSUED / (passes * itemsize / COPY_BYTES)
@@ -112,9 +112,8 @@ def main() -> int:
     tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=of_pip)
     files = sorted(options.folder.glob("*.o"))
     if not tool or not files:
-        missing = (
-            "pip install nvidia-cuda-cuobjdump" if files else f"csrc/compile.sh {options.folder}"
-        )
+        packages = "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        missing = packages if files else f"csrc/compile.sh {options.folder}"
         print(f"bench/sass.py: nothing to read: run {missing} first", file=sys.stderr)
         return 2
     print(

@@ -1,6 +1,7 @@
-// What every op's host half needs: torch's tensors by the stable ABI, checks, and launches.
+// The host code that the ops share: tensors through torch's stable ABI, checks of arguments, kernel
+// launches.
 //
-// With NEGLOG_EMULATED the same ops are compiled for the CPU, in the namespace neglog_emulated.
+// With NEGLOG_EMULATED the ops are compiled for the CPU, in the namespace neglog_emulated.
 
 #pragma once
 
@@ -21,7 +22,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "common/online_softmax.cuh"
+#include "common/vector_io.cuh"
 
 namespace neglog {
 
@@ -36,90 +37,94 @@ using MaybeTensor = std::optional<Tensor>;
 
 inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 
-struct Call {
-    explicit Call(const Tensor&) {}
+struct DeviceContext {  // needs nothing on the CPU
+    explicit DeviceContext(const Tensor&) {}
 };
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Call&, int64_t blocks, int threads,
+void launch(void (*kernel)(Parameters...), const DeviceContext&, int64_t blocks, int threads,
             Arguments... arguments) {
     emulated::launch(unsigned(blocks), unsigned(threads), [&] { kernel(arguments...); });
 }
 
 template <class... Parameters, class... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), const Call&, int64_t blocks, int threads,
-                     int parts, int64_t shared_bytes, Arguments... arguments) {
-    emulated::launch_clusters(unsigned(blocks), unsigned(threads), unsigned(parts),
+void launch_clusters(void (*kernel)(Parameters...), const DeviceContext&, int64_t blocks,
+                     int threads, int cluster_blocks, int64_t shared_bytes,
+                     Arguments... arguments) {
+    emulated::launch_clusters(unsigned(blocks), unsigned(threads), unsigned(cluster_blocks),
                               size_t(shared_bytes), [&] { kernel(arguments...); });
 }
 
-inline bool has_clusters(const Call&) { return true; }
-inline int multiprocessors(const Call&) { return 2; }  // so that blocks take several rows in tests
-inline int64_t most_dynamic_shared(const Call&) { return 226 << 10; }
+inline bool has_clusters(const DeviceContext&) { return true; }
+// So few that blocks take several rows in the tests.
+inline int multiprocessor_count(const DeviceContext&) { return 2; }
+inline int64_t max_dynamic_shared(const DeviceContext&) { return 226 << 10; }
 #else
 #define NEGLOG_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(neglog, CUDA, library)
 
 inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
 
 // The device of a tensor, and its current stream there.
-struct Call {
+struct DeviceContext {
     torch::stable::accelerator::DeviceGuard guard;
     int device;
     cudaStream_t stream;
 
-    explicit Call(const Tensor& tensor)
+    explicit DeviceContext(const Tensor& tensor)
         : guard(tensor.get_device_index()), device(tensor.get_device_index()) {
         void* current = nullptr;
-        TORCH_ERROR_CODE_CHECK(  // the only one that torch 2.10 to 2.12 have
+        TORCH_ERROR_CODE_CHECK(  // torch 2.10 to 2.12 have no other function for it
             aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
         stream = static_cast<cudaStream_t>(current);
     }
 };
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Call& call, int64_t blocks, int threads,
-            Arguments... arguments) {
-    kernel<<<unsigned(blocks), unsigned(threads), 0, call.stream>>>(arguments...);
+void launch(void (*kernel)(Parameters...), const DeviceContext& context, int64_t blocks,
+            int threads, Arguments... arguments) {
+    kernel<<<unsigned(blocks), unsigned(threads), 0, context.stream>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-inline int device_attribute(const Call& call, cudaDeviceAttr attribute) {
+inline int device_attribute(const DeviceContext& context, cudaDeviceAttr attribute) {
     int value = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, call.device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, context.device));
     return value;
 }
 
-inline int multiprocessors(const Call& call) {
-    return device_attribute(call, cudaDevAttrMultiProcessorCount);
+inline int multiprocessor_count(const DeviceContext& context) {
+    return device_attribute(context, cudaDevAttrMultiProcessorCount);
 }
 
-inline bool has_clusters(const Call& call) {
-    return device_attribute(call, cudaDevAttrComputeCapabilityMajor) >= 9;
+inline bool has_clusters(const DeviceContext& context) {
+    return device_attribute(context, cudaDevAttrComputeCapabilityMajor) >= 9;
 }
 
-// What a block may ask for beside the kilobyte that its kernel has at most by itself.
-inline int64_t most_dynamic_shared(const Call& call) {
-    return device_attribute(call, cudaDevAttrMaxSharedMemoryPerBlockOptin) - (1 << 10);
+// The dynamic shared memory that a block may request, beside at most 1 KB of static shared memory.
+inline int64_t max_dynamic_shared(const DeviceContext& context) {
+    return device_attribute(context, cudaDevAttrMaxSharedMemoryPerBlockOptin) - (1 << 10);
 }
 
-// In clusters of `parts` blocks, each with dynamic shared memory; alone where `parts` is 1. The
-// kernel's limit is always set to the same: two threads of the host share it.
+// Launches clusters of `cluster_blocks` blocks, each with dynamic shared memory; without clusters
+// where it is 1. The kernel's limit is always set to the same number, because threads of the host
+// share it.
 template <class... Parameters, class... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), const Call& call, int64_t blocks, int threads,
-                     int parts, int64_t shared_bytes, Arguments... arguments) {
+void launch_clusters(void (*kernel)(Parameters...), const DeviceContext& context, int64_t blocks,
+                     int threads, int cluster_blocks, int64_t shared_bytes,
+                     Arguments... arguments) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        int(most_dynamic_shared(call))));
+                                        int(max_dynamic_shared(context))));
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = unsigned(parts);
+    cluster.val.clusterDim.x = unsigned(cluster_blocks);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared_bytes);
-    config.stream = call.stream;
+    config.stream = context.stream;
     config.attrs = &cluster;
-    config.numAttrs = parts > 1;
+    config.numAttrs = cluster_blocks > 1;
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 #endif
@@ -136,24 +141,42 @@ T* pointer(const MaybeTensor& tensor) {
     return tensor ? pointer<T>(*tensor) : nullptr;
 }
 
-inline ScalarType real_dtype(const Tensor& tensor) {
+inline ScalarType compute_dtype(const Tensor& tensor) {
     const bool wide = tensor.scalar_type() == ScalarType::Double;
     return wide ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor new_real(const Tensor& like, const std::vector<int64_t>& shape) {
-    return torch::stable::new_empty(like, shape, real_dtype(like));
+inline Tensor new_compute_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
+    return torch::stable::new_empty(like, shape, compute_dtype(like));
 }
 
 inline void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
-    STD_TORCH_CHECK(
-        on_device(tensor) && tensor.get_device_index() == like.get_device_index(), name,
-        ": expected a tensor on the device of the first");
+    STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == like.get_device_index(), name,
+                    ": expected a tensor on the device of the first");
 }
 
-// Calls body with a value of the tensor's storage type, for its type.
+// A tensor () or (size,), with any stride, of the dtype that is computed in.
+inline void check_numbers(const char* name, const MaybeTensor& tensor, const Tensor& like,
+                          int64_t size) {
+    if (!tensor) return;
+    check_device(name, *tensor, like);
+    STD_TORCH_CHECK(tensor->scalar_type() == compute_dtype(like), name,
+                    ": expected float32, or float64 for float64 logits");
+    const bool fits = tensor->dim() == 1 && tensor->size(0) == size;
+    STD_TORCH_CHECK(fits || tensor->dim() == 0, name, ": expected ", size, " numbers");
+}
+
+inline bool has_adjacent_columns(const Tensor& rows) {
+    return rows.stride(1) == 1 || rows.size(1) == 1;
+}
+
+inline Tensor with_adjacent_columns(const Tensor& rows) {
+    return has_adjacent_columns(rows) ? rows : torch::stable::contiguous(rows);
+}
+
+// Calls body with a value whose type is that of the tensor's elements.
 template <class Body>
-void with_storage(const Tensor& tensor, Body body) {
+void dispatch_storage(const Tensor& tensor, Body body) {
     switch (tensor.scalar_type()) {
         case ScalarType::Float: return body(float());
         case ScalarType::Double: return body(double());

@@ -1,4 +1,4 @@
-// What the kernels use of CUDA, on the CPU: so that they run, and are tested, where there is no GPU.
+// The part of CUDA that the kernels use, on the CPU, so that they are tested where there is no GPU.
 //
 // (a) Each thread of a block is a fiber. It runs until it must wait, for its block or its warp, and
 //     then the next one does. Blocks follow one another; those of a cluster run at once, each on a
@@ -236,7 +236,9 @@ inline void launch_clusters(unsigned blocks, unsigned threads, unsigned parts, s
     for (std::thread& one : running) one.join();
 }
 
-inline uint4* dynamic_shared() { return cluster->dynamic[blockIdx.x % cluster->dynamic.size()].data(); }
+inline uint4* dynamic_shared() {
+    return cluster->dynamic[blockIdx.x % cluster->dynamic.size()].data();
+}
 
 inline unsigned cluster_size() { return unsigned(cluster->dynamic.size()); }
 inline unsigned cluster_rank() { return blockIdx.x % cluster_size(); }
@@ -249,11 +251,11 @@ inline void cluster_sync() {
 
 // Where another block of the cluster has what this one has at `own`.
 template <class T>
-const T* of_block(const T* own, unsigned rank) {
-    const auto offset = reinterpret_cast<const char*>(own) -
-                        reinterpret_cast<const char*>(dynamic_shared());
-    return reinterpret_cast<const T*>(
-        reinterpret_cast<const char*>(cluster->dynamic[rank].data()) + offset);
+const T* shared_of_block(const T* own, unsigned rank) {
+    const auto offset =
+        reinterpret_cast<const char*>(own) - reinterpret_cast<const char*>(dynamic_shared());
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(cluster->dynamic[rank].data()) +
+                                      offset);
 }
 
 }  // namespace neglog::emulated

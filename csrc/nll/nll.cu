@@ -1,102 +1,116 @@
-// nll on CUDA: neglog::nll, neglog::nll_backward and neglog::nll_, all options, and the product with
-// the upstream for what nll_ wrote.
+// The CUDA ops of nll, the log-softmax and negative log-likelihood of rows of logits:
 //
-// Compiled for sm_80, sm_90a and sm_100, run on the CPU by emulator/cuda_on_cpu.hpp, not yet on a GPU; no speed
-// is claimed.
+//   neglog::nll           loss and log-sum-exp of each row
+//   neglog::nll_backward  gradient by the logits
+//   neglog::nll_          loss, and in the same pass the gradient for upstream 1, written in place:
+//                         over the logits
+//   neglog::nll_scale_    the upstream gradient times what nll_ wrote
 //
-// (a) One block walks one row (row.cuh), then the row a grid further.
-// (b) In place, a row of 32 KB and more that needs no second walk stays on chip (row_in_shared.cuh).
-//     Shorter rows find themselves in the caches, longer ones would not fit.
-// (c) No atomics: a row's bits depend on the vocabulary, the dtype and its alignment alone, and the
-//     sums over rows are made by one block in double, in one order.
-// (d) The host never waits: divisors stay on the device, so a call can be captured in a CUDA graph.
-//     A target out of range therefore fails a device-side assertion, as torch's does.
+// In short, loss = log(sum_c exp(z_c)) - z_target, and dloss / dz_c = softmax(z)_c - [c = target].
+// row.cuh has the formulas with class weights, label smoothing, target distributions, logit scale,
+// softcap and z-loss.
+//
+// (a) A thread block computes a whole row (row.cuh), and the grid strides over the rows. Short rows
+//     get smaller blocks, not several rows a block, so that a row's bits depend on the vocabulary,
+//     the dtype and the row's alignment alone.
+// (b) In place, rows of 32 KB and more that need no second pass are kept in shared memory
+//     (row_in_shared.cuh). Shorter rows are still in a cache when they are read again. Rows larger
+//     than the shared memory of a cluster are read twice.
+// (c) No atomics. A single block forms the sums over rows, in double and in one order, so that the
+//     same call gives the same bits every time.
+// (d) The host never waits for the device: divisors stay on the device, and a call can be captured
+//     in a CUDA graph. A target out of range therefore fails a device-side assertion, as torch's
+//     does.
 
-#include "nll/row_in_shared.cuh"
 #include "common/torch_stable.cuh"
+#include "nll/row_in_shared.cuh"
 
 namespace neglog {
 namespace {
 
-// Kernels over rows
+// Kernels over rows, one block to a row
 
-template <class S, bool capped>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
-    forward_rows(Problem<S, capped> p, Output<real_of<S>> o) {
+template <class S, bool has_softcap>
+__global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
+    forward_rows(Problem<S, has_softcap> p, Output<compute_t<S>> o) {
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) row_forward(p, o, row);
 }
 
-template <class S, bool capped>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
-    backward_rows(Problem<S, capped> p, Upstream<real_of<S>> up, Strided<real_of<S>> lse,
-                  Strided<real_of<S>> lse_low, S* out) {
+template <class S, bool has_softcap>
+__global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
+    backward_rows(Problem<S, has_softcap> p, Upstream<compute_t<S>> up, PerRow<compute_t<S>> lse,
+                  PerRow<compute_t<S>> lse_low, S* out) {
     const double scale = up.divisor ? 1 / double(*up.divisor) : 1;
-    const double weights = weight_sum(p);
+    const double weight_sum = class_weight_sum(p);
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const double grad_lse = up.lse.first ? up.lse[row] : 0;
         S* const out_row = out + row * p.vocab;
-        if (ignored(p, row) && grad_lse == 0) {  // exactly zero, even where the logits are NaN
+        if (is_ignored(p, row) && grad_lse == 0) {  // exactly zero, even where the logits are NaN
             zero_row(out_row, p.vocab);
             continue;
         }
-        const Lse<real_of<S>> saved = {lse[row], lse_low[row]};
+        const Lse<compute_t<S>> saved = {lse[row], lse_low[row]};
         const auto z = target_score_or_0(p, row);
-        const auto f = row_factors(p, row, saved, z, up.loss[row] * scale, grad_lse, weights);
-        row_gradient<kInFlight<S>>(p, row, saved, f, out_row);
+        const auto f =
+            gradient_factors(p, row, saved, z, up.loss[row] * scale, grad_lse, weight_sum);
+        row_gradient<kLoadsInFlight<S>>(p, row, saved, f, out_row);
     }
 }
 
+// What multiplies the gradients that nll_ forms. `divide_later` is explained in run_forward.
 template <class T>
-__device__ double fused_scale(const T* divisor, bool late) {
-    return divisor && !(late && *divisor != 0) ? 1 / double(*divisor) : 1;
+__device__ double gradient_scale(const T* divisor, bool divide_later) {
+    return divisor && !(divide_later && *divisor != 0) ? 1 / double(*divisor) : 1;
 }
 
-template <class S, bool capped>
-__global__ void __launch_bounds__(kRowThreads, kFusedBlocks)
-    fused_rows(Problem<S, capped> p, Output<real_of<S>> o, const real_of<S>* divisor, bool late,
-               S* logits) {
-    const double scale = fused_scale(divisor, late);
-    const double weights = weight_sum(p);
+template <class S, bool has_softcap>
+__global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
+    forward_backward_rows(Problem<S, has_softcap> p, Output<compute_t<S>> o,
+                          const compute_t<S>* divisor, bool divide_later, S* logits) {
+    const double scale = gradient_scale(divisor, divide_later);
+    const double weight_sum = class_weight_sum(p);
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const auto lse = row_forward(p, o, row);
         const auto z = target_score_or_0(p, row);
-        const auto f = row_factors(p, row, lse, z, scale, 0, weights);
-        __syncthreads();  // no thread still reads another's part of the row, the target's logit say
+        const auto f = gradient_factors(p, row, lse, z, scale, 0, weight_sum);
+        __syncthreads();  // all threads have read the row and its target; now they are overwritten
         S* const out_row = logits + row * p.logits_stride;
-        if (ignored(p, row))
-            zero_row(out_row, p.vocab);
-        else
-            row_gradient<kAgain>(p, row, lse, f, out_row);
+        if (is_ignored(p, row)) zero_row(out_row, p.vocab);
+        else row_gradient<kLoadsInFlightSecondPass>(p, row, lse, f, out_row);
     }
 }
 
-// fused_rows of class targets without label smoothing and statistics, a cluster to a row.
-template <class S, bool capped>
-__global__ void __launch_bounds__(kRowThreads, kFusedBlocks)
-    fused_rows_on_chip(Problem<S, capped> p, Output<real_of<S>> o, const real_of<S>* divisor,
-                       bool late, S* logits) {
-    using T = real_of<S>;
-    NEGLOG_DYNAMIC_SHARED(chip);
-    const auto slots = reinterpret_cast<LogSumExp<T>*>(chip);
-    uint4* const held = chip + kSlotVectors;
-    const double scale = fused_scale(divisor, late);
-    const int64_t parts = cluster_size();
-    int turn = 0;
-    for (int64_t row = blockIdx.x / parts; row < p.rows; row += gridDim.x / parts) {
-        S* const at = logits + row * p.logits_stride;
-        const Slice own = slice_of<S>(at, p.vocab);
-        const bool counted = !ignored(p, row);
+// The same with the row in shared memory, one cluster to a row: for class targets, without label
+// smoothing and without statistics.
+template <class S, bool has_softcap>
+__global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
+    forward_backward_rows_in_shared(Problem<S, has_softcap> p, Output<compute_t<S>> o,
+                                    const compute_t<S>* divisor, bool divide_later, S* logits) {
+    using T = compute_t<S>;
+    NEGLOG_DYNAMIC_SHARED(shared);
+    const auto states = reinterpret_cast<SoftmaxState<T>*>(shared);
+    uint4* const held = shared + kStateVectors;
+    const double scale = gradient_scale(divisor, divide_later);
+    const int64_t blocks_per_row = cluster_size();
+    int slot = 0;
+    for (int64_t row = blockIdx.x / blocks_per_row; row < p.rows;
+         row += gridDim.x / blocks_per_row) {
+        S* const row_logits = logits + row * p.logits_stride;
+        const RowSlice slice = slice_of<S>(row_logits, p.vocab);
+        const bool counted = !is_ignored(p, row);
         Lse<T> lse = {0, 0};
         double loss = 0;
         if (counted) {
-            const T z = target_score(p, row);  // before the barriers, after which it is overwritten
-            const auto of_slice = block_reduce(take<S>(p, at, own, held), MergeStates{});
-            lse = finish(cluster_reduce(of_slice, slots + turn));
-            turn = 1 - turn;
+            const T z = target_score(p, row);  // before the barriers: after them it is overwritten
+            const auto state =
+                block_reduce(load_slice<S>(p, row_logits, slice, held), MergeStates{});
+            lse = finish(cluster_reduce(state, states + slot));
+            slot = 1 - slot;
             loss = row_loss(p, row, lse, z);
-            give(p, row, own, held, lse, row_factors(p, row, lse, z, scale, 0, 0), at);
+            const auto f = gradient_factors(p, row, lse, z, scale, 0, 0);
+            write_slice_gradient(p, row, slice, held, lse, f, row_logits);
         } else {
-            zero(own, p.vocab, at);
+            zero_slice(slice, p.vocab, row_logits);
         }
         if (threadIdx.x == 0 && cluster_rank() == 0) {
             o.loss[row] = T(loss);
@@ -104,48 +118,51 @@ __global__ void __launch_bounds__(kRowThreads, kFusedBlocks)
             o.lse_low[row] = lse.low;
         }
     }
-    cluster_sync();  // a block that ends takes along what the others may still read
+    cluster_sync();  // the shared memory of a block that ends is gone, and others may still read it
 }
 
-// Rows times their factors; nothing is read of those whose factor is 1, as an upstream mostly is.
+// Multiplies rows by their factors, in place. Rows whose factor is 1, as the upstream gradient
+// mostly is, are not read.
 template <class S>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<S>)
-    scale_rows(Problem<S, false> p, Strided<real_of<S>> factor, S* x) {
+__global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
+    scale_rows(Problem<S, false> p, PerRow<compute_t<S>> factor, S* x) {
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        const real_of<S> own = factor[row];
-        if (own == 1) continue;
-        S* const at = x + row * p.logits_stride;
-        const S* const from = at;
-        walk<kInFlight<S>>(from, p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& v) {
-            real_of<S> scaled[n];
+        const compute_t<S> row_factor = factor[row];
+        if (row_factor == 1) continue;
+        S* const to = x + row * p.logits_stride;
+        const S* const from = to;
+        const auto scale = [&]<int n>(int64_t column, const Elements<S, n>& v) {
+            compute_t<S> scaled[n];
 #pragma unroll
-            for (int i = 0; i < n; ++i) scaled[i] = widen(v.at[i]) * own;
-            store(at + column, narrowed<S>(scaled), true);
-        });
+            for (int i = 0; i < n; ++i) scaled[i] = widen(v.value[i]) * row_factor;
+            store(to + column, narrowed<S>(scaled), true);
+        };
+        for_each_in_row<kLoadsInFlight<S>>(from, p.vocab, scale);
     }
 }
 
-// Sums over rows, by a kernel of one block
+// Sums over rows, by kernels of one block
 
-// What a thread asks for at a time: one number after the other would be 20 us of waiting for 32768.
-constexpr int kSummed = 8;
+// Rows whose numbers a thread loads before it uses the first. One load after the other would take
+// an estimated 20 us of latency for 32768 rows.
+constexpr int kRowsInFlight = 8;
 
-// Calls use(read(row)) for each of the block's rows in one order, kSummed of them read ahead.
+// Calls use(read(row)) for each row, in a block-stride loop.
 template <class Read, class Use>
 __device__ void for_rows(int64_t rows, Read read, Use use) {
-    for (int64_t first = threadIdx.x; first < rows; first += kSummed * blockDim.x) {
-        decltype(read(first)) found[kSummed];
+    for (int64_t first = threadIdx.x; first < rows; first += kRowsInFlight * blockDim.x) {
+        decltype(read(first)) found[kRowsInFlight];
 #pragma unroll
-        for (int u = 0; u < kSummed; ++u)
+        for (int u = 0; u < kRowsInFlight; ++u)
             if (first + u * blockDim.x < rows) found[u] = read(first + u * blockDim.x);
 #pragma unroll
-        for (int u = 0; u < kSummed; ++u)
+        for (int u = 0; u < kRowsInFlight; ++u)
             if (first + u * blockDim.x < rows) use(found[u]);
     }
 }
 
-template <class S, bool capped>
-__device__ double total_weight_of(const Problem<S, capped>& p) {
+template <class S, bool has_softcap>
+__device__ double total_weight_of(const Problem<S, has_softcap>& p) {
     if (!p.target) return p.vocab ? double(p.rows) : double(NAN);
     double sum = 0;
     for_rows(
@@ -158,101 +175,117 @@ __device__ double total_weight_of(const Problem<S, capped>& p) {
     return block_sum(sum);
 }
 
-// The mean's divisor. Targets are checked here even where num_items is the divisor.
-template <class S, bool capped>
-__device__ real_of<S> divisor_of(const Problem<S, capped>& p, const real_of<S>* num_items) {
+// The divisor of the mean. Where num_items is given the sum is still formed, for its check of
+// targets.
+template <class S, bool has_softcap>
+__device__ compute_t<S> divisor_of(const Problem<S, has_softcap>& p,
+                                   const compute_t<S>* num_items) {
     const double total = total_weight_of(p);
-    return num_items ? *num_items : real_of<S>(total);
+    return num_items ? *num_items : compute_t<S>(total);
 }
 
-// Before the rows, where their gradients want the divisor.
-template <class S, bool capped>
+// Runs before the rows where their gradients need the divisor.
+template <class S, bool has_softcap>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    sum_weights(Problem<S, capped> p, const real_of<S>* num_items, real_of<S>* total_weight) {
-    const real_of<S> divisor = divisor_of(p, num_items);
+    sum_weights(Problem<S, has_softcap> p, const compute_t<S>* num_items,
+                compute_t<S>* total_weight) {
+    const compute_t<S> divisor = divisor_of(p, num_items);
     if (threadIdx.x == 0) *total_weight = divisor;
 }
 
-// After the rows: the loss, unless it is null, and, unless that is known, the divisor.
-template <class S, bool capped>
+// Runs after the rows. Writes the loss unless its pointer is null, and total_weight unless
+// sum_weights has done it.
+template <class S, bool has_softcap>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    sum_losses(Problem<S, capped> p, const real_of<S>* row_loss, const real_of<S>* num_items,
-               bool known, bool mean, real_of<S>* total_weight, real_of<S>* loss) {
-    using T = real_of<S>;
-    const T divisor = known ? *total_weight : divisor_of(p, num_items);
+    sum_losses(Problem<S, has_softcap> p, const compute_t<S>* row_loss,
+               const compute_t<S>* num_items, bool divisor_known, bool mean,
+               compute_t<S>* total_weight, compute_t<S>* loss) {
+    using T = compute_t<S>;
+    const T divisor = divisor_known ? *total_weight : divisor_of(p, num_items);
     double sum = 0;
     for_rows(
         loss ? p.rows : 0, [&](int64_t row) { return row_loss[row]; }, [&](T one) { sum += one; });
     const double total = block_sum(sum);
     if (threadIdx.x != 0) return;
-    if (!known) *total_weight = divisor;
+    if (!divisor_known) *total_weight = divisor;
     if (loss) *loss = T(mean ? total / double(divisor) : total);
 }
 
 // Launching
 
-constexpr int64_t kNone = 0, kMean = 1;
+constexpr int64_t kReductionNone = 0, kReductionMean = 1;  // as in aten; 2 is the sum
+constexpr int kThreadsPerMultiprocessor = 2048;
 
-// Beyond this a block takes several rows: to start one for each of 1000 classes costs as much as to
-// read it. Long rows have a block each, as the last of four would keep the others' places empty.
-inline int64_t most_blocks(const Call& call, int threads) {
-    return int64_t(multiprocessors(call)) * (kThreadsOfMultiprocessor / threads);
+// As many blocks as the device runs at once, if only their threads are counted.
+inline int64_t max_blocks(const DeviceContext& context, int threads) {
+    return int64_t(multiprocessor_count(context)) * (kThreadsPerMultiprocessor / threads);
 }
 
-template <class S, bool capped, class... Parameters, class... Arguments>
-void launch_rows(void (*kernel)(Problem<S, capped>, Parameters...), const Call& call,
-                 const Problem<S, capped>& p, Arguments... arguments) {
+// Short rows share a grid of max_blocks: to start a block costs as much as to read 1000 classes.
+// Long rows get a block each, else a multiprocessor would idle while the last blocks finish their
+// share.
+template <class S, bool has_softcap, class... Parameters, class... Arguments>
+void launch_rows(void (*kernel)(Problem<S, has_softcap>, Parameters...),
+                 const DeviceContext& context, const Problem<S, has_softcap>& p,
+                 Arguments... arguments) {
     if (p.rows == 0) return;
-    const int threads = threads_for<S>(p.vocab);
-    const int64_t most = threads == kRowThreads ? p.rows : most_blocks(call, threads);
-    launch(kernel, call, std::min(p.rows, most), threads, p, arguments...);
+    const int threads = block_size_for<S>(p.vocab);
+    const int64_t blocks = threads == kRowThreads ? p.rows : max_blocks(context, threads);
+    launch(kernel, context, std::min(p.rows, blocks), threads, p, arguments...);
 }
 
-constexpr int64_t kShortestOnChip = 32 << 10;
-// Of a block, so that two of them share a multiprocessor's memory, and one loads while another stores;
-// then of one that has it alone.
-constexpr int64_t kSliceBytes = 72 << 10, kLargestSliceBytes = 200 << 10;
-constexpr int kMostParts = 8;  // that every device with clusters takes
+// Rows in shared memory
 
-inline int64_t slice_bytes(int64_t row_bytes, int parts) {
-    return (row_bytes / kVectorBytes / parts + 1 + kSlotVectors) * kVectorBytes;
+constexpr int64_t kMinSharedRowBytes = 32 << 10;  // shorter rows stay in a cache
+// Shared memory of a block, at most: with the first number two blocks fit on a multiprocessor, and
+// one loads while the other stores; with the second one block fits.
+constexpr int64_t kSliceBytesOfTwoBlocks = 72 << 10, kSliceBytesOfOneBlock = 200 << 10;
+constexpr int kMaxClusterSize = 8;  // the largest that every device with clusters supports
+
+inline int64_t slice_bytes(int64_t row_bytes, int blocks_per_row) {
+    return (row_bytes / kVectorBytes / blocks_per_row + 1 + kStateVectors) * kVectorBytes;
 }
 
-// How many blocks hold a row on chip, or 0 where none do.
-template <class S, bool capped>
-int parts_on_chip(const Problem<S, capped>& p, const Output<real_of<S>>& o, const Call& call) {
+// The size of the cluster that holds a row in shared memory, or 0 where the row is not held.
+template <class S, bool has_softcap>
+int blocks_per_row_in_shared(const Problem<S, has_softcap>& p, const Output<compute_t<S>>& o,
+                             const DeviceContext& context) {
     const int64_t bytes = p.vocab * int64_t(sizeof(S));
-    if (!p.target || p.label_smoothing != 0 || o.correct || bytes < kShortestOnChip) return 0;
-    const int64_t most = most_dynamic_shared(call), usual = std::min(kSliceBytes, most);
-    const int most_parts = has_clusters(call) ? kMostParts : 1;
-    for (int parts = 1; parts <= most_parts; parts *= 2)
-        if (slice_bytes(bytes, parts) <= usual) return parts;
-    const bool alone = slice_bytes(bytes, kMostParts) <= std::min(kLargestSliceBytes, most);
-    return most_parts == kMostParts && alone ? kMostParts : 0;
+    if (!p.target || p.label_smoothing != 0 || o.correct || bytes < kMinSharedRowBytes) return 0;
+    const int64_t limit = max_dynamic_shared(context);
+    const int largest = has_clusters(context) ? kMaxClusterSize : 1;
+    for (int blocks = 1; blocks <= largest; blocks *= 2)
+        if (slice_bytes(bytes, blocks) <= std::min(kSliceBytesOfTwoBlocks, limit)) return blocks;
+    const bool fits = slice_bytes(bytes, kMaxClusterSize) <= std::min(kSliceBytesOfOneBlock, limit);
+    return largest == kMaxClusterSize && fits ? kMaxClusterSize : 0;
 }
 
-template <class S, bool capped>
-void launch_fused(const Call& call, const Problem<S, capped>& p, const Output<real_of<S>>& o,
-                  const real_of<S>* divisor, bool late, S* logits) {
-    const int parts = p.rows == 0 ? 0 : parts_on_chip(p, o, call);
-    if (parts == 0) {
-        launch_rows(fused_rows<S, capped>, call, p, o, divisor, late, logits);
+template <class S, bool has_softcap>
+void launch_forward_backward(const DeviceContext& context, const Problem<S, has_softcap>& p,
+                             const Output<compute_t<S>>& o, const compute_t<S>* divisor,
+                             bool divide_later, S* logits) {
+    const int blocks_per_row = p.rows == 0 ? 0 : blocks_per_row_in_shared(p, o, context);
+    if (blocks_per_row == 0) {
+        launch_rows(forward_backward_rows<S, has_softcap>, context, p, o, divisor, divide_later,
+                    logits);
         return;
     }
-    const int64_t clusters = std::min(p.rows, most_blocks(call, kRowThreads) / parts);
-    const int64_t shared_bytes = slice_bytes(p.vocab * int64_t(sizeof(S)), parts);
-    launch_clusters(fused_rows_on_chip<S, capped>, call, clusters * parts, kRowThreads, parts,
-                    shared_bytes, p, o, divisor, late, logits);
+    const int64_t clusters = std::min(p.rows, max_blocks(context, kRowThreads) / blocks_per_row);
+    const int64_t shared_bytes = slice_bytes(p.vocab * int64_t(sizeof(S)), blocks_per_row);
+    launch_clusters(forward_backward_rows_in_shared<S, has_softcap>, context,
+                    clusters * blocks_per_row, kRowThreads, blocks_per_row, shared_bytes, p, o,
+                    divisor, divide_later, logits);
 }
 
 template <class... Parameters, class... Arguments>
-void launch_one_block(void (*kernel)(Parameters...), const Call& call, Arguments... arguments) {
-    launch(kernel, call, 1, kMaxThreads, arguments...);
+void launch_one_block(void (*kernel)(Parameters...), const DeviceContext& context,
+                      Arguments... arguments) {
+    launch(kernel, context, 1, kMaxThreads, arguments...);
 }
 
 // Tensors
 
-// What every op is given, with columns that are adjacent in memory.
+// The arguments that the ops share.
 struct Inputs {
     Tensor logits, target;
     MaybeTensor weight;
@@ -265,27 +298,12 @@ struct Results {
 };
 
 template <class T>
-Strided<T> strided(const Tensor& tensor) {
+PerRow<T> per_row(const Tensor& tensor) {
     return {pointer<const T>(tensor), tensor.dim() == 0 ? 0 : tensor.stride(0)};
 }
 
-bool columns_adjacent(const Tensor& rows) { return rows.stride(1) == 1 || rows.size(1) == 1; }
-
-Tensor adjacent(const Tensor& rows) {
-    return columns_adjacent(rows) ? rows : torch::stable::contiguous(rows);
-}
-
-// One number in all, or one for each of `size`, in the accumulation dtype.
-void check_real(const char* name, const MaybeTensor& tensor, const Tensor& logits, int64_t size) {
-    if (!tensor) return;
-    check_device(name, *tensor, logits);
-    STD_TORCH_CHECK(tensor->scalar_type() == real_dtype(logits), name,
-                    ": expected float32, or float64 for float64 logits");
-    const bool fits = tensor->dim() == 1 && tensor->size(0) == size;
-    STD_TORCH_CHECK(fits || tensor->dim() == 0, name, ": expected ", size, " numbers");
-}
-
-// Only what would otherwise be read as something it is not; the public face words its own errors.
+// The arguments with columns adjacent in memory. Checks what a kernel would misread; the Python
+// functions that call the ops raise the errors meant for users.
 Inputs checked(const Inputs& in) {
     const Tensor &logits = in.logits, &target = in.target;
     STD_TORCH_CHECK(on_device(logits) && logits.dim() == 2, "logits: expected (N, V) on CUDA");
@@ -296,17 +314,17 @@ Inputs checked(const Inputs& in) {
     STD_TORCH_CHECK(index || target.size(1) == logits.size(1), "target: expected logits' shape");
     const auto expected = index ? ScalarType::Long : logits.scalar_type();
     STD_TORCH_CHECK(target.scalar_type() == expected, "target: expected int64, or logits' dtype");
-    check_real("weight", in.weight, logits, logits.size(1));
+    check_numbers("weight", in.weight, logits, logits.size(1));
     STD_TORCH_CHECK(!in.weight || in.weight->dim() == 1, "weight: expected (V,)");
     Inputs ready = in;
-    ready.logits = adjacent(logits);
-    if (!index) ready.target = adjacent(target);
+    ready.logits = with_adjacent_columns(logits);
+    if (!index) ready.target = with_adjacent_columns(target);
     if (in.weight) ready.weight = torch::stable::contiguous(*in.weight);
     return ready;
 }
 
-template <class S, bool capped>
-Problem<S, capped> problem(const Inputs& in) {
+template <class S, bool has_softcap>
+Problem<S, has_softcap> problem(const Inputs& in) {
     const bool index = in.target.dim() == 1;
     const int64_t vocab = in.logits.size(1);
     return {
@@ -318,19 +336,19 @@ Problem<S, capped> problem(const Inputs& in) {
         .target_stride = in.target.stride(0),
         .probs = index ? nullptr : pointer<const S>(in.target),
         .probs_stride = in.target.stride(0),
-        .weight = pointer<const real_of<S>>(in.weight),
+        .weight = pointer<const compute_t<S>>(in.weight),
         .ignore_index = in.ignore_index,
         .label_smoothing = in.label_smoothing,
-        .share = vocab == 0 ? 0 : in.label_smoothing / double(vocab),
-        .cap = {real_of<S>(in.logit_scale), real_of<S>(in.softcap)},
+        .smoothing_per_class = vocab == 0 ? 0 : in.label_smoothing / double(vocab),
+        .to_score = {compute_t<S>(in.logit_scale), compute_t<S>(in.softcap)},
         .z_loss = in.z_loss,
     };
 }
 
-// Calls body with the Problem of the storage type and the softcap, for its type.
+// Calls body with the Problem for the dtype of the logits, with or without a softcap.
 template <class Body>
-void with_problem(const Inputs& in, Body body) {
-    with_storage(in.logits, [&](auto storage) {
+void dispatch_problem(const Inputs& in, Body body) {
+    dispatch_storage(in.logits, [&](auto storage) {
         using S = decltype(storage);
         if (in.softcap == 0) body(problem<S, false>(in));
         else body(problem<S, true>(in));
@@ -339,15 +357,18 @@ void with_problem(const Inputs& in, Body body) {
 
 Results new_results(const Tensor& logits, bool stats) {
     const std::vector<int64_t> rows{logits.size(0)}, counted{stats ? logits.size(0) : 0};
-    return {new_real(logits, rows), new_real(logits, rows),
-            new_real(logits, rows), new_real(logits, {}),
+    return {new_compute_tensor(logits, rows),
+            new_compute_tensor(logits, rows),
+            new_compute_tensor(logits, rows),
+            new_compute_tensor(logits, {}),
             torch::stable::new_empty(logits, counted, ScalarType::Bool),
-            new_real(logits, counted), new_real(logits, {})};
+            new_compute_tensor(logits, counted),
+            new_compute_tensor(logits, {})};
 }
 
 template <class S>
-Output<real_of<S>> output(const Results& r) {
-    using T = real_of<S>;
+Output<compute_t<S>> output(const Results& r) {
+    using T = compute_t<S>;
     const bool stats = r.correct.numel() > 0;
     return {pointer<T>(r.row_loss), pointer<T>(r.lse), pointer<T>(r.lse_low),
             stats ? pointer<bool>(r.correct) : nullptr, stats ? pointer<T>(r.entropy) : nullptr};
@@ -355,39 +376,49 @@ Output<real_of<S>> output(const Results& r) {
 
 // The ops
 
-template <class S, bool capped>
-void run_forward(const Call& call, const Problem<S, capped>& p, const Inputs& in,
+template <class S, bool has_softcap>
+void run_forward(const DeviceContext& context, const Problem<S, has_softcap>& p, const Inputs& in,
                  const MaybeTensor& num_items, bool in_place, Results& r) {
-    using T = real_of<S>;
+    using T = compute_t<S>;
     T* const total_weight = pointer<T>(r.total_weight);
     const T* const items = pointer<const T>(num_items);
-    const bool mean = in.reduction == kMean, whole = in.reduction != kNone;
-    if (in_place && p.vocab != 0) {
-        // In float16 a gradient divided by thousands of rows is below the smallest number, and a
-        // loss scale that comes after cannot bring it back: there the autograd formula divides
-        // later, but by 0 now, so that an ignored row's 0 does not become 0 / 0.
-        const bool late = std::is_same_v<S, __half>;
-        launch_one_block(sum_weights<S, capped>, call, p, items, total_weight);
-        launch_fused(call, p, output<S>(r), mean ? total_weight : nullptr, late,
-                     pointer<S>(in.logits));
+    const bool mean = in.reduction == kReductionMean, reduced = in.reduction != kReductionNone;
+    const bool forms_gradient = in_place && p.vocab != 0;
+    if (forms_gradient) {
+        // In float16 a gradient divided by thousands of rows underflows, and a loss scale that
+        // multiplies it later cannot recover it. There the autograd formula divides after that,
+        // except by 0: this is done here, so that an ignored row's gradient of 0 does not become 0
+        // / 0.
+        const bool divide_later = std::is_same_v<S, __half>;
+        launch_one_block(sum_weights<S, has_softcap>, context, p, items, total_weight);
+        launch_forward_backward(context, p, output<S>(r), mean ? total_weight : nullptr,
+                                divide_later, pointer<S>(in.logits));
     } else {
-        launch_rows(forward_rows<S, capped>, call, p, output<S>(r));
+        launch_rows(forward_rows<S, has_softcap>, context, p, output<S>(r));
     }
-    const bool known = in_place && p.vocab != 0;
-    if (whole || !known)
-        launch_one_block(sum_losses<S, capped>, call, p, pointer<const T>(r.row_loss), items,
-                         known, mean, total_weight, whole ? pointer<T>(r.loss) : nullptr);
-    if (!whole) r.loss = r.row_loss;
+    if (reduced || !forms_gradient)
+        launch_one_block(sum_losses<S, has_softcap>, context, p, pointer<const T>(r.row_loss),
+                         items, forms_gradient, mean, total_weight,
+                         reduced ? pointer<T>(r.loss) : nullptr);
+    if (!reduced) r.loss = r.row_loss;
 }
 
 Results forward(const Inputs& in, const MaybeTensor& num_items, bool stats, bool in_place) {
-    check_real("num_items", num_items, in.logits, 1);
-    const Call call(in.logits);
+    check_numbers("num_items", num_items, in.logits, 1);
+    const DeviceContext context(in.logits);
     Results r = new_results(in.logits, stats);
-    with_problem(in, [&](const auto& p) { run_forward(call, p, in, num_items, in_place, r); });
+    dispatch_problem(in,
+                     [&](const auto& p) { run_forward(context, p, in, num_items, in_place, r); });
     return r;
 }
 
+// The schemas are copied from python/neglog/ops/nll.py, which defines them.
+
+// nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, int reduction,
+//     int ignore_index, float label_smoothing, float logit_scale, float softcap, float z_loss,
+//     bool stats, str backend)
+//     -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor total_weight, Tensor correct,
+//         Tensor entropy)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nll(
     const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
     const MaybeTensor& num_items, int64_t reduction, int64_t ignore_index, double label_smoothing,
@@ -398,6 +429,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nll(
     return {r.loss, r.lse, r.lse_low, r.total_weight, r.correct, r.entropy};
 }
 
+// nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, int reduction,
+//      int ignore_index, float label_smoothing, float logit_scale, float softcap, float z_loss,
+//      bool stats, str backend)
+//     -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, Tensor entropy)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nll_(
     const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
     const MaybeTensor& num_items, int64_t reduction, int64_t ignore_index, double label_smoothing,
@@ -406,10 +441,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nll_(
                                logit_scale, softcap, z_loss});
     const Results r = forward(in, num_items, stats, true);
     Tensor written = logits;
-    if (!columns_adjacent(logits)) torch::stable::copy_(written, in.logits);
+    if (!has_adjacent_columns(logits)) torch::stable::copy_(written, in.logits);
     return {r.loss, r.lse, r.total_weight, r.correct, r.entropy};
 }
 
+// nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight,
+//              Tensor lse, Tensor lse_low, Tensor total_weight, int reduction, int ignore_index,
+//              float label_smoothing, float logit_scale, float softcap, float z_loss, str backend)
+//     -> Tensor
 Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const Tensor& logits,
                     const Tensor& target, const MaybeTensor& weight, const Tensor& lse,
                     const Tensor& lse_low, const Tensor& total_weight, int64_t reduction,
@@ -418,46 +457,50 @@ Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const 
     const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
                                logit_scale, softcap, z_loss});
     const int64_t rows = logits.size(0);
-    check_real("grad_loss", grad_loss, logits, rows);
-    check_real("grad_lse", grad_lse, logits, rows);
-    check_real("lse", lse, logits, rows);
-    check_real("lse_low", lse_low, logits, rows);
-    check_real("total_weight", total_weight, logits, 1);
-    const Call call(logits);
+    check_numbers("grad_loss", grad_loss, logits, rows);
+    check_numbers("grad_lse", grad_lse, logits, rows);
+    check_numbers("lse", lse, logits, rows);
+    check_numbers("lse_low", lse_low, logits, rows);
+    check_numbers("total_weight", total_weight, logits, 1);
+    const DeviceContext context(logits);
     const Tensor out = torch::stable::new_empty(logits, logits.sizes(), logits.scalar_type());
-    if (logits.size(1) == 0) return out;  // and of probabilities no address tells that they are
-    with_problem(in, [&]<class S, bool capped>(const Problem<S, capped>& p) {
-        using T = real_of<S>;
+    // Without classes there is nothing to write. A target distribution then has a null pointer, by
+    // which the kernels would take it for absent.
+    if (logits.size(1) == 0) return out;
+    dispatch_problem(in, [&]<class S, bool has_softcap>(const Problem<S, has_softcap>& p) {
+        using T = compute_t<S>;
         const Upstream<T> up = {
-            strided<T>(grad_loss), grad_lse ? strided<T>(*grad_lse) : Strided<T>{nullptr, 0},
-            reduction == kMean ? pointer<const T>(total_weight) : nullptr};
-        launch_rows(backward_rows<S, capped>, call, p, up, strided<T>(lse), strided<T>(lse_low),
-                    pointer<S>(out));
+            per_row<T>(grad_loss), grad_lse ? per_row<T>(*grad_lse) : PerRow<T>{nullptr, 0},
+            reduction == kReductionMean ? pointer<const T>(total_weight) : nullptr};
+        launch_rows(backward_rows<S, has_softcap>, context, p, up, per_row<T>(lse),
+                    per_row<T>(lse_low), pointer<S>(out));
     });
     return out;
 }
 
+// nll_scale_(Tensor(a!) grad, Tensor factor) -> ()
 void nll_scale_(const Tensor& grad, const Tensor& factor) {
     STD_TORCH_CHECK(on_device(grad) && grad.dim() == 2, "grad: expected (N, V) on CUDA");
-    check_real("factor", factor, grad, grad.size(0));
-    const Call call(grad);
-    const Tensor rows = adjacent(grad);
-    with_storage(rows, [&](auto storage) {
+    check_numbers("factor", factor, grad, grad.size(0));
+    const DeviceContext context(grad);
+    const Tensor rows = with_adjacent_columns(grad);
+    dispatch_storage(rows, [&](auto storage) {
         using S = decltype(storage);
         Problem<S, false> p = {};
         p.rows = rows.size(0);
         p.vocab = rows.size(1);
         p.logits = pointer<const S>(rows);
         p.logits_stride = rows.stride(0);
-        launch_rows(scale_rows<S>, call, p, strided<real_of<S>>(factor), pointer<S>(rows));
+        launch_rows(scale_rows<S>, context, p, per_row<compute_t<S>>(factor), pointer<S>(rows));
     });
     Tensor written = grad;
-    if (!columns_adjacent(grad)) torch::stable::copy_(written, rows);
+    if (!has_adjacent_columns(grad)) torch::stable::copy_(written, rows);
 }
 
 }  // namespace
 }  // namespace neglog
 
+// STABLE_TORCH_LIBRARY_IMPL of the namespace neglog; the schemas stand above the functions.
 NEGLOG_IMPL(m) {
     m.impl("nll", TORCH_BOX(&neglog::nll));
     m.impl("nll_backward", TORCH_BOX(&neglog::nll_backward));

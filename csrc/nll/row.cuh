@@ -1,32 +1,91 @@
-// One row of logits, by a whole block: its log-sum-exp, its loss, its gradient. The formulas and the
-// edge cases are those of kernels/nll.pyx.
+// One row of logits, computed by one thread block: its loss, its log-sum-exp, its statistics and
+// its gradient.
 //
-// (a) Each thread keeps an online (maximum, sum) over 16-byte vectors, several of them in flight; the
-//     block merges the states by shuffles and shared memory. One read of memory gives the row's
-//     log-sum-exp.
-// (b) What needs the finished lse (label smoothing, probability targets, statistics) walks the row
-//     again, from L2 while the rows at work fit there: accumulated online it would cancel at large
-//     logits. The second walk is skipped where no option asks for it.
-// (c) The target's own gradient is formed by expm1 of its log-probability: p - 1 would lose every
-//     digit as p nears 1.
-// (d) In place, a thread writes only vectors that it has just read itself, after a barrier that ends
-//     all other reading of the row.
+//   z_c  = softcap * tanh(logit_c * logit_scale / softcap)
+//   lse  = log(sum_c exp(z_c)),  log p_c = z_c - lse
+//   loss = -(1 - smoothing) w_t log p_t - smoothing / V sum_c w_c log p_c + z_loss w_t lse^2
+//
+// for a target class t with class weights w. Without a softcap z_c = logit_c * logit_scale. For a
+// target distribution q the loss is -sum_c w_c q'_c log p_c + z_loss lse^2, where q' = (1 -
+// smoothing) q + smoothing / V.
+//
+// (a) Each thread keeps a softmax state of the vectors that it reads, several loads in flight. The
+//     block merges the states through shuffles and shared memory: one read gives the log-sum-exp.
+// (b) Label smoothing, a target distribution and the statistics need the finished lse, so they read
+//     the row a second time, mostly from L2. Accumulated in the first pass they would cancel at
+//     large logits. Calls without these options skip the second pass.
+// (c) The gradient at the target is formed from expm1(log p): p - 1 would lose all digits as p
+//     nears 1.
+// (d) In place, a thread writes only elements that it has just read itself, after a barrier behind
+//     all other reads of the row.
 
 #pragma once
 
 #include "common/online_softmax.cuh"
+#include "common/vector_io.cuh"
 
-#undef NDEBUG  // Python's own compiler flags set it; without the assertion a target reads anywhere
+#undef NDEBUG  // setuptools defines it; without assertions a bad target reads outside the row
 #include <cassert>
 
 namespace neglog {
 namespace {
 
-// Vectors that a second walk asks for ahead: it finds the row in a cache, and other blocks are at work
-// while it waits.
-constexpr int kAgain = 1;
+// Vectors that a thread loads before it uses the first, where the row is read again. It then comes
+// from a cache, and other blocks compute while this one waits.
+constexpr int kLoadsInFlightSecondPass = 1;
 
-template <class S, bool capped>
+// Threads of a block, at most.
+constexpr int kRowThreads = 256;
+
+// Blocks that a multiprocessor's registers must hold, so that one loads while another reduces: the
+// second number of __launch_bounds__. With one block more the kernels spill registers. On sm_80 and
+// sm_100 nvcc takes more registers, and they spill with three.
+constexpr int kMinBlocksForwardBackward = 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
+template <class S>
+constexpr int kMinBlocks = sizeof(S) == 8 ? 2 : 3;
+#else
+template <class S>
+constexpr int kMinBlocks = 2;
+#endif
+
+// The smallest block whose threads read the row with all their loads in flight once. It depends on
+// the vocabulary and the dtype alone, and so do a row's bits.
+template <class S>
+inline int block_size_for(int64_t vocab) {
+    int threads = kWarpSize;
+    while (threads < kRowThreads && int64_t(threads) * kLoadsInFlight<S> * kVectorSize<S> < vocab)
+        threads *= 2;
+    return threads;
+}
+
+// From a logit to its score z. Without a softcap the loops contain no tanh.
+template <class T, bool has_softcap>
+struct LogitToScore {
+    T logit_scale, softcap;
+
+    __device__ T operator()(T x) const {
+        const T z = rounded_product(x, logit_scale);
+        if constexpr (has_softcap) return rounded_product(softcap, tanh(z / softcap));
+        else return z;
+    }
+
+    // dz / dlogit divided by logit_scale: 1 - tanh^2
+    __device__ T slope(T z) const {
+        if constexpr (!has_softcap) return T(1);
+        const T ratio = z / softcap;
+        return (1 - ratio) * (1 + ratio);
+    }
+};
+
+template <class S, bool has_softcap, int n>
+__device__ void to_scores(const LogitToScore<compute_t<S>, has_softcap>& to_score,
+                          const Elements<S, n>& x, compute_t<S> (&z)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) z[i] = to_score(widen(x.value[i]));
+}
+
+template <class S, bool has_softcap>
 struct Problem {
     int64_t rows, vocab;
     const S* logits;
@@ -35,23 +94,23 @@ struct Problem {
     int64_t target_stride;
     const S* probs;  // (rows, vocab), or null for indices
     int64_t probs_stride;
-    const real_of<S>* weight;  // (vocab), or null for ones
+    const compute_t<S>* weight;  // (vocab), or null for ones
     int64_t ignore_index;
-    double label_smoothing, share;  // share: label_smoothing / vocab
-    Cap<real_of<S>, capped> cap;
+    double label_smoothing, smoothing_per_class;  // the second is the first / vocab
+    LogitToScore<compute_t<S>, has_softcap> to_score;
     double z_loss;
 };
 
 template <class T>
 struct Output {
-    T *loss, *lse, *lse_low;
-    bool* correct;  // both null without statistics
-    T* entropy;
+    T *loss, *lse, *lse_low;  // lse + lse_low is the log-sum-exp
+    bool* correct;            // null without statistics
+    T* entropy;               // likewise
 };
 
-// A number for each row; stride 0 for the same one.
+// A number for each row, or with stride 0 one number for all.
 template <class T>
-struct Strided {
+struct PerRow {
     const T* first;
     int64_t stride;
     __device__ T operator[](int64_t row) const { return first[row * stride]; }
@@ -59,63 +118,69 @@ struct Strided {
 
 template <class T>
 struct Upstream {
-    Strided<T> loss, lse;  // lse.first null for none
-    const T* divisor;      // null for 1
+    PerRow<T> loss, lse;  // lse.first is null where nothing depends on the lse
+    const T* divisor;     // of the loss's; null for 1
 };
 
-// The row's gradient by the scores is soft * p, and hard * (p - 1) more at the target, less spread
-// times the mass at each class. Then times dz/dx, here all of it but the softcap's part.
+// The gradient of a row by its scores is, with [c = t] 1 at the target and 0 elsewhere,
+//
+//   dz_c = softmax_weight p_c + target_weight (p_c - [c = t]) - uniform_weight a_c
+//
+// where a_c are the coefficients of the log-probabilities in the loss, w_c or w_c q'_c (see
+// coefficients below). The gradient by the logits is that times dz / dlogit.
 template <class T>
-struct Factors {
-    int64_t target;  // -1 for none
-    T at_target;     // what is written there, the softcap's part too
-    T elsewhere;     // hard + soft, times exp(-lse.low): of exp(z - lse.high)
-    T spread;
+struct GradientFactors {
+    int64_t target;     // -1 for none
+    T target_gradient;  // by the target's logit, complete
+    T of_exp;  // of exp(z - lse.high): (softmax_weight + target_weight) exp(-lse.low) logit_scale
+    T of_coefficient;  // of a_c: uniform_weight logit_scale
 };
 
 // Reading
 
-template <class S, bool capped>
-__device__ bool ignored(const Problem<S, capped>& p, int64_t row) {
+template <class S, bool has_softcap>
+__device__ bool is_ignored(const Problem<S, has_softcap>& p, int64_t row) {
     return p.target && p.target[row * p.target_stride] == p.ignore_index;
 }
 
-template <class S, bool capped>
-__device__ int64_t class_of(const Problem<S, capped>& p, int64_t row) {
+template <class S, bool has_softcap>
+__device__ int64_t target_of(const Problem<S, has_softcap>& p, int64_t row) {
     const int64_t target = p.target[row * p.target_stride];
     assert(target >= 0 && target < p.vocab);
     return target;
 }
 
-template <class S, bool capped>
-__device__ const S* logits_of(const Problem<S, capped>& p, int64_t row) {
+template <class S, bool has_softcap>
+__device__ const S* logits_row(const Problem<S, has_softcap>& p, int64_t row) {
     return p.logits + row * p.logits_stride;
 }
 
-template <class S, bool capped>
-__device__ real_of<S> target_score(const Problem<S, capped>& p, int64_t row) {
-    return p.cap(widen(logits_of(p, row)[class_of(p, row)]));
+template <class S, bool has_softcap>
+__device__ compute_t<S> target_score(const Problem<S, has_softcap>& p, int64_t row) {
+    return p.to_score(widen(logits_row(p, row)[target_of(p, row)]));
 }
 
 // 0 where the row has no class: it is ignored, or its target is a distribution.
-template <class S, bool capped>
-__device__ real_of<S> target_score_or_0(const Problem<S, capped>& p, int64_t row) {
-    return p.target && !ignored(p, row) ? target_score(p, row) : real_of<S>(0);
+template <class S, bool has_softcap>
+__device__ compute_t<S> target_score_or_0(const Problem<S, has_softcap>& p, int64_t row) {
+    return p.target && !is_ignored(p, row) ? target_score(p, row) : compute_t<S>(0);
 }
 
-// What multiplies each log-probability besides the target's own: w_c, or w_c q'_c.
-template <class S, bool capped, int n>
-__device__ void mass(const Problem<S, capped>& p, int64_t row, int64_t column, real_of<S> (&a)[n]) {
-    using T = real_of<S>;
+// The factors a_c of the log-probabilities in the loss: w_c with a class target, w_c q'_c with a
+// target distribution.
+template <class S, bool has_softcap, int n>
+__device__ void coefficients(const Problem<S, has_softcap>& p, int64_t row, int64_t column,
+                             compute_t<S> (&a)[n]) {
+    using T = compute_t<S>;
 #pragma unroll
     for (int i = 0; i < n; ++i) a[i] = 1;
     if (p.probs) {
         const S* from = p.probs + row * p.probs_stride;
-        const bool aligned = same_phase(from, logits_of(p, row));
-        const Lanes<S, n> q = load<S, n>(from + column, aligned);
+        const bool aligned = same_alignment(from, logits_row(p, row));
+        const Elements<S, n> q = load<S, n>(from + column, aligned);
 #pragma unroll
         for (int i = 0; i < n; ++i)
-            a[i] = widen(q.at[i]) * T(1 - p.label_smoothing) + T(p.share);
+            a[i] = widen(q.value[i]) * T(1 - p.label_smoothing) + T(p.smoothing_per_class);
     }
     if (p.weight) {
 #pragma unroll
@@ -123,61 +188,67 @@ __device__ void mass(const Problem<S, capped>& p, int64_t row, int64_t column, r
     }
 }
 
-// Forward of one row, by the whole block
+// Forward
 
-template <class S, bool capped>
-__device__ LogSumExp<real_of<S>> row_state(const Problem<S, capped>& p, int64_t row) {
-    auto state = empty_log_sum_exp<real_of<S>>();
-    walk<kInFlight<S>>(logits_of(p, row), p.vocab, [&]<int n>(int64_t, const Lanes<S, n>& x) {
-        real_of<S> z[n];
-        scores(p.cap, x, z);
-        absorb<S>(state, z);
-    });
+template <class S, bool has_softcap>
+__device__ SoftmaxState<compute_t<S>> row_softmax_state(const Problem<S, has_softcap>& p,
+                                                        int64_t row) {
+    auto state = empty_state<compute_t<S>>();
+    const auto add = [&]<int n>(int64_t, const Elements<S, n>& x) {
+        compute_t<S> z[n];
+        to_scores(p.to_score, x, z);
+        accumulate<S>(state, z);
+    };
+    for_each_in_row<kLoadsInFlight<S>>(logits_row(p, row), p.vocab, add);
     return block_reduce(state, MergeStates{});
 }
 
-// sum of mass * log p over the vocabulary
-template <class S, bool capped>
-__device__ double row_cross_entropy(const Problem<S, capped>& p, int64_t row, Lse<real_of<S>> lse) {
-    real_of<S> sum = 0;
-    walk<kAgain>(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& x) {
-        real_of<S> z[n], a[n];
-        scores(p.cap, x, z);
-        mass(p, row, column, a);
+// sum_c a_c log p_c
+template <class S, bool has_softcap>
+__device__ double row_cross_entropy(const Problem<S, has_softcap>& p, int64_t row,
+                                    Lse<compute_t<S>> lse) {
+    compute_t<S> sum = 0;
+    const auto add = [&]<int n>(int64_t column, const Elements<S, n>& x) {
+        compute_t<S> z[n], a[n];
+        to_scores(p.to_score, x, z);
+        coefficients(p, row, column, a);
 #pragma unroll
         for (int i = 0; i < n; ++i) sum += a[i] * log_probability(z[i], lse);
-    });
+    };
+    for_each_in_row<kLoadsInFlightSecondPass>(logits_row(p, row), p.vocab, add);
     return block_sum(sum);
 }
 
-// Whether the target is where argmax would look, the first of the maxima, but for columns before it.
-template <class S, bool capped>
-__device__ bool at_maximum(const Problem<S, capped>& p, int64_t row, real_of<S> maximum,
-                           Lse<real_of<S>> lse) {
+// Whether the target's score is the row's maximum. Then argmax finds it unless an earlier column
+// has the same score.
+template <class S, bool has_softcap>
+__device__ bool target_reaches_maximum(const Problem<S, has_softcap>& p, int64_t row,
+                                       compute_t<S> maximum, Lse<compute_t<S>> lse) {
     const bool nan_among_finite = isnan(lse.high) && maximum < INFINITY;
-    if (!p.target || ignored(p, row) || nan_among_finite) return false;
+    if (!p.target || is_ignored(p, row) || nan_among_finite) return false;
     return target_score(p, row) == maximum;
 }
 
-template <class S, bool capped>
-__device__ void row_statistics(const Problem<S, capped>& p, const Output<real_of<S>>& o,
-                               int64_t row, real_of<S> maximum, Lse<real_of<S>> lse) {
-    using T = real_of<S>;
-    const bool candidate = at_maximum(p, row, maximum, lse);
-    const int64_t target = candidate ? class_of(p, row) : 0;
+template <class S, bool has_softcap>
+__device__ void row_statistics(const Problem<S, has_softcap>& p, const Output<compute_t<S>>& o,
+                               int64_t row, compute_t<S> maximum, Lse<compute_t<S>> lse) {
+    using T = compute_t<S>;
+    const bool candidate = target_reaches_maximum(p, row, maximum, lse);
+    const int64_t target = candidate ? target_of(p, row) : 0;
     bool earlier = false;
     T sum = 0;
-    walk<kAgain>(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& x) {
+    const auto add = [&]<int n>(int64_t column, const Elements<S, n>& x) {
         T z[n];
-        scores(p.cap, x, z);
+        to_scores(p.to_score, x, z);
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             const T log_p = log_probability(z[i], lse);
             const T probability = exp(log_p);
-            sum += probability == 0 ? 0 : probability * log_p;  // not 0 * -inf
+            sum += probability == 0 ? 0 : probability * log_p;  // 0 * -inf would be NaN
             earlier |= column + i < target && z[i] == maximum;
         }
-    });
+    };
+    for_each_in_row<kLoadsInFlightSecondPass>(logits_row(p, row), p.vocab, add);
     const double entropy = -block_sum(sum);
     earlier = __syncthreads_or(earlier);
     if (threadIdx.x == 0) {
@@ -186,134 +257,143 @@ __device__ void row_statistics(const Problem<S, capped>& p, const Output<real_of
     }
 }
 
-template <class S, bool capped>
-__device__ double target_weight(const Problem<S, capped>& p, int64_t row) {
-    return p.target && p.weight ? p.weight[class_of(p, row)] : 1;
+template <class S, bool has_softcap>
+__device__ double target_class_weight(const Problem<S, has_softcap>& p, int64_t row) {
+    return p.target && p.weight ? p.weight[target_of(p, row)] : 1;
 }
 
-// `target_z` is the target's score; of no account with probabilities.
-template <class S, bool capped>
-__device__ double row_loss(const Problem<S, capped>& p, int64_t row, Lse<real_of<S>> lse,
-                           real_of<S> target_z) {
-    const double w = target_weight(p, row);
+// `target_z` is the target's score. With a target distribution it is not used.
+template <class S, bool has_softcap>
+__device__ double row_loss(const Problem<S, has_softcap>& p, int64_t row, Lse<compute_t<S>> lse,
+                           compute_t<S> target_z) {
+    const double w = target_class_weight(p, row);
     double loss = 0;
     if (p.target) loss = -(1 - p.label_smoothing) * w * log_probability(target_z, lse);
-    if (p.probs)
-        loss = -row_cross_entropy(p, row, lse);
-    else if (p.label_smoothing != 0)
-        loss -= p.share * row_cross_entropy(p, row, lse);
+    if (p.probs) loss = -row_cross_entropy(p, row, lse);
+    else if (p.label_smoothing != 0) loss -= p.smoothing_per_class * row_cross_entropy(p, row, lse);
     if (p.z_loss != 0) loss += p.z_loss * w * (double(lse.high) * lse.high);
     return loss;
 }
 
-template <class S, bool capped>
-__device__ Lse<real_of<S>> row_forward(const Problem<S, capped>& p, const Output<real_of<S>>& o,
-                                       int64_t row) {
-    const bool counted = !ignored(p, row);
-    Lse<real_of<S>> lse = {0, 0};
+template <class S, bool has_softcap>
+__device__ Lse<compute_t<S>> row_forward(const Problem<S, has_softcap>& p,
+                                         const Output<compute_t<S>>& o, int64_t row) {
+    const bool counted = !is_ignored(p, row);
+    Lse<compute_t<S>> lse = {0, 0};
     double loss = 0;
     if (counted || o.correct) {
-        const auto z = target_score_or_0(p, row);  // its load is under way while the row is walked
-        const auto state = row_state(p, row);
+        const auto z = target_score_or_0(p, row);  // before the row, so that the loads overlap
+        const auto state = row_softmax_state(p, row);
         lse = finish(state);
         if (counted) loss = row_loss(p, row, lse, z);
         if (o.correct) row_statistics(p, o, row, state.maximum, lse);
     }
     if (threadIdx.x == 0) {
-        o.loss[row] = real_of<S>(loss);
+        o.loss[row] = compute_t<S>(loss);
         o.lse[row] = lse.high;
         o.lse_low[row] = lse.low;
     }
     return lse;
 }
 
-// Gradient of one row, by the whole block
+// Gradient
 
-// sum of w_c over the vocabulary, where label smoothing needs it
-template <class S, bool capped>
-__device__ double weight_sum(const Problem<S, capped>& p) {
+// sum_c w_c where label smoothing needs it, else a number that is not used
+template <class S, bool has_softcap>
+__device__ double class_weight_sum(const Problem<S, has_softcap>& p) {
     if (!p.weight || p.label_smoothing == 0 || p.probs) return double(p.vocab);
-    real_of<S> sum = 0;
+    compute_t<S> sum = 0;
     for (int64_t c = threadIdx.x; c < p.vocab; c += blockDim.x) sum += p.weight[c];
     return block_sum(sum);
 }
 
-template <class S, bool capped>
-__device__ double row_mass(const Problem<S, capped>& p, int64_t row) {
-    real_of<S> sum = 0;
-    walk<kAgain>(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>&) {
-        real_of<S> a[n];
-        mass(p, row, column, a);
+// sum_c a_c
+template <class S, bool has_softcap>
+__device__ double row_coefficient_sum(const Problem<S, has_softcap>& p, int64_t row) {
+    compute_t<S> sum = 0;
+    const auto add = [&]<int n>(int64_t column, const Elements<S, n>&) {
+        compute_t<S> a[n];
+        coefficients(p, row, column, a);
 #pragma unroll
         for (int i = 0; i < n; ++i) sum += a[i];
-    });
+    };
+    for_each_in_row<kLoadsInFlightSecondPass>(logits_row(p, row), p.vocab, add);
     return block_sum(sum);
 }
 
-// `weights` is the sum of w_c where label smoothing needs it.
-template <class S, bool capped>
-__device__ Factors<real_of<S>> row_factors(const Problem<S, capped>& p, int64_t row,
-                                           Lse<real_of<S>> lse, real_of<S> target_z, double grad,
-                                           double grad_lse, double weights) {
-    using T = real_of<S>;
-    const double slope = p.cap.logit_scale, tail = slope * exp(-lse.low);
-    if (ignored(p, row)) return {-1, T(0), T(tail * grad_lse), T(0)};
-    const double w = target_weight(p, row);
-    const double spread = p.probs ? grad : p.label_smoothing != 0 ? grad * p.share : 0;
-    double soft = grad_lse + spread * (p.probs ? row_mass(p, row) : weights);
-    if (p.z_loss != 0) soft += grad * 2 * p.z_loss * w * lse.high;
-    if (p.probs) return {-1, T(0), T(tail * soft), T(slope * spread)};
-    const double hard = grad * (1 - p.label_smoothing) * w;
+// `grad` and `grad_lse` are the upstream gradients of the row's loss and lse, `weight_sum` comes
+// from class_weight_sum.
+template <class S, bool has_softcap>
+__device__ GradientFactors<compute_t<S>> gradient_factors(const Problem<S, has_softcap>& p,
+                                                          int64_t row, Lse<compute_t<S>> lse,
+                                                          compute_t<S> target_z, double grad,
+                                                          double grad_lse, double weight_sum) {
+    using T = compute_t<S>;
+    const double scale = p.to_score.logit_scale, exp_scale = scale * exp(-lse.low);
+    if (is_ignored(p, row)) return {-1, T(0), T(exp_scale * grad_lse), T(0)};
+    const double w = target_class_weight(p, row);
+    const double uniform_weight = p.probs                  ? grad
+                                  : p.label_smoothing != 0 ? grad * p.smoothing_per_class
+                                                           : 0;
+    double softmax_weight =
+        grad_lse + uniform_weight * (p.probs ? row_coefficient_sum(p, row) : weight_sum);
+    if (p.z_loss != 0) softmax_weight += grad * 2 * p.z_loss * w * lse.high;
+    if (p.probs) return {-1, T(0), T(exp_scale * softmax_weight), T(scale * uniform_weight)};
+    const double target_weight = grad * (1 - p.label_smoothing) * w;
     const T log_p = log_probability(target_z, lse);
-    const double at_target =
-        (soft * exp(log_p) + hard * expm1(log_p) - spread * w) * p.cap.slope(target_z);
-    return {class_of(p, row), T(slope * at_target), T(tail * (hard + soft)), T(slope * spread)};
+    const double target_gradient =
+        (softmax_weight * exp(log_p) + target_weight * expm1(log_p) - uniform_weight * w) *
+        p.to_score.slope(target_z);
+    return {target_of(p, row), T(scale * target_gradient),
+            T(exp_scale * (target_weight + softmax_weight)), T(scale * uniform_weight)};
 }
 
-// But for the target's.
-template <bool spread, class S, bool capped, int n>
-__device__ Lanes<S, n> gradient_at(const Problem<S, capped>& p, int64_t row, int64_t column,
-                                   const Lanes<S, n>& x, Lse<real_of<S>> lse,
-                                   const Factors<real_of<S>>& f) {
-    using T = real_of<S>;
+// The gradient of n logits, except that of the target, which write_target_gradient writes over it.
+template <bool has_uniform, class S, bool has_softcap, int n>
+__device__ Elements<S, n> gradient_at(const Problem<S, has_softcap>& p, int64_t row, int64_t column,
+                                      const Elements<S, n>& x, Lse<compute_t<S>> lse,
+                                      const GradientFactors<compute_t<S>>& f) {
+    using T = compute_t<S>;
     T z[n], grad[n];
-    scores(p.cap, x, z);
+    to_scores(p.to_score, x, z);
 #pragma unroll
-    for (int i = 0; i < n; ++i) grad[i] = f.elsewhere * exp_of<S>(z[i] - lse.high);
-    if constexpr (spread) {
+    for (int i = 0; i < n; ++i) grad[i] = f.of_exp * exp_of<S>(z[i] - lse.high);
+    if constexpr (has_uniform) {
         T a[n];
-        mass(p, row, column, a);
+        coefficients(p, row, column, a);
 #pragma unroll
-        for (int i = 0; i < n; ++i) grad[i] -= f.spread * a[i];
+        for (int i = 0; i < n; ++i) grad[i] -= f.of_coefficient * a[i];
     }
 #pragma unroll
-    for (int i = 0; i < n; ++i) grad[i] *= p.cap.slope(z[i]);
+    for (int i = 0; i < n; ++i) grad[i] *= p.to_score.slope(z[i]);
     return narrowed<S>(grad);
 }
 
-// The target's own is written by the thread that has just written over it.
+// Called by the thread that has just written the n columns from `column` on.
 template <class S, int n>
-__device__ void write_at_target(const Factors<real_of<S>>& f, int64_t column, S* out) {
-    if (uint64_t(f.target - column) < n) narrow(f.at_target, out[f.target]);
+__device__ void write_target_gradient(const GradientFactors<compute_t<S>>& f, int64_t column,
+                                      S* out) {
+    if (uint64_t(f.target - column) < n) narrow(f.target_gradient, out[f.target]);
 }
 
-template <int in_flight, bool spread, class S, bool capped>
-__device__ void write_gradient(const Problem<S, capped>& p, int64_t row, Lse<real_of<S>> lse,
-                               const Factors<real_of<S>>& f, S* out, bool aligned) {
-    walk<in_flight>(logits_of(p, row), p.vocab, [&]<int n>(int64_t column, const Lanes<S, n>& x) {
-        store(out + column, gradient_at<spread>(p, row, column, x, lse, f), aligned);
-        write_at_target<S, n>(f, column, out);
-    });
+template <int in_flight, bool has_uniform, class S, bool has_softcap>
+__device__ void write_gradient(const Problem<S, has_softcap>& p, int64_t row, Lse<compute_t<S>> lse,
+                               const GradientFactors<compute_t<S>>& f, S* out, bool aligned) {
+    const auto write = [&]<int n>(int64_t column, const Elements<S, n>& x) {
+        store(out + column, gradient_at<has_uniform>(p, row, column, x, lse, f), aligned);
+        write_target_gradient<S, n>(f, column, out);
+    };
+    for_each_in_row<in_flight>(logits_row(p, row), p.vocab, write);
 }
 
-// The loop that most calls take has no other's code in it.
-template <int in_flight, class S, bool capped>
-__device__ void row_gradient(const Problem<S, capped>& p, int64_t row, Lse<real_of<S>> lse,
-                             const Factors<real_of<S>>& f, S* out) {
-    const bool aligned = same_phase<S>(out, logits_of(p, row));
-    if (f.spread != 0) write_gradient<in_flight, true>(p, row, lse, f, out, aligned);
+// Separate loops, so that the one that most calls take contains no code of the others.
+template <int in_flight, class S, bool has_softcap>
+__device__ void row_gradient(const Problem<S, has_softcap>& p, int64_t row, Lse<compute_t<S>> lse,
+                             const GradientFactors<compute_t<S>>& f, S* out) {
+    const bool aligned = same_alignment<S>(out, logits_row(p, row));
+    if (f.of_coefficient != 0) write_gradient<in_flight, true>(p, row, lse, f, out, aligned);
     else if (aligned) write_gradient<in_flight, false>(p, row, lse, f, out, true);
-    else write_gradient<kAgain, false>(p, row, lse, f, out, false);
+    else write_gradient<kLoadsInFlightSecondPass, false>(p, row, lse, f, out, false);
 }
 
 }  // namespace

@@ -1,73 +1,80 @@
-// A row of logits on chip, turned into its gradient in place: read once, written once. It lies in the
-// shared memory of one block, or shared out over that of a cluster's (sm_90 and later).
+// A row of logits kept in shared memory, so that its gradient is written in place after a single
+// read of global memory. The row lies in the shared memory of one block, or in slices in that of
+// the blocks of a cluster (sm_90 and later).
 
 #pragma once
 
+#include "common/cluster.cuh"
 #include "nll/row.cuh"
 
 namespace neglog {
 namespace {
 
-// Before it, two states, one for each of two rows that follow one another.
-constexpr int kSlotVectors = 2;
+// Dynamic shared memory begins with two softmax states, used in turn by consecutive rows: see
+// cluster_reduce. They take a vector each, doubles being the largest. The slice follows.
+constexpr int kStateVectors = 2;
 
-// This block's part of a row's vectors, and the column of the one element outside them that this
-// thread takes, or beyond the vocabulary.
-struct Slice {
-    int64_t first_column, vectors, edge;
+// What a block has of a row. Head and tail of the row belong to the block of rank 0.
+struct RowSlice {
+    int64_t first_column, vectors;
+    int64_t edge;  // this thread's column of head or tail, see edge_column; vocab or more for none
 };
 
 template <class S>
-__device__ Slice slice_of(const S* row, int64_t vocab) {
-    const Cut<S> cut = cut_at_vectors(row, vocab);
-    const int64_t part = cluster_rank(), parts = cluster_size();
-    const int64_t first = cut.vectors * part / parts, end = cut.vectors * (part + 1) / parts;
-    return {cut.head + first * kLanes<S>, end - first, part == 0 ? edge_column(cut) : vocab};
+__device__ RowSlice slice_of(const S* row, int64_t vocab) {
+    const VectorSplit<S> split = split_at_vectors(row, vocab);
+    const int64_t rank = cluster_rank(), blocks = cluster_size();
+    const int64_t first = split.vectors * rank / blocks, end = split.vectors * (rank + 1) / blocks;
+    return {split.head + first * kVectorSize<S>, end - first,
+            rank == 0 ? edge_column(split) : vocab};
 }
 
-// Reads the slice into `held`, where each thread finds what it has put there itself.
-template <class S, bool capped>
-__device__ LogSumExp<real_of<S>> take(const Problem<S, capped>& p, const S* row, const Slice& own,
-                                      uint4* held) {
-    using T = real_of<S>;
-    auto state = empty_log_sum_exp<T>();
-    const auto vectors = reinterpret_cast<const uint4*>(row + own.first_column);
-    walk_vectors<kInFlight<S>>(vectors, own.vectors, [&](int64_t v, const uint4& bits) {
+// Copies the slice's vectors to shared memory, `held`, and returns this thread's softmax state.
+// Each thread later reads only the vectors that it has copied itself, so no barrier is needed.
+template <class S, bool has_softcap>
+__device__ SoftmaxState<compute_t<S>> load_slice(const Problem<S, has_softcap>& p, const S* row,
+                                                 const RowSlice& slice, uint4* held) {
+    using T = compute_t<S>;
+    auto state = empty_state<T>();
+    const auto vectors = reinterpret_cast<const uint4*>(row + slice.first_column);
+    for_each_vector<kLoadsInFlight<S>>(vectors, slice.vectors, [&](int64_t v, const uint4& bits) {
         held[v] = bits;
-        T z[kLanes<S>];
-        scores(p.cap, unpacked<S>(bits), z);
-        absorb<S>(state, z);
+        T z[kVectorSize<S>];
+        to_scores(p.to_score, unpack<S>(bits), z);
+        accumulate<S>(state, z);
     });
-    if (own.edge < p.vocab) {
+    if (slice.edge < p.vocab) {
         T z[1];
-        scores(p.cap, load<S, 1>(row + own.edge, true), z);
-        absorb<S>(state, z);
+        to_scores(p.to_score, load<S, 1>(row + slice.edge, true), z);
+        accumulate<S>(state, z);
     }
     return state;
 }
 
-// Writes the gradient over the slice.
-template <class S, bool capped>
-__device__ void give(const Problem<S, capped>& p, int64_t row, const Slice& own, const uint4* held,
-                     Lse<real_of<S>> lse, const Factors<real_of<S>>& f, S* out) {
-    constexpr int n = kLanes<S>;
-    for (int64_t v = threadIdx.x; v < own.vectors; v += blockDim.x) {
-        const int64_t column = own.first_column + v * n;
-        store(out + column, gradient_at<false>(p, row, column, unpacked<S>(held[v]), lse, f), true);
-        write_at_target<S, n>(f, column, out);
+// Writes the gradient over the slice in global memory.
+template <class S, bool has_softcap>
+__device__ void write_slice_gradient(const Problem<S, has_softcap>& p, int64_t row,
+                                     const RowSlice& slice, const uint4* held,
+                                     Lse<compute_t<S>> lse, const GradientFactors<compute_t<S>>& f,
+                                     S* out) {
+    constexpr int n = kVectorSize<S>;
+    for (int64_t v = threadIdx.x; v < slice.vectors; v += blockDim.x) {
+        const int64_t column = slice.first_column + v * n;
+        store(out + column, gradient_at<false>(p, row, column, unpack<S>(held[v]), lse, f), true);
+        write_target_gradient<S, n>(f, column, out);
     }
-    if (own.edge < p.vocab) {
-        const auto x = load<S, 1>(out + own.edge, true);
-        store(out + own.edge, gradient_at<false>(p, row, own.edge, x, lse, f), true);
-        write_at_target<S, 1>(f, own.edge, out);
+    if (slice.edge < p.vocab) {
+        const auto x = load<S, 1>(out + slice.edge, true);
+        store(out + slice.edge, gradient_at<false>(p, row, slice.edge, x, lse, f), true);
+        write_target_gradient<S, 1>(f, slice.edge, out);
     }
 }
 
 template <class S>
-__device__ void zero(const Slice& own, int64_t vocab, S* out) {
-    auto vectors = reinterpret_cast<uint4*>(out + own.first_column);
-    for (int64_t v = threadIdx.x; v < own.vectors; v += blockDim.x) vectors[v] = uint4{};
-    if (own.edge < vocab) out[own.edge] = S(0);
+__device__ void zero_slice(const RowSlice& slice, int64_t vocab, S* out) {
+    auto vectors = reinterpret_cast<uint4*>(out + slice.first_column);
+    for (int64_t v = threadIdx.x; v < slice.vectors; v += blockDim.x) vectors[v] = uint4{};
+    if (slice.edge < vocab) out[slice.edge] = S(0);
 }
 
 }  // namespace

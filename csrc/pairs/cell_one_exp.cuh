@@ -1,13 +1,15 @@
-// Cells whose scores lie close together: one exp a score serves its row and its column.
+// Cells of which all scores are close together, so that one exp of each score serves both its row
+// and its column.
 //
-// (a) Each exp is taken of the score less one number for the whole cell. What is out of range shows in
-//     the sums: they are too small or too large for their terms to be exact, or NaN. Nobody can know
-//     beforehand, and to ask the device would be to wait; so the cell is tried, and left to
-//     cell.cuh if it failed.
-// (b) It is left to that too if it is cut off at the tile's edge within a vector or four rows, if it is
-//     not aligned, and if it holds a positive, whose row needs more care, or an excluded pair. Biases
-//     and groups have no such cells.
-// (c) Four rows at a time: their loads are under way together, and a column's sum grows by theirs.
+// (a) A warp computes exp(z - shift) with one shift for the whole cell, where cell.cuh has a shift
+//     for each row and each column. If the scores are too far apart, some sum comes out too small,
+//     too large or NaN. That is known only afterwards, and the host cannot choose without waiting
+//     for the device; so this kernel tries every cell, notes in cell_done which ones succeeded, and
+//     the kernel of cell.cuh computes the others.
+// (b) Not tried are cells that the tile's edge cuts within a vector or within four rows, unaligned
+//     cells, cells with an excluded pair, and cells with a positive, whose row must be more exact.
+//     Calls with biases or groups do not launch this kernel.
+// (c) Four rows at a time: their loads overlap, and a column's sum is updated once for the four.
 
 #pragma once
 
@@ -16,321 +18,331 @@
 namespace neglog {
 namespace {
 
-constexpr int kRowsAtOnce = 4;
-constexpr int kWarpsOfBlock = 4;  // each with a cell of its own
+constexpr int kRowsPerStep = 4;
+constexpr int kWarpsPerBlock = 4;  // each with a cell of its own (in sigmoid_rows, a row)
 
-// Sums between 1 / kFar and kFar are exact enough: a score is then rounded to 1e-6 at most, which is
-// less than it was rounded when it was scaled; in 16 bits, to much less than the similarity was.
+// A sum is used if it lies between 1 / kSumLimit and kSumLimit. The scores that matter are then so
+// close to the shift that z - shift is rounded by at most 1e-6, less than the scaling had rounded
+// z. For 16 bits the limit is wider: there the rounding of the similarity itself is far larger.
 template <class S>
-constexpr real_of<S> kFar = sizeof(S) == 2 ? 0x1p60 : 0x1p16;
+constexpr compute_t<S> kSumLimit = sizeof(S) == 2 ? 0x1p60 : 0x1p16;
 
-// How far a log-sum-exp may be from that of the cell's first row.
+// In the backward, how far each log-sum-exp may be from the shift, that of the cell's first row.
 template <class S>
-constexpr real_of<S> kSpread = sizeof(S) == 2 ? 40 : 8;
+constexpr compute_t<S> kMaxLseGap = sizeof(S) == 2 ? 40 : 8;
 
 __device__ inline int64_t cell_of_warp() {
-    return int64_t(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarp;
+    return int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
 }
 
 template <class S>
-__device__ bool in_range(real_of<S> sum) {
-    return sum >= 1 / kFar<S> && sum <= kFar<S>;  // not NaN
+__device__ bool sum_in_range(compute_t<S> sum) {
+    return sum >= 1 / kSumLimit<S> && sum <= kSumLimit<S>;  // false for NaN
 }
 
-// Whether any of the cell's rows names a column of the cell. By the whole warp.
+// Whether a row of the cell has its index, the positive or the excluded one, among the cell's
+// columns. All lanes of the warp call it.
 template <class S>
-__device__ bool names_a_column(const Tile<S>& t, const Place& at, const int64_t* named) {
-    if (!named) return false;
+__device__ bool contains_any(const Tile<S>& t, const CellBounds& cell, const int64_t* indices) {
+    if (!indices) return false;
     bool any = false;
 #pragma unroll
-    for (int i = 0; i < kCellRows / kWarp; ++i) {
-        const int64_t row = at.first_row + i * kWarp + threadIdx.x % kWarp;
-        if (row >= at.end_row) continue;
-        const int64_t place = named[row] - t.first_column - at.first_column;
-        any |= place >= 0 && place < kCellColumns<S>;
+    for (int i = 0; i < kCellRows / kWarpSize; ++i) {
+        const int64_t row = cell.first_row + i * kWarpSize + threadIdx.x % kWarpSize;
+        if (row >= cell.end_row) continue;
+        const int64_t column = indices[row] - t.first_column - cell.first_column;
+        any |= column >= 0 && column < kCellColumns<S>;
     }
-    return __any_sync(kWholeWarp, any);
+    return __any_sync(kFullMask, any);
 }
 
 template <class S>
-__device__ bool in_vectors(const S* first, int64_t stride) {
-    return aligned_at(first) && stride % kLanes<S> == 0;
+__device__ bool rows_are_aligned(const S* first, int64_t stride) {
+    return is_aligned(first) && stride % kVectorSize<S> == 0;
 }
 
 template <class S>
-__device__ bool may_be_close(const Tile<S>& t, const Place& at) {
-    const bool whole = (at.end_row - at.first_row) % kRowsAtOnce == 0 &&
-                       (t.columns % kLanes<S> == 0 || at.first_column + kCellColumns<S> <= t.columns);
-    return whole && in_vectors(t.similarity, t.stride) && !names_a_column(t, at, t.positive) &&
-           !names_a_column(t, at, t.excluded);
+__device__ bool allows_one_exp(const Tile<S>& t, const CellBounds& cell) {
+    const bool whole =
+        (cell.end_row - cell.first_row) % kRowsPerStep == 0 &&
+        (t.columns % kVectorSize<S> == 0 || cell.first_column + kCellColumns<S> <= t.columns);
+    return whole && rows_are_aligned(t.similarity, t.stride) &&
+           !contains_any(t, cell, t.positive) && !contains_any(t, cell, t.excluded);
 }
 
-// Four rows of one vector of this lane.
+// One vector of this lane in each of four rows.
 template <class S>
-struct Group {
-    uint4 bits[kRowsAtOnce];
+struct VectorRows {
+    uint4 bits[kRowsPerStep];
 };
 
 template <class S>
-__device__ Group<S> load_group(const Tile<S>& t, int64_t row, int64_t column) {
-    Group<S> group;
+__device__ VectorRows<S> load_vector_rows(const Tile<S>& t, int64_t row, int64_t column) {
+    VectorRows<S> vectors;
     const S* const from = t.similarity + row * t.stride + column;
 #pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r)
-        group.bits[r] = load_vector(reinterpret_cast<const uint4*>(from + r * t.stride));
-    return group;
+    for (int r = 0; r < kRowsPerStep; ++r)
+        vectors.bits[r] = load_vector(reinterpret_cast<const uint4*>(from + r * t.stride));
+    return vectors;
 }
 
 template <class S>
-__device__ void group_scores(const uint4& bits, real_of<S> scale, real_of<S> (&z)[kLanes<S>]) {
-    const auto x = unpacked<S>(bits);
+__device__ void to_scores(const uint4& bits, compute_t<S> scale,
+                          compute_t<S> (&z)[kVectorSize<S>]) {
+    const auto x = unpack<S>(bits);
 #pragma unroll
-    for (int i = 0; i < kLanes<S>; ++i) z[i] = rounded_product(widen(x.at[i]), scale);
+    for (int i = 0; i < kVectorSize<S>; ++i) z[i] = rounded_product(widen(x.value[i]), scale);
 }
 
 template <class S>
-__device__ void scales_of(const Tile<S>& t, int64_t row, real_of<S> (&scale)[kRowsAtOnce]) {
+__device__ void load_scales(const Tile<S>& t, int64_t row, compute_t<S> (&scale)[kRowsPerStep]) {
 #pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) scale[r] = t.scale[(row + r) * t.scale_stride];
+    for (int r = 0; r < kRowsPerStep; ++r) scale[r] = t.scale[(row + r) * t.scale_stride];
 }
 
-// Which of this lane's vectors the tile has.
+// Which of this lane's vectors lie in the tile.
 struct Inside {
-    bool vector[kVectors];
+    bool vector[kVectorsPerLane];
 };
 
 template <class S>
-__device__ Inside inside_of(const Tile<S>& t, const Place& at) {
+__device__ Inside vectors_inside(const Tile<S>& t, const CellBounds& cell) {
     Inside inside;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) inside.vector[v] = column_of<S>(at, v) < t.columns;
+    for (int v = 0; v < kVectorsPerLane; ++v)
+        inside.vector[v] = lane_column<S>(cell, v) < t.columns;
     return inside;
 }
 
-// The largest score of the cell's first rows.
+// The shift of the forward: the largest score of the cell's first four rows.
 template <class S>
-__device__ real_of<S> shift_of(const Tile<S>& t, const Place& at, const Inside& inside) {
-    using T = real_of<S>;
-    T scale[kRowsAtOnce], largest = -INFINITY;
-    scales_of(t, at.first_row, scale);
+__device__ compute_t<S> cell_shift(const Tile<S>& t, const CellBounds& cell, const Inside& inside) {
+    using T = compute_t<S>;
+    T scale[kRowsPerStep], largest = -INFINITY;
+    load_scales(t, cell.first_row, scale);
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kVectorsPerLane; ++v) {
         if (!inside.vector[v]) continue;
-        const auto group = load_group(t, at.first_row, column_of<S>(at, v));
+        const auto vectors = load_vector_rows(t, cell.first_row, lane_column<S>(cell, v));
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-            T z[kLanes<S>];
-            group_scores<S>(group.bits[r], scale[r], z);
+        for (int r = 0; r < kRowsPerStep; ++r) {
+            T z[kVectorSize<S>];
+            to_scores<S>(vectors.bits[r], scale[r], z);
 #pragma unroll
-            for (int i = 0; i < kLanes<S>; ++i) largest = fmax(largest, z[i]);
+            for (int i = 0; i < kVectorSize<S>; ++i) largest = fmax(largest, z[i]);
         }
     }
     return warp_maximum(largest);
 }
 
-// A whole number of vectors.
+// Stores n numbers, a whole number of vectors.
 template <class T, int n>
-__device__ void store_numbers(T* to, const T (&x)[n]) {
-    const bool aligned = aligned_at(to);
+__device__ void store_vectors(T* to, const T (&x)[n]) {
+    const bool aligned = is_aligned(to);
 #pragma unroll
-    for (int first = 0; first < n; first += kLanes<T>) {
-        Lanes<T, kLanes<T>> vector;
+    for (int first = 0; first < n; first += kVectorSize<T>) {
+        Elements<T, kVectorSize<T>> vector;
 #pragma unroll
-        for (int i = 0; i < kLanes<T>; ++i) vector.at[i] = x[first + i];
+        for (int i = 0; i < kVectorSize<T>; ++i) vector.value[i] = x[first + i];
         store(to + first, vector, aligned);
     }
 }
 
-// Sums of the cell's columns, this lane's.
+// A number for each column of this lane.
 template <class S>
-struct ColumnSums {
-    real_of<S> of[kVectors][kLanes<S>];
+struct PerColumn {
+    compute_t<S> value[kVectorsPerLane][kVectorSize<S>];
 };
 
-// Adds four rows to their columns' sums; returns each row's own sum, which every lane gets.
+// Adds the exps of four rows to the sums of their columns. Every lane gets the rows' sums.
 template <class S>
-__device__ void add_rows(const Tile<S>& t, const Place& at, int64_t row, real_of<S> shift,
-                         const Inside& inside, ColumnSums<S>& columns,
-                         real_of<S> (&of_row)[kRowsAtOnce]) {
-    using T = real_of<S>;
-    Group<S> groups[kVectors];
+__device__ void accumulate_rows(const Tile<S>& t, const CellBounds& cell, int64_t row,
+                                compute_t<S> shift, const Inside& inside, PerColumn<S>& columns,
+                                compute_t<S> (&row_sum)[kRowsPerStep]) {
+    using T = compute_t<S>;
+    VectorRows<S> vectors[kVectorsPerLane];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v)
-        if (inside.vector[v]) groups[v] = load_group(t, row, column_of<S>(at, v));
-    T scale[kRowsAtOnce];
-    scales_of(t, row, scale);
+    for (int v = 0; v < kVectorsPerLane; ++v)
+        if (inside.vector[v]) vectors[v] = load_vector_rows(t, row, lane_column<S>(cell, v));
+    T scale[kRowsPerStep];
+    load_scales(t, row, scale);
 #pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) of_row[r] = 0;
+    for (int r = 0; r < kRowsPerStep; ++r) row_sum[r] = 0;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kVectorsPerLane; ++v) {
         if (!inside.vector[v]) continue;
-        T part[kLanes<S>] = {};
+        T part[kVectorSize<S>] = {};
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-            T z[kLanes<S>];
-            group_scores<S>(groups[v].bits[r], scale[r], z);
+        for (int r = 0; r < kRowsPerStep; ++r) {
+            T z[kVectorSize<S>];
+            to_scores<S>(vectors[v].bits[r], scale[r], z);
 #pragma unroll
-            for (int i = 0; i < kLanes<S>; ++i) {
+            for (int i = 0; i < kVectorSize<S>; ++i) {
                 const T term = exp_of<S>(z[i] - shift);
-                of_row[r] += term;
+                row_sum[r] += term;
                 part[i] += term;
             }
         }
 #pragma unroll
-        for (int i = 0; i < kLanes<S>; ++i) columns.of[v][i] += part[i];
+        for (int i = 0; i < kVectorSize<S>; ++i) columns.value[v][i] += part[i];
     }
 #pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) of_row[r] = warp_sum(of_row[r]);
+    for (int r = 0; r < kRowsPerStep; ++r) row_sum[r] = warp_sum(row_sum[r]);
 }
 
+// Returns whether the cell's states are exact, and therefore final.
 template <class S>
-__device__ bool forward_cell(const Tile<S>& t, const Cells<real_of<S>>& c, const Place& at) {
-    using T = real_of<S>;
-    if (!may_be_close(t, at)) return false;
-    const Inside inside = inside_of(t, at);
-    const T shift = shift_of(t, at, inside);
-    const int lane = threadIdx.x % kWarp;
-    ColumnSums<S> columns = {};
-    bool close = true;
-    for (int64_t row = at.first_row; row < at.end_row; row += kRowsAtOnce) {
-        T of_row[kRowsAtOnce];
-        add_rows(t, at, row, shift, inside, columns, of_row);
+__device__ bool forward_one_cell(const Tile<S>& t, const CellStates<compute_t<S>>& c,
+                                 const CellBounds& cell) {
+    using T = compute_t<S>;
+    if (!allows_one_exp(t, cell)) return false;
+    const Inside inside = vectors_inside(t, cell);
+    const T shift = cell_shift(t, cell, inside);
+    const int lane = threadIdx.x % kWarpSize;
+    PerColumn<S> columns = {};
+    bool in_range = true;
+    for (int64_t row = cell.first_row; row < cell.end_row; row += kRowsPerStep) {
+        T row_sum[kRowsPerStep];
+        accumulate_rows(t, cell, row, shift, inside, columns, row_sum);
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-            close &= in_range<S>(of_row[r]);
+        for (int r = 0; r < kRowsPerStep; ++r) {
+            in_range &= sum_in_range<S>(row_sum[r]);
             if (lane != r) continue;
-            c.row_maximum[at.column_block * t.rows + row + r] = shift;
-            c.row_sum[at.column_block * t.rows + row + r] = of_row[r];
+            c.row_maximum[cell.column_block * t.rows + row + r] = shift;
+            c.row_sum[cell.column_block * t.rows + row + r] = row_sum[r];
         }
     }
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kVectorsPerLane; ++v) {
         if (!c.column_sum || !inside.vector[v]) continue;
-        const int64_t to = at.row_block * t.columns + column_of<S>(at, v);
-        T maxima[kLanes<S>];
-        double sums[kLanes<S>];
+        const int64_t to = cell.row_block * t.columns + lane_column<S>(cell, v);
+        T maxima[kVectorSize<S>];
+        double sums[kVectorSize<S>];
 #pragma unroll
-        for (int i = 0; i < kLanes<S>; ++i) {
-            close &= in_range<S>(columns.of[v][i]);
+        for (int i = 0; i < kVectorSize<S>; ++i) {
+            in_range &= sum_in_range<S>(columns.value[v][i]);
             maxima[i] = shift;
-            sums[i] = columns.of[v][i];
+            sums[i] = columns.value[v][i];
         }
-        store_numbers(c.column_maximum + to, maxima);
-        store_numbers(c.column_sum + to, sums);
+        store_vectors(c.column_maximum + to, maxima);
+        store_vectors(c.column_sum + to, sums);
     }
-    return __all_sync(kWholeWarp, close);
+    return __all_sync(kFullMask, in_range);
 }
 
-// Of a multiprocessor: as many as a tile of 8192 x 8192 has for it. Doubles want more registers.
+// Blocks that a multiprocessor's registers must hold. A 16-bit tile of 8192 x 8192 has 512, about 4
+// for each of 132 multiprocessors. Doubles take more registers.
 template <class S>
-constexpr int kCloseBlocks = sizeof(S) == 8 ? 3 : 4;
+constexpr int kMinBlocksOneExp = sizeof(S) == 8 ? 3 : 4;
 
 template <class S>
-__global__ void __launch_bounds__(kWarp* kWarpsOfBlock, kCloseBlocks<S>)
-    forward_close_cells(Tile<S> t, Cells<real_of<S>> c, bool* done) {
-    const int64_t cell = cell_of_warp();
-    if (cell >= c.row_blocks * c.column_blocks) return;
-    const bool close = forward_cell(t, c, place_of_cell(t, cell, c.column_blocks));
-    if (threadIdx.x % kWarp == 0) done[cell] = close;
+__global__ void __launch_bounds__(kWarpSize* kWarpsPerBlock, kMinBlocksOneExp<S>)
+    forward_cells_one_exp(Tile<S> t, CellStates<compute_t<S>> c, bool* cell_done) {
+    const int64_t index = cell_of_warp();
+    if (index >= c.row_blocks * c.column_blocks) return;
+    const bool in_range = forward_one_cell(t, c, cell_bounds(t, index, c.column_blocks));
+    if (threadIdx.x % kWarpSize == 0) cell_done[index] = in_range;
 }
 
-// Backward: exp(z - shift) times the sum of what its row and its column make of it
+// Backward: the gradient is exp(z - shift) (row coefficient + column coefficient), where a
+// coefficient is the upstream gradient times exp(shift - lse)
 
-// exp(shift - lse) times the gradient, where the two are close.
+// Returns whether the lse is close enough to the shift.
 template <class S>
-__device__ bool coefficient(const Marginal<real_of<S>>& m, int64_t index, real_of<S> shift,
-                            real_of<S>& to) {
-    const real_of<S> apart = shift - m.lse[index];
-    to = m.grad[index] * exp(apart - m.low[index]);
-    return fabs(apart) <= kSpread<S>;  // not NaN
+__device__ bool load_coefficient(const Marginal<compute_t<S>>& m, int64_t index, compute_t<S> shift,
+                                 compute_t<S>& coefficient) {
+    const compute_t<S> gap = shift - m.lse[index];
+    coefficient = m.grad[index] * exp(gap - m.low[index]);
+    return fabs(gap) <= kMaxLseGap<S>;  // false for NaN
 }
 
-// Of the rows `lane` and `lane + 32`.
+// The coefficients of the cell's rows: each lane holds those of the rows `lane` and `lane + 32`.
 template <class S>
 struct RowCoefficients {
-    real_of<S> of[kCellRows / kWarp];
+    compute_t<S> value[kCellRows / kWarpSize];
 
-    // By the whole warp, each of whose lanes asks for the same row.
-    __device__ real_of<S> operator[](int row) const {
-        const real_of<S> near = __shfl_sync(kWholeWarp, of[0], row % kWarp);
-        const real_of<S> beyond = __shfl_sync(kWholeWarp, of[1], row % kWarp);
-        return row < kWarp ? near : beyond;
+    // All lanes of the warp call it, with the same row.
+    __device__ compute_t<S> operator[](int row) const {
+        const compute_t<S> lower = __shfl_sync(kFullMask, value[0], row % kWarpSize);
+        const compute_t<S> upper = __shfl_sync(kFullMask, value[1], row % kWarpSize);
+        return row < kWarpSize ? lower : upper;
     }
 };
 
 template <class S>
-__device__ bool coefficients(const Tile<S>& t, const Gradient<S>& g, const Place& at,
-                             const Inside& inside, real_of<S> shift, RowCoefficients<S>& rows,
-                             ColumnSums<S>& columns) {
-    bool close = true;
+__device__ bool load_coefficients(const Tile<S>& t, const Gradient<S>& g, const CellBounds& cell,
+                                  const Inside& inside, compute_t<S> shift,
+                                  RowCoefficients<S>& rows, PerColumn<S>& columns) {
+    bool in_range = true;
 #pragma unroll
-    for (int i = 0; i < kCellRows / kWarp; ++i) {
-        const int64_t row = at.first_row + i * kWarp + threadIdx.x % kWarp;
-        rows.of[i] = 0;
-        if (row < at.end_row) close &= coefficient<S>(g.row, row, shift, rows.of[i]);
+    for (int i = 0; i < kCellRows / kWarpSize; ++i) {
+        const int64_t row = cell.first_row + i * kWarpSize + threadIdx.x % kWarpSize;
+        rows.value[i] = 0;
+        if (row < cell.end_row) in_range &= load_coefficient<S>(g.row, row, shift, rows.value[i]);
     }
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kVectorsPerLane; ++v) {
         if (!g.column.lse || !inside.vector[v]) continue;
-        const int64_t column = column_of<S>(at, v);
+        const int64_t column = lane_column<S>(cell, v);
 #pragma unroll
-        for (int i = 0; i < kLanes<S>; ++i)
-            close &= coefficient<S>(g.column, column + i, shift, columns.of[v][i]);
+        for (int i = 0; i < kVectorSize<S>; ++i)
+            in_range &= load_coefficient<S>(g.column, column + i, shift, columns.value[v][i]);
     }
-    return __all_sync(kWholeWarp, close);
+    return __all_sync(kFullMask, in_range);
 }
 
 template <class S>
-__device__ void give_rows(const Tile<S>& t, const Gradient<S>& g, const Place& at, int64_t row,
-                          real_of<S> shift, const Inside& inside, const RowCoefficients<S>& rows,
-                          const ColumnSums<S>& columns) {
-    using T = real_of<S>;
-    Group<S> groups[kVectors];
+__device__ void write_gradient_rows(const Tile<S>& t, const Gradient<S>& g, const CellBounds& cell,
+                                    int64_t row, compute_t<S> shift, const Inside& inside,
+                                    const RowCoefficients<S>& rows, const PerColumn<S>& columns) {
+    using T = compute_t<S>;
+    VectorRows<S> vectors[kVectorsPerLane];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v)
-        if (inside.vector[v]) groups[v] = load_group(t, row, column_of<S>(at, v));
-    T scale[kRowsAtOnce], of_row[kRowsAtOnce];
-    scales_of(t, row, scale);
+    for (int v = 0; v < kVectorsPerLane; ++v)
+        if (inside.vector[v]) vectors[v] = load_vector_rows(t, row, lane_column<S>(cell, v));
+    T scale[kRowsPerStep], row_coefficient[kRowsPerStep];
+    load_scales(t, row, scale);
 #pragma unroll
-    for (int r = 0; r < kRowsAtOnce; ++r) of_row[r] = rows[int(row - at.first_row) + r];
+    for (int r = 0; r < kRowsPerStep; ++r) row_coefficient[r] = rows[int(row - cell.first_row) + r];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kVectorsPerLane; ++v) {
         if (!inside.vector[v]) continue;
-        S* const out = g.out + row * g.out_stride + column_of<S>(at, v);
+        S* const out = g.out + row * g.out_stride + lane_column<S>(cell, v);
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-            T z[kLanes<S>], grad[kLanes<S>];
-            group_scores<S>(groups[v].bits[r], scale[r], z);
+        for (int r = 0; r < kRowsPerStep; ++r) {
+            T z[kVectorSize<S>], grad[kVectorSize<S>];
+            to_scores<S>(vectors[v].bits[r], scale[r], z);
 #pragma unroll
-            for (int i = 0; i < kLanes<S>; ++i)
-                grad[i] = exp_of<S>(z[i] - shift) * (of_row[r] + columns.of[v][i]);
+            for (int i = 0; i < kVectorSize<S>; ++i)
+                grad[i] = exp_of<S>(z[i] - shift) * (row_coefficient[r] + columns.value[v][i]);
             store(out + r * g.out_stride, narrowed<S>(grad), true);
         }
     }
 }
 
-// A lane writes only vectors that it has read before: the gradient may lie where the similarities do.
+// Returns whether the cell's gradient was written. A lane writes only vectors that it has read
+// itself, because the gradient may lie over the similarities.
 template <class S>
-__device__ bool backward_cell(const Tile<S>& t, const Gradient<S>& g, const Place& at) {
-    if (!may_be_close(t, at) || !in_vectors<S>(g.out, g.out_stride)) return false;
-    const Inside inside = inside_of(t, at);
-    const real_of<S> shift = g.row.lse[at.first_row];
+__device__ bool backward_one_cell(const Tile<S>& t, const Gradient<S>& g, const CellBounds& cell) {
+    if (!allows_one_exp(t, cell) || !rows_are_aligned<S>(g.out, g.out_stride)) return false;
+    const Inside inside = vectors_inside(t, cell);
+    const compute_t<S> shift = g.row.lse[cell.first_row];
     RowCoefficients<S> rows;
-    ColumnSums<S> columns = {};
-    if (!coefficients(t, g, at, inside, shift, rows, columns)) return false;
-    for (int64_t row = at.first_row; row < at.end_row; row += kRowsAtOnce)
-        give_rows(t, g, at, row, shift, inside, rows, columns);
+    PerColumn<S> columns = {};
+    if (!load_coefficients(t, g, cell, inside, shift, rows, columns)) return false;
+    for (int64_t row = cell.first_row; row < cell.end_row; row += kRowsPerStep)
+        write_gradient_rows(t, g, cell, row, shift, inside, rows, columns);
     return true;
 }
 
 template <class S>
-__global__ void __launch_bounds__(kWarp* kWarpsOfBlock, kCloseBlocks<S>)
-    backward_close_cells(Tile<S> t, Gradient<S> g, int64_t row_blocks, int64_t column_blocks,
-                         bool* done) {
-    const int64_t cell = cell_of_warp();
-    if (cell >= row_blocks * column_blocks) return;
-    const bool close = backward_cell(t, g, place_of_cell(t, cell, column_blocks));
-    if (threadIdx.x % kWarp == 0) done[cell] = close;
+__global__ void __launch_bounds__(kWarpSize* kWarpsPerBlock, kMinBlocksOneExp<S>)
+    backward_cells_one_exp(Tile<S> t, Gradient<S> g, int64_t row_blocks, int64_t column_blocks,
+                           bool* cell_done) {
+    const int64_t index = cell_of_warp();
+    if (index >= row_blocks * column_blocks) return;
+    const bool in_range = backward_one_cell(t, g, cell_bounds(t, index, column_blocks));
+    if (threadIdx.x % kWarpSize == 0) cell_done[index] = in_range;
 }
 
 }  // namespace

@@ -1,22 +1,34 @@
-// pairs on CUDA: what one tile of similarities adds to the log-sum-exps of its rows and columns,
-// and its gradient; and the loss by sigmoids. The schedules over tiles and the matmuls are those of
-// python/neglog/ops/pairs.py and siglip.py.
+// The CUDA ops of pairs, the contrastive losses. Similarities of queries (rows) and keys (columns)
+// come in tiles, which torch's matmul has computed; python/neglog/ops/pairs.py and siglip.py go
+// over the tiles.
 //
-// Compiled for sm_80, sm_90a and sm_100, run on the CPU by emulator/cuda_on_cpu.hpp, not yet on a GPU; no speed
-// is claimed. The formulas and the edge cases are those of kernels/pairs.pyx.
+//   neglog::pairs_tile           merges a tile into the log-sum-exps of its rows and columns
+//   neglog::pairs_tile_backward  gradient of a tile's scores
+//   neglog::pairs_tile_sigmoid   loss by sigmoids (SigLIP) of a tile, with its gradient
 //
-// (a) A cell whose scores lie close together takes one exp a score (cell_one_exp.cuh); of others the
-//     second kernel sees to it (cell.cuh).
-// (b) The host never waits, so a whole loss can be captured in a CUDA graph.
+// The score is z_ij = similarity_ij * scale_i + bias_j. The losses are made in Python from lse_i =
+// log(sum_j exp(z_ij)), from the same over columns, and from the positives' scores. The gradient by
+// a score is a sum of terms grad * exp(z - lse), see Marginal in cell.cuh. The sigmoid loss of a
+// row is sum_j softplus(z_ij), with softplus(-z_ij) for its positive.
+//
+// (a) A tile is split into cells of 64 rows, so that a cell's states of rows and columns fit in a
+//     warp's registers. Cells whose scores are close together take one exp for each score, a warp
+//     to a cell (cell_one_exp.cuh). The other cells take one for the row and one for the column, a
+//     block to a cell (cell.cuh).
+// (b) The sigmoid kernel has a warp to each row, because it needs no number of a column.
+// (c) No atomics: cells write their states to memory of their own, and a kernel merges these in one
+//     order, so that the same call gives the same bits every time.
+// (d) The host never waits for the device: a whole loss can be captured in a CUDA graph.
 
-#include "pairs/cell_one_exp.cuh"
 #include "common/torch_stable.cuh"
+#include "pairs/cell_one_exp.cuh"
 
 namespace neglog {
 namespace {
 
 // The loss by sigmoids
 
+// log(1 + exp(z)) and its derivative
 template <class T>
 struct Softplus {
     T value, slope;
@@ -28,35 +40,37 @@ __device__ Softplus<T> softplus(T z) {
     return {fmax(z, T(0)) + log1p(e), (z >= 0 ? T(1) : e) / (1 + e)};
 }
 
-// A warp to a row: adds softplus(-z) of the positive and softplus(z) of the others to the row's loss,
-// their derivatives to its sum of them, and writes these. Sums of one vector in real, then in double.
+// A warp to a row. Adds softplus(-z) of the positive and softplus(z) of the other scores to
+// loss[row], their derivatives by z to slopes[row], and writes these to `out`. The sum over a
+// vector is formed in T, all others in double.
 template <class S>
-__global__ void __launch_bounds__(kWarp* kWarpsOfBlock, 1)
+__global__ void __launch_bounds__(kWarpSize* kWarpsPerBlock, 1)
     sigmoid_rows(Tile<S> t, double* loss, double* slopes, S* out, int64_t out_stride) {
-    using T = real_of<S>;
-    constexpr int n = kLanes<S>;
-    const int64_t row = int64_t(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarp;
+    using T = compute_t<S>;
+    constexpr int n = kVectorSize<S>;
+    const int64_t row = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
     if (row >= t.rows) return;
     double row_loss = 0, row_slopes = 0;
-    for (int64_t column = threadIdx.x % kWarp * n; column < t.columns; column += kWarp * n) {
+    for (int64_t column = threadIdx.x % kWarpSize * n; column < t.columns;
+         column += kWarpSize * n) {
         const auto s = scores_at(t, row, column);
         T grad[n], sum = 0, slope = 0;
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             const bool positive = i == s.positive;
-            const auto term = softplus(positive ? -s.score : s.z[i]);
+            const auto term = softplus(positive ? -s.positive_score : s.z[i]);
             grad[i] = positive ? -term.slope : term.slope;
             sum += term.value;
             slope += grad[i];
         }
         row_loss += sum;
         row_slopes += slope;
-        const int count = columns_from(t.columns, column, n);
-        store_some(out + row * out_stride + column, narrowed<S>(grad), count);
+        const int count = columns_left(t.columns, column, n);
+        store_partial(out + row * out_stride + column, narrowed<S>(grad), count);
     }
     row_loss = warp_sum(row_loss);
     row_slopes = warp_sum(row_slopes);
-    if (threadIdx.x % kWarp == 0) {
+    if (threadIdx.x % kWarpSize == 0) {
         loss[row] += row_loss;
         slopes[row] += row_slopes;
     }
@@ -64,9 +78,9 @@ __global__ void __launch_bounds__(kWarp* kWarpsOfBlock, 1)
 
 // The ops
 
-constexpr int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What both ops are given.
+// The arguments that the ops share.
 struct Inputs {
     Tensor similarity, scale;
     MaybeTensor bias, positive, excluded, query_group, key_group;
@@ -83,13 +97,13 @@ void check_vector(const char* name, const MaybeTensor& tensor, const Tensor& sim
     STD_TORCH_CHECK(size < 2 || tensor->stride(0) == 1, name, ": expected them adjacent");
 }
 
-// As check_vector, or one number in all.
-void check_numbers(const char* name, const MaybeTensor& tensor, const Tensor& similarity,
-                   int64_t size) {
-    const auto real = real_dtype(similarity);
-    if (!tensor || tensor->dim() != 0) return check_vector(name, tensor, similarity, size, real);
+// A vector or a tensor (), of the dtype that is computed in.
+void check_vector_or_number(const char* name, const MaybeTensor& tensor, const Tensor& similarity,
+                            int64_t size) {
+    const auto dtype = compute_dtype(similarity);
+    if (!tensor || tensor->dim() != 0) return check_vector(name, tensor, similarity, size, dtype);
     check_device(name, *tensor, similarity);
-    STD_TORCH_CHECK(tensor->scalar_type() == real, name, ": unexpected dtype");
+    STD_TORCH_CHECK(tensor->scalar_type() == dtype, name, ": unexpected dtype");
 }
 
 void check_matrix(const char* name, const Tensor& x, const Tensor& similarity) {
@@ -105,8 +119,8 @@ void check(const Inputs& in) {
     const Tensor& x = in.similarity;
     check_matrix("similarity", x, x);
     const int64_t rows = x.size(0), columns = x.size(1);
-    check_numbers("scale", in.scale, x, rows);
-    check_numbers("bias", in.bias, x, columns);
+    check_vector_or_number("scale", in.scale, x, rows);
+    check_vector_or_number("bias", in.bias, x, columns);
     check_vector("positive", in.positive, x, rows, ScalarType::Long);
     check_vector("excluded", in.excluded, x, rows, ScalarType::Long);
     check_vector("query_group", in.query_group, x, rows, ScalarType::Long);
@@ -116,7 +130,7 @@ void check(const Inputs& in) {
 
 template <class S>
 Tile<S> tile(const Inputs& in) {
-    using T = real_of<S>;
+    using T = compute_t<S>;
     return {
         .rows = in.similarity.size(0),
         .columns = in.similarity.size(1),
@@ -134,119 +148,142 @@ Tile<S> tile(const Inputs& in) {
     };
 }
 
-int64_t row_blocks(const Tensor& x) { return ceiling(x.size(0), kCellRows); }
+int64_t count_row_blocks(const Tensor& x) { return ceil_div(x.size(0), kCellRows); }
 
 template <class S>
-int64_t column_blocks(const Tensor& x) {
-    return ceiling(x.size(1), kCellColumns<S>);
+int64_t count_column_blocks(const Tensor& x) {
+    return ceil_div(x.size(1), kCellColumns<S>);
 }
 
 template <class T>
-void merge(const Call& call, const T* maximum, const double* sum, int64_t blocks, int64_t size,
-           const Tensor& state_maximum, const Tensor& state_sum) {
-    launch(merge_cells<T>, call, ceiling(size, kWarp), kWarp * kMergers, maximum, sum, blocks, size,
-           pointer<T>(state_maximum), pointer<double>(state_sum));
+void merge_states(const DeviceContext& context, const T* maximum, const double* sum, int64_t blocks,
+                  int64_t size, const Tensor& state_maximum, const Tensor& state_sum) {
+    launch(merge_cells<T>, context, ceil_div(size, kWarpSize), kWarpSize * kMergeWarps, maximum,
+           sum, blocks, size, pointer<T>(state_maximum), pointer<double>(state_sum));
 }
 
-// A warp to each cell.
+// One warp to each cell.
 template <class... Parameters, class... Arguments>
-void launch_close(void (*kernel)(Parameters...), const Call& call, int64_t cells,
-                  Arguments... arguments) {
-    launch(kernel, call, ceiling(cells, kWarpsOfBlock), kWarp * kWarpsOfBlock, arguments...);
+void launch_warp_per_cell(void (*kernel)(Parameters...), const DeviceContext& context,
+                          int64_t cells, Arguments... arguments) {
+    launch(kernel, context, ceil_div(cells, kWarpsPerBlock), kWarpSize * kWarpsPerBlock,
+           arguments...);
 }
 
-// A block to each cell.
+// One block to each cell.
 template <class... Parameters, class... Arguments>
-void launch_cells(void (*kernel)(Parameters...), const Call& call, int64_t cells,
-                  Arguments... arguments) {
-    launch(kernel, call, cells, kWarp * kWarpsOfCell, arguments...);
+void launch_block_per_cell(void (*kernel)(Parameters...), const DeviceContext& context,
+                           int64_t cells, Arguments... arguments) {
+    launch(kernel, context, cells, kWarpSize * kWarpsPerCell, arguments...);
 }
 
-// For each cell, whether the quick kernel has done it; null where it would find none.
-MaybeTensor new_done(const Inputs& in, int64_t cells) {
+// A flag for each cell, which the kernels of cell_one_exp.cuh set; null where they cannot take any
+// cell.
+MaybeTensor new_cell_done(const Inputs& in, int64_t cells) {
     if (in.bias || in.query_group) return std::nullopt;
     return torch::stable::new_empty(in.similarity, {cells}, ScalarType::Bool);
 }
 
 template <class S>
-void run_forward(const Call& call, const Inputs& in, const Tensor& row_maximum,
+void run_forward(const DeviceContext& context, const Inputs& in, const Tensor& row_maximum,
                  const Tensor& row_sum, const MaybeTensor& column_maximum,
                  const MaybeTensor& column_sum, const MaybeTensor& score) {
-    using T = real_of<S>;
+    using T = compute_t<S>;
     const Tensor& x = in.similarity;
-    const int64_t down = row_blocks(x), across = column_blocks<S>(x);
-    const int64_t of_rows = across * x.size(0), of_columns = column_sum ? down * x.size(1) : 0;
-    const Tensor maxima = new_real(x, {of_rows + of_columns});
-    const Tensor sums = torch::stable::new_empty(x, {of_rows + of_columns}, ScalarType::Double);
+    const int64_t row_blocks = count_row_blocks(x), column_blocks = count_column_blocks<S>(x);
+    const bool with_columns = bool(column_sum);
+    const int64_t row_states = column_blocks * x.size(0);
+    const int64_t column_states = with_columns ? row_blocks * x.size(1) : 0;
+    const Tensor maxima = new_compute_tensor(x, {row_states + column_states});
+    const Tensor sums =
+        torch::stable::new_empty(x, {row_states + column_states}, ScalarType::Double);
     T* const maximum = pointer<T>(maxima);
     double* const sum = pointer<double>(sums);
-    const bool both = bool(column_sum);
-    // The columns' first, where they are aligned.
-    const Cells<T> cells = {down, across, maximum + of_columns, sum + of_columns,
-                            both ? maximum : nullptr, both ? sum : nullptr};
-    const MaybeTensor done = new_done(in, down * across);
-    if (done)
-        launch_close(forward_close_cells<S>, call, down * across, tile<S>(in), cells,
-                     pointer<bool>(done));
-    launch_cells(forward_cells<S>, call, down * across, tile<S>(in), cells, pointer<T>(score),
-                 pointer<const bool>(done));
-    merge(call, cells.row_maximum, cells.row_sum, across, x.size(0), row_maximum, row_sum);
-    if (both)
-        merge(call, cells.column_maximum, cells.column_sum, down, x.size(1), *column_maximum,
-              *column_sum);
+    // The columns' states come first, because the memory begins aligned and they are stored as
+    // vectors.
+    const CellStates<T> cells = {
+        .row_blocks = row_blocks,
+        .column_blocks = column_blocks,
+        .row_maximum = maximum + column_states,
+        .row_sum = sum + column_states,
+        .column_maximum = with_columns ? maximum : nullptr,
+        .column_sum = with_columns ? sum : nullptr,
+    };
+    const MaybeTensor cell_done = new_cell_done(in, row_blocks * column_blocks);
+    if (cell_done)
+        launch_warp_per_cell(forward_cells_one_exp<S>, context, row_blocks * column_blocks,
+                             tile<S>(in), cells, pointer<bool>(cell_done));
+    launch_block_per_cell(forward_cells<S>, context, row_blocks * column_blocks, tile<S>(in), cells,
+                          pointer<T>(score), pointer<const bool>(cell_done));
+    merge_states(context, cells.row_maximum, cells.row_sum, column_blocks, x.size(0), row_maximum,
+                 row_sum);
+    if (with_columns)
+        merge_states(context, cells.column_maximum, cells.column_sum, row_blocks, x.size(1),
+                     *column_maximum, *column_sum);
 }
 
+// The schemas are copied from python/neglog/ops/pairs_tile.py, which defines them.
+
+// pairs_tile(Tensor similarity, Tensor scale, Tensor? bias, Tensor? positive, Tensor? excluded,
+//            Tensor? query_group, Tensor? key_group, int first_column, Tensor(a!) row_maximum,
+//            Tensor(b!) row_sum, Tensor(c!)? column_maximum, Tensor(d!)? column_sum,
+//            Tensor(e!)? score) -> ()
 void pairs_tile(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
-                  const MaybeTensor& positive, const MaybeTensor& excluded,
-                  const MaybeTensor& query_group, const MaybeTensor& key_group,
-                  int64_t first_column, const Tensor& row_maximum, const Tensor& row_sum,
-                  const MaybeTensor& column_maximum, const MaybeTensor& column_sum,
-                  const MaybeTensor& score) {
+                const MaybeTensor& positive, const MaybeTensor& excluded,
+                const MaybeTensor& query_group, const MaybeTensor& key_group, int64_t first_column,
+                const Tensor& row_maximum, const Tensor& row_sum, const MaybeTensor& column_maximum,
+                const MaybeTensor& column_sum, const MaybeTensor& score) {
     const Inputs in = {similarity, scale,       bias,      positive,
                        excluded,   query_group, key_group, first_column};
     check(in);
     const int64_t rows = similarity.size(0), columns = similarity.size(1);
-    const auto real = real_dtype(similarity);
-    check_vector("row_maximum", row_maximum, similarity, rows, real);
+    const auto dtype = compute_dtype(similarity);
+    check_vector("row_maximum", row_maximum, similarity, rows, dtype);
     check_vector("row_sum", row_sum, similarity, rows, ScalarType::Double);
-    check_vector("column_maximum", column_maximum, similarity, columns, real);
+    check_vector("column_maximum", column_maximum, similarity, columns, dtype);
     check_vector("column_sum", column_sum, similarity, columns, ScalarType::Double);
-    check_vector("score", score, similarity, rows, real);
+    check_vector("score", score, similarity, rows, dtype);
     STD_TORCH_CHECK(bool(column_maximum) == bool(column_sum),
                     "column_sum: expected it and column_maximum, or neither");
     if (rows == 0 || columns == 0) return;
-    const Call call(similarity);
-    with_storage(similarity, [&](auto storage) {
-        run_forward<decltype(storage)>(call, in, row_maximum, row_sum, column_maximum, column_sum,
-                                       score);
+    const DeviceContext context(similarity);
+    dispatch_storage(similarity, [&](auto storage) {
+        run_forward<decltype(storage)>(context, in, row_maximum, row_sum, column_maximum,
+                                       column_sum, score);
     });
 }
 
 template <class T>
 Marginal<T> marginal(const MaybeTensor& lse, const MaybeTensor& low, const MaybeTensor& grad,
-                     const MaybeTensor& hard) {
+                     const MaybeTensor& target_weight) {
     return {pointer<const T>(lse), pointer<const T>(low), pointer<const T>(grad),
-            pointer<const T>(hard)};
+            pointer<const T>(target_weight)};
 }
 
+// pairs_tile_backward(Tensor similarity, Tensor scale, Tensor? bias, Tensor? positive,
+//                     Tensor? excluded, Tensor? query_group, Tensor? key_group, int first_column,
+//                     Tensor row_lse, Tensor row_low, Tensor row_grad, Tensor? row_hard,
+//                     Tensor? column_lse, Tensor? column_low, Tensor? column_grad,
+//                     Tensor? column_hard, Tensor? grad_score, Tensor(a!) out) -> ()
+// row_hard and column_hard are the target_weight of Marginal.
 void pairs_tile_backward(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
-                           const MaybeTensor& positive, const MaybeTensor& excluded,
-                           const MaybeTensor& query_group, const MaybeTensor& key_group,
-                           int64_t first_column, const Tensor& row_lse, const Tensor& row_low,
-                           const Tensor& row_grad, const MaybeTensor& row_hard,
-                           const MaybeTensor& column_lse, const MaybeTensor& column_low,
-                           const MaybeTensor& column_grad, const MaybeTensor& column_hard,
-                           const MaybeTensor& grad_score, const Tensor& out) {
+                         const MaybeTensor& positive, const MaybeTensor& excluded,
+                         const MaybeTensor& query_group, const MaybeTensor& key_group,
+                         int64_t first_column, const Tensor& row_lse, const Tensor& row_low,
+                         const Tensor& row_grad, const MaybeTensor& row_hard,
+                         const MaybeTensor& column_lse, const MaybeTensor& column_low,
+                         const MaybeTensor& column_grad, const MaybeTensor& column_hard,
+                         const MaybeTensor& grad_score, const Tensor& out) {
     const Inputs in = {similarity, scale,       bias,      positive,
                        excluded,   query_group, key_group, first_column};
     check(in);
     check_matrix("out", out, similarity);
     const int64_t rows = similarity.size(0), columns = similarity.size(1);
     const auto of_rows = [&](const char* name, const MaybeTensor& x) {
-        check_vector(name, x, similarity, rows, real_dtype(similarity));
+        check_vector(name, x, similarity, rows, compute_dtype(similarity));
     };
     const auto of_columns = [&](const char* name, const MaybeTensor& x) {
-        check_vector(name, x, similarity, columns, real_dtype(similarity));
+        check_vector(name, x, similarity, columns, compute_dtype(similarity));
         STD_TORCH_CHECK(bool(x) == bool(column_lse), name, ": expected all of the columns or none");
     };
     of_rows("row_lse", row_lse);
@@ -259,29 +296,33 @@ void pairs_tile_backward(const Tensor& similarity, const Tensor& scale, const Ma
     of_rows("column_hard", column_hard);
     of_rows("grad_score", grad_score);
     if (rows == 0 || columns == 0) return;
-    const Call call(similarity);
-    with_storage(similarity, [&](auto storage) {
+    const DeviceContext context(similarity);
+    dispatch_storage(similarity, [&](auto storage) {
         using S = decltype(storage);
-        using T = real_of<S>;
-        const Gradient<S> g = {
-            marginal<T>(row_lse, row_low, row_grad, row_hard),
-            marginal<T>(column_lse, column_low, column_grad, column_hard),
-            pointer<const T>(grad_score), pointer<S>(out), out.stride(0)};
-        const int64_t down = row_blocks(similarity), across = column_blocks<S>(similarity);
-        const MaybeTensor done = new_done(in, down * across);
-        if (done)
-            launch_close(backward_close_cells<S>, call, down * across, tile<S>(in), g, down, across,
-                         pointer<bool>(done));
-        launch_cells(backward_cells<S>, call, down * across, tile<S>(in), g, across,
-                     pointer<const bool>(done));
+        using T = compute_t<S>;
+        const Gradient<S> g = {marginal<T>(row_lse, row_low, row_grad, row_hard),
+                               marginal<T>(column_lse, column_low, column_grad, column_hard),
+                               pointer<const T>(grad_score), pointer<S>(out), out.stride(0)};
+        const int64_t row_blocks = count_row_blocks(similarity);
+        const int64_t column_blocks = count_column_blocks<S>(similarity);
+        const MaybeTensor cell_done = new_cell_done(in, row_blocks * column_blocks);
+        if (cell_done)
+            launch_warp_per_cell(backward_cells_one_exp<S>, context, row_blocks * column_blocks,
+                                 tile<S>(in), g, row_blocks, column_blocks,
+                                 pointer<bool>(cell_done));
+        launch_block_per_cell(backward_cells<S>, context, row_blocks * column_blocks, tile<S>(in),
+                              g, column_blocks, pointer<const bool>(cell_done));
     });
 }
 
+// pairs_tile_sigmoid(Tensor similarity, Tensor scale, Tensor? bias, Tensor? positive,
+//                    Tensor? excluded, Tensor? query_group, Tensor? key_group, int first_column,
+//                    Tensor(a!) loss, Tensor(b!) slopes, Tensor(c!) out) -> ()
 void pairs_tile_sigmoid(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
-                          const MaybeTensor& positive, const MaybeTensor& excluded,
-                          const MaybeTensor& query_group, const MaybeTensor& key_group,
-                          int64_t first_column, const Tensor& loss, const Tensor& slopes,
-                          const Tensor& out) {
+                        const MaybeTensor& positive, const MaybeTensor& excluded,
+                        const MaybeTensor& query_group, const MaybeTensor& key_group,
+                        int64_t first_column, const Tensor& loss, const Tensor& slopes,
+                        const Tensor& out) {
     const Inputs in = {similarity, scale,       bias,      positive,
                        excluded,   query_group, key_group, first_column};
     check(in);
@@ -290,10 +331,10 @@ void pairs_tile_sigmoid(const Tensor& similarity, const Tensor& scale, const May
     check_vector("loss", loss, similarity, rows, ScalarType::Double);
     check_vector("slopes", slopes, similarity, rows, ScalarType::Double);
     if (rows == 0 || columns == 0) return;
-    const Call call(similarity);
-    with_storage(similarity, [&](auto storage) {
+    const DeviceContext context(similarity);
+    dispatch_storage(similarity, [&](auto storage) {
         using S = decltype(storage);
-        launch(sigmoid_rows<S>, call, ceiling(rows, kWarpsOfBlock), kWarp * kWarpsOfBlock,
+        launch(sigmoid_rows<S>, context, ceil_div(rows, kWarpsPerBlock), kWarpSize * kWarpsPerBlock,
                tile<S>(in), pointer<double>(loss), pointer<double>(slopes), pointer<S>(out),
                out.stride(0));
     });
@@ -302,6 +343,7 @@ void pairs_tile_sigmoid(const Tensor& similarity, const Tensor& scale, const May
 }  // namespace
 }  // namespace neglog
 
+// STABLE_TORCH_LIBRARY_IMPL of the namespace neglog; the schemas stand above the functions.
 NEGLOG_IMPL(m) {
     m.impl("pairs_tile", TORCH_BOX(&neglog::pairs_tile));
     m.impl("pairs_tile_backward", TORCH_BOX(&neglog::pairs_tile_backward));
