@@ -44,30 +44,33 @@ done
 # USE_CUDA shows the stable ABI's CUDA half; the version is the oldest torch the binary serves, 2.10.
 jobs=
 for source in "$here"/*/*.cu; do
-    stem=$(basename "$source" .cu)
+    name=$(basename "$(dirname "$source")").$(basename "$source" .cu) # nll.row of nll/row.cu
     # shellcheck disable=SC2086
     "$nvcc" -std=c++20 -O3 $targets --threads 0 \
         -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
         -Xcompiler -fPIC,-fvisibility=hidden,$warnings -Xptxas -v \
-        -I "$here" $includes -c "$source" -o "$out/$stem.o" >"$out/$stem.log" 2>&1 &
-    jobs="$jobs $!:$stem"
+        -I "$here" $includes -c "$source" -o "$out/$name.o" >"$out/$name.log" 2>&1 &
+    jobs="$jobs $!:$name"
 done
 objects=
+logs=
 for job in $jobs; do
-    stem=${job#*:}
+    name=${job#*:}
     wait "${job%%:*}" || {
-        grep -v "^ptxas info" "$out/$stem.log" >&2
+        grep -v "^ptxas info" "$out/$name.log" >&2
         exit 1
     }
     # An array that is indexed at run time lies in local memory as spilled registers do.
-    if grep -E "[1-9][0-9]* bytes (spill|stack)" "$out/$stem.log"; then
-        echo "csrc/compile.sh: registers spill, or arrays do (above); the whole log is $out/$stem.log" >&2
+    if grep -E "[1-9][0-9]* bytes (spill|stack)" "$out/$name.log"; then
+        echo "csrc/compile.sh: registers spill, or arrays do (above); the whole log is $out/$name.log" >&2
         [ "$strict" = no ] || exit 1
     fi
-    objects="$objects $out/$stem.o"
+    objects="$objects $out/$name.o"
+    logs="$logs $out/$name.log"
 done
-# CUDA's own symbols of torch are resolved when the module is loaded into a CUDA build of it, by way of
-# libtorch.so. It defines nothing itself, so the linker would leave it out, and the module not load.
+# The library finds torch's CUDA symbols through libtorch.so when it is loaded into a CUDA build of
+# torch. libtorch.so defines none itself: without --no-as-needed the linker would drop it, and the
+# library would not load.
 # shellcheck disable=SC2086
 "$nvcc" -shared -Xlinker --no-as-needed $objects -o "$out/neglog_cuda.so" \
     $libraries -ltorch -ltorch_cpu -lc10
@@ -77,5 +80,6 @@ if [ "$strict" = yes ] && command -v readelf >/dev/null 2>&1 &&
     exit 1
 fi
 
-kernels=$(cat "$out"/*.log | grep -c "Compiling entry function" || true)
+# shellcheck disable=SC2086
+kernels=$(cat $logs | grep -c "Compiling entry function" || true)
 echo "csrc/compile.sh: $kernels kernels for sm_${architectures}, linked: $out/neglog_cuda.so"

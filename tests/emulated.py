@@ -24,7 +24,9 @@ _definitions = torch.library.Library("neglog_emulated", "DEF")
 def operators(out: Path) -> Any:
     """The ops, compiled into the folder `out`."""
     subprocess.run(
-        [SOURCES / "emulate.sh", out], check=True, env={**os.environ, "PYTHON": sys.executable}
+        [SOURCES / "emulator" / "emulate.sh", out],
+        check=True,
+        env={**os.environ, "PYTHON": sys.executable},
     )
     ops = (nll.forward, nll.backward, nll.in_place, nll.scale_in_place, *pairs.CUDA_TILE)
     for op in ops:
