@@ -412,7 +412,7 @@ Results forward(const Inputs& in, const MaybeTensor& num_items, bool stats, bool
     return r;
 }
 
-// The schemas are copied from python/neglog/ops/nll.py, which defines them.
+// The schemas are copied from python/neglog/ops/nll/schema.py, which defines them.
 
 // nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, int reduction,
 //     int ignore_index, float label_smoothing, float logit_scale, float softcap, float z_loss,

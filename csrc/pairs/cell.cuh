@@ -6,8 +6,9 @@
 //
 // (a) A cell has 64 rows, and in each two 16-byte vectors for each lane of a warp: 256 columns of
 //     float. A block of 8 warps reads it once, 8 rows to a warp: few cells come here, and with one
-//     warp to a cell the device would be nearly idle. Warps reduce their rows by shuffles. Each lane keeps
-//     the states of its columns in registers, and the warps' states are merged in their order.
+//     warp to a cell the device would be nearly idle. Warps reduce their rows by shuffles. Each
+//     lane keeps the states of its columns in registers, and the warps' states are merged in their
+//     order.
 // (b) A second kernel merges the cells' states, in one order and in double. No atomics: a tile's
 //     bits depend on its shape, its dtype and its alignment alone.
 // (c) A column's sum over 64 rows is kept as two numbers. With one float the loss of a nearly
@@ -56,17 +57,18 @@ struct CellStates {
     double* column_sum;
 };
 
-// The upstream gradients of the log-sum-exps of the rows, or of the columns. By the scores z of one
-// row,
+// The weights in the gradient of a loss through the log-sum-exps of rows, or of columns. By the
+// score of the pair of row i and column j it is
 //
-//   dz_j = (grad - target_weight) p_j + target_weight (p_j - [j = positive])
+//   dz_ij = softmax_weight p_ij - target_weight_i [j = positive_i]
 //
-// of a loss that contains target_weight * (lse - z_positive) and (grad - target_weight) * lse.
+// where p = exp(z - lse), with the softmax_weight and the lse of i for rows, of j for columns. The
+// target_weight is that part of the softmax_weight which comes from terms lse - z_positive.
 template <class T>
 struct Marginal {
-    const T *lse, *low;      // lse + low is the log-sum-exp; lse is null for no gradient
-    const T* grad;           // of all that depends on the lse
-    const T* target_weight;  // (rows), or null for zeros
+    const T *lse, *low;       // lse + low is the log-sum-exp; lse is null for no gradient
+    const T* softmax_weight;  // by row, or by column
+    const T* target_weight;   // (rows), or null for zeros
 };
 
 template <class S>
@@ -237,7 +239,7 @@ __device__ void merge_warp_states(
 
 template <class S>
 __global__ void __launch_bounds__(kWarpSize* kWarpsPerCell, 1)
-    forward_cells(Tile<S> t, CellStates<compute_t<S>> c, compute_t<S>* score,
+    forward_cells(Tile<S> t, CellStates<compute_t<S>> c, compute_t<S>* positive_score,
                   const bool* cell_done) {
     using T = compute_t<S>;
     __shared__ T column_maximum[kCellColumns<S>];
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kWarpSize* kWarpsPerCell, 1)
 #pragma unroll
         for (int v = 0; v < kVectorsPerLane; ++v) {
             s[v] = scores_at(t, row, lane_column<S>(cell, v));
-            if (score && s[v].positive >= 0) score[row] = s[v].positive_score;
+            if (positive_score && s[v].positive >= 0) positive_score[row] = s[v].positive_score;
         }
         const auto state = row_state_of_cell(s);
         if (threadIdx.x % kWarpSize == 0) {
@@ -325,7 +327,7 @@ template <class T>
 __device__ ExpFactor<T> exp_factor(const Marginal<T>& m, int64_t index, bool inside) {
     // An lse of -inf means that all pairs are excluded; -inf - -inf would be NaN.
     if (!m.lse || !inside || m.lse[index] == T(-INFINITY)) return {T(0), T(INFINITY)};
-    return {m.grad[index] * exp(-m.low[index]), m.lse[index]};
+    return {m.softmax_weight[index] * exp(-m.low[index]), m.lse[index]};
 }
 
 // The gradient of the positive's score through the log-sum-exp of its row or column.
@@ -335,7 +337,8 @@ __device__ double positive_gradient_by_lse(const Marginal<T>& m, int64_t index, 
     const T log_p =
         high == T(-INFINITY) ? T(-INFINITY) : log_probability(z, Lse<T>{high, m.low[index]});
     const double target_weight = m.target_weight ? m.target_weight[row] : 0;
-    return (double(m.grad[index]) - target_weight) * exp(log_p) + target_weight * expm1(log_p);
+    return (double(m.softmax_weight[index]) - target_weight) * exp(log_p) +
+           target_weight * expm1(log_p);
 }
 
 template <class S>

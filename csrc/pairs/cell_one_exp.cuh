@@ -252,7 +252,7 @@ template <class S>
 __device__ bool load_coefficient(const Marginal<compute_t<S>>& m, int64_t index, compute_t<S> shift,
                                  compute_t<S>& coefficient) {
     const compute_t<S> gap = shift - m.lse[index];
-    coefficient = m.grad[index] * exp(gap - m.low[index]);
+    coefficient = m.softmax_weight[index] * exp(gap - m.low[index]);
     return fabs(gap) <= kMaxLseGap<S>;  // false for NaN
 }
 

@@ -1,6 +1,6 @@
 // The CUDA ops of pairs, the contrastive losses. Similarities of queries (rows) and keys (columns)
-// come in tiles, which torch's matmul has computed; python/neglog/ops/pairs.py and siglip.py go
-// over the tiles.
+// come in tiles, which torch's matmul has computed; python/neglog/ops/pairs goes over the
+// tiles.
 //
 //   neglog::pairs_tile           merges a tile into the log-sum-exps of its rows and columns
 //   neglog::pairs_tile_backward  gradient of a tile's scores
@@ -8,7 +8,7 @@
 //
 // The score is z_ij = similarity_ij * scale_i + bias_j. The losses are made in Python from lse_i =
 // log(sum_j exp(z_ij)), from the same over columns, and from the positives' scores. The gradient by
-// a score is a sum of terms grad * exp(z - lse), see Marginal in cell.cuh. The sigmoid loss of a
+// a score is a sum of terms weight * exp(z - lse), see Marginal in cell.cuh. The sigmoid loss of a
 // row is sum_j softplus(z_ij), with softplus(-z_ij) for its positive.
 //
 // (a) A tile is split into cells of 64 rows, so that a cell's states of rows and columns fit in a
@@ -187,7 +187,7 @@ MaybeTensor new_cell_done(const Inputs& in, int64_t cells) {
 template <class S>
 void run_forward(const DeviceContext& context, const Inputs& in, const Tensor& row_maximum,
                  const Tensor& row_sum, const MaybeTensor& column_maximum,
-                 const MaybeTensor& column_sum, const MaybeTensor& score) {
+                 const MaybeTensor& column_sum, const MaybeTensor& positive_score) {
     using T = compute_t<S>;
     const Tensor& x = in.similarity;
     const int64_t row_blocks = count_row_blocks(x), column_blocks = count_column_blocks<S>(x);
@@ -214,7 +214,7 @@ void run_forward(const DeviceContext& context, const Inputs& in, const Tensor& r
         launch_warp_per_cell(forward_cells_one_exp<S>, context, row_blocks * column_blocks,
                              tile<S>(in), cells, pointer<bool>(cell_done));
     launch_block_per_cell(forward_cells<S>, context, row_blocks * column_blocks, tile<S>(in), cells,
-                          pointer<T>(score), pointer<const bool>(cell_done));
+                          pointer<T>(positive_score), pointer<const bool>(cell_done));
     merge_states(context, cells.row_maximum, cells.row_sum, column_blocks, x.size(0), row_maximum,
                  row_sum);
     if (with_columns)
@@ -222,17 +222,17 @@ void run_forward(const DeviceContext& context, const Inputs& in, const Tensor& r
                      *column_maximum, *column_sum);
 }
 
-// The schemas are copied from python/neglog/ops/pairs_tile.py, which defines them.
+// The schemas are copied from python/neglog/ops/pairs/schema.py, which defines them.
 
 // pairs_tile(Tensor similarity, Tensor scale, Tensor? bias, Tensor? positive, Tensor? excluded,
 //            Tensor? query_group, Tensor? key_group, int first_column, Tensor(a!) row_maximum,
 //            Tensor(b!) row_sum, Tensor(c!)? column_maximum, Tensor(d!)? column_sum,
-//            Tensor(e!)? score) -> ()
+//            Tensor(e!)? positive_score) -> ()
 void pairs_tile(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
                 const MaybeTensor& positive, const MaybeTensor& excluded,
                 const MaybeTensor& query_group, const MaybeTensor& key_group, int64_t first_column,
                 const Tensor& row_maximum, const Tensor& row_sum, const MaybeTensor& column_maximum,
-                const MaybeTensor& column_sum, const MaybeTensor& score) {
+                const MaybeTensor& column_sum, const MaybeTensor& positive_score) {
     const Inputs in = {similarity, scale,       bias,      positive,
                        excluded,   query_group, key_group, first_column};
     check(in);
@@ -242,38 +242,39 @@ void pairs_tile(const Tensor& similarity, const Tensor& scale, const MaybeTensor
     check_vector("row_sum", row_sum, similarity, rows, ScalarType::Double);
     check_vector("column_maximum", column_maximum, similarity, columns, dtype);
     check_vector("column_sum", column_sum, similarity, columns, ScalarType::Double);
-    check_vector("score", score, similarity, rows, dtype);
+    check_vector("positive_score", positive_score, similarity, rows, dtype);
     STD_TORCH_CHECK(bool(column_maximum) == bool(column_sum),
                     "column_sum: expected it and column_maximum, or neither");
     if (rows == 0 || columns == 0) return;
     const DeviceContext context(similarity);
     dispatch_storage(similarity, [&](auto storage) {
         run_forward<decltype(storage)>(context, in, row_maximum, row_sum, column_maximum,
-                                       column_sum, score);
+                                       column_sum, positive_score);
     });
 }
 
 template <class T>
-Marginal<T> marginal(const MaybeTensor& lse, const MaybeTensor& low, const MaybeTensor& grad,
-                     const MaybeTensor& target_weight) {
-    return {pointer<const T>(lse), pointer<const T>(low), pointer<const T>(grad),
+Marginal<T> marginal(const MaybeTensor& lse, const MaybeTensor& low,
+                     const MaybeTensor& softmax_weight, const MaybeTensor& target_weight) {
+    return {pointer<const T>(lse), pointer<const T>(low), pointer<const T>(softmax_weight),
             pointer<const T>(target_weight)};
 }
 
 // pairs_tile_backward(Tensor similarity, Tensor scale, Tensor? bias, Tensor? positive,
 //                     Tensor? excluded, Tensor? query_group, Tensor? key_group, int first_column,
-//                     Tensor row_lse, Tensor row_low, Tensor row_grad, Tensor? row_hard,
-//                     Tensor? column_lse, Tensor? column_low, Tensor? column_grad,
-//                     Tensor? column_hard, Tensor? grad_score, Tensor(a!) out) -> ()
-// row_hard and column_hard are the target_weight of Marginal.
+//                     Tensor row_lse, Tensor row_low, Tensor row_softmax_weight,
+//                     Tensor? row_target_weight, Tensor? column_lse, Tensor? column_low,
+//                     Tensor? column_softmax_weight, Tensor? column_target_weight,
+//                     Tensor? grad_positive_score, Tensor(a!) out) -> ()
 void pairs_tile_backward(const Tensor& similarity, const Tensor& scale, const MaybeTensor& bias,
                          const MaybeTensor& positive, const MaybeTensor& excluded,
                          const MaybeTensor& query_group, const MaybeTensor& key_group,
                          int64_t first_column, const Tensor& row_lse, const Tensor& row_low,
-                         const Tensor& row_grad, const MaybeTensor& row_hard,
+                         const Tensor& row_softmax_weight, const MaybeTensor& row_target_weight,
                          const MaybeTensor& column_lse, const MaybeTensor& column_low,
-                         const MaybeTensor& column_grad, const MaybeTensor& column_hard,
-                         const MaybeTensor& grad_score, const Tensor& out) {
+                         const MaybeTensor& column_softmax_weight,
+                         const MaybeTensor& column_target_weight,
+                         const MaybeTensor& grad_positive_score, const Tensor& out) {
     const Inputs in = {similarity, scale,       bias,      positive,
                        excluded,   query_group, key_group, first_column};
     check(in);
@@ -288,21 +289,22 @@ void pairs_tile_backward(const Tensor& similarity, const Tensor& scale, const Ma
     };
     of_rows("row_lse", row_lse);
     of_rows("row_low", row_low);
-    of_rows("row_grad", row_grad);
-    of_rows("row_hard", row_hard);
+    of_rows("row_softmax_weight", row_softmax_weight);
+    of_rows("row_target_weight", row_target_weight);
     of_columns("column_lse", column_lse);
     of_columns("column_low", column_low);
-    of_columns("column_grad", column_grad);
-    of_rows("column_hard", column_hard);
-    of_rows("grad_score", grad_score);
+    of_columns("column_softmax_weight", column_softmax_weight);
+    of_rows("column_target_weight", column_target_weight);
+    of_rows("grad_positive_score", grad_positive_score);
     if (rows == 0 || columns == 0) return;
     const DeviceContext context(similarity);
     dispatch_storage(similarity, [&](auto storage) {
         using S = decltype(storage);
         using T = compute_t<S>;
-        const Gradient<S> g = {marginal<T>(row_lse, row_low, row_grad, row_hard),
-                               marginal<T>(column_lse, column_low, column_grad, column_hard),
-                               pointer<const T>(grad_score), pointer<S>(out), out.stride(0)};
+        const Gradient<S> g = {
+            marginal<T>(row_lse, row_low, row_softmax_weight, row_target_weight),
+            marginal<T>(column_lse, column_low, column_softmax_weight, column_target_weight),
+            pointer<const T>(grad_positive_score), pointer<S>(out), out.stride(0)};
         const int64_t row_blocks = count_row_blocks(similarity);
         const int64_t column_blocks = count_column_blocks<S>(similarity);
         const MaybeTensor cell_done = new_cell_done(in, row_blocks * column_blocks);
