@@ -1,11 +1,13 @@
-"""Builds the CPU kernels, once per ISA level, and never for the build machine alone; and CUDA's.
+"""Builds the CPU kernels, once for each ISA level, and the CUDA kernels.
+
+The CPU kernels are never built for the build machine alone: which level runs is decided at import.
 
 Environment:
-  NEGLOG_COMPILE=0   build nothing for the CPU: the Numba twins run instead
-  NEGLOG_COMPILE=1   a failing compiler is an error (the default is to go on without)
-  NEGLOG_CUDA=0      build nothing for CUDA
-  NEGLOG_CUDA=1      build it or fail (the default: where nvcc and a CUDA build of torch are)
-  ARCHITECTURES      of CUDA's devices, see csrc/compile.sh
+  NEGLOG_COMPILE=0   build no CPU kernels: Numba compiles its version of them at the first call
+  NEGLOG_COMPILE=1   fail if the compiler fails (by default the install goes on without them)
+  NEGLOG_CUDA=0      build no CUDA kernels
+  NEGLOG_CUDA=1      build them or fail (by default: build them where nvcc and a CUDA torch are)
+  ARCHITECTURES      of the CUDA devices, see csrc/compile.sh
 """
 
 import os
@@ -20,26 +22,73 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
+SOURCES = Path("kernels/cython")
+FAMILIES = ["nll", "pairs"]
 X86_64_LEVELS = {
     "x86_64_v2": ["-march=x86-64-v2"],
     "x86_64_v3": ["-march=x86-64-v3"],
     "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
-# Neither flag lets the compiler assume away NaN or inf: errno is not read, and no trap handler is.
+# No flag lets the compiler assume that NaN or inf do not occur. Nothing here reads errno or handles
+# floating-point traps.
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-STEMS = ["nll", "pairs"]
 CUDA = "neglog.neglog_cuda"
 
 
+# CPU
+
+
 def isa_levels() -> dict[str, list[str]]:
+    """The levels to build and the flags of each."""
     gnu = sysconfig.get_platform().startswith(("linux", "macosx"))
     if gnu and platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32:
         return X86_64_LEVELS
     return {"generic": []}
 
 
-def torch_is_for_cuda() -> bool | None:
-    """None where there is no torch."""
+def kernel_extension(level: str, family: str, march: list[str]) -> Extension:
+    return Extension(
+        f"neglog.kernels.cython.{level}.{family}",
+        [str(SOURCES / f"{family}.pyx")],
+        include_dirs=[str(SOURCES)],
+        depends=sorted(map(str, [*SOURCES.glob("*.hpp"), *SOURCES.glob("*.pxd")])),
+        language="c++",
+        extra_compile_args=[*FLAGS, *march, "-fopenmp"],
+        extra_link_args=["-fopenmp"],
+    )
+
+
+def cpu_extensions() -> list[Extension]:
+    if os.environ.get("NEGLOG_COMPILE") == "0":
+        return []
+    cpu_level = Extension(
+        "neglog.kernels.cython.cpu_level", [str(SOURCES / "cpu_level.pyx")], language="c++"
+    )
+    kernels = [
+        kernel_extension(level, family, march)
+        for level, march in isa_levels().items()
+        for family in FAMILIES
+    ]
+    return [cpu_level, *kernels]
+
+
+def cythonized(extension: Extension) -> Extension:
+    """With the C++ that Cython makes of its source, in a folder of its own.
+
+    Cython writes the full module name into the C++, so each level's file is another.
+    Without `aliases` Cython would add the flags of the levels before to those of each level.
+    """
+    from Cython.Build import cythonize
+
+    folder = f"build/cython/{extension.name}"
+    return cythonize([extension], include_path=[str(SOURCES)], build_dir=folder, aliases={})[0]
+
+
+# CUDA
+
+
+def torch_has_cuda() -> bool | None:
+    """None if torch is not installed."""
     try:
         import torch
     except ImportError:
@@ -48,16 +97,16 @@ def torch_is_for_cuda() -> bool | None:
 
 
 def wants_cuda() -> bool:
-    """Raises RuntimeError where CUDA is demanded and cannot be had."""
+    """Raises RuntimeError if NEGLOG_CUDA=1 cannot be met."""
     asked = os.environ.get("NEGLOG_CUDA", "")
     if asked not in ("", "0", "1"):
         raise RuntimeError(f"NEGLOG_CUDA: expected 0, 1 or nothing, got {asked!r}")
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
     if asked != "1":
-        return asked == "" and nvcc is not None and bool(torch_is_for_cuda())
+        return asked == "" and nvcc is not None and bool(torch_has_cuda())
     if nvcc is None:
         raise RuntimeError("NEGLOG_CUDA=1: nvcc is not found; put it in PATH, or name it in NVCC")
-    if torch_is_for_cuda() is None:
+    if torch_has_cuda() is None:
         raise RuntimeError(
             "NEGLOG_CUDA=1: torch, whose headers the kernels need, is not found; install it first, "
             "and neglog with --no-build-isolation"
@@ -72,46 +121,14 @@ def cuda_extensions() -> list[Extension]:
     return [Extension(CUDA, sources, depends=headers)]
 
 
-def cpu_extensions() -> list[Extension]:
-    if os.environ.get("NEGLOG_COMPILE") == "0":
-        return []
-    headers = [str(path) for path in Path("kernels/cython").glob("block*.*")]
-    built = [
-        Extension(
-            "neglog.kernels.cython.cpu_level", ["kernels/cython/cpu_level.pyx"], language="c++"
-        )
-    ]
-    for level, march in isa_levels().items():
-        for stem in STEMS:
-            built.append(
-                Extension(
-                    f"neglog.kernels.cython.{level}.{stem}",
-                    [f"kernels/cython/{stem}.pyx"],
-                    include_dirs=["kernels/cython"],
-                    depends=headers,
-                    language="c++",
-                    extra_compile_args=[*FLAGS, *march, "-fopenmp"],
-                    extra_link_args=["-fopenmp"],
-                )
-            )
-    return built
-
-
 class BuildKernels(build_ext):
-    """One source, several objects: each extension gets a directory of its own for them."""
+    """Compiles the CPU kernels by setuptools, and the CUDA kernels by csrc/compile.sh."""
 
     def finalize_options(self):
-        if self.distribution.ext_modules:
-            from Cython.Build import cythonize
-
-            # Each in a directory of its own: Cython writes the full module name into the C++.
-            def translated(extension):
-                if extension.name == CUDA:
-                    return extension
-                where = f"build/cython/{extension.name}"
-                return cythonize([extension], include_path=["kernels/cython"], build_dir=where)[0]
-
-            self.distribution.ext_modules = list(map(translated, self.distribution.ext_modules))
+        self.distribution.ext_modules = [
+            extension if extension.name == CUDA else cythonized(extension)
+            for extension in self.distribution.ext_modules or []
+        ]
         super().finalize_options()
 
     def run(self):
@@ -123,14 +140,21 @@ class BuildKernels(build_ext):
             self.extensions = []
             print(
                 f"neglog: the kernels were not compiled ({error}).\n"
-                "neglog: it installs all the same and runs its Numba twins: pip install numba",
+                "neglog: the install goes on; Numba can compile its version: pip install numba",
                 file=sys.stderr,
             )
 
-    def get_ext_filename(self, fullname):
-        if CUDA.endswith(fullname):  # a library for torch to load, not a module of one Python
-            return os.path.join(*fullname.split(".")) + ".so"
-        return super().get_ext_filename(fullname)
+    def build_extension(self, ext):
+        if ext.name == CUDA:
+            self.build_cuda(ext)
+            return
+        # The levels have the same sources, so each extension needs its own folder for its objects.
+        shared = self.build_temp
+        self.build_temp = os.path.join(shared, ext.name)
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = shared
 
     def build_cuda(self, ext):
         out = Path(self.build_temp, ext.name).resolve()
@@ -146,23 +170,16 @@ class BuildKernels(build_ext):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(out / "neglog_cuda.so", target)
 
-    def build_extension(self, ext):
-        if ext.name == CUDA:
-            self.build_cuda(ext)
-            return
-        shared = self.build_temp
-        self.build_temp = os.path.join(shared, ext.name)
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = shared
+    def get_ext_filename(self, fullname):
+        if CUDA.endswith(fullname):  # a library for torch to load, not a module of one Python
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
 
     def copy_extensions_to_source(self):
-        for extension in self.extensions:  # a fresh clone has no folder for the ISA levels
-            if extension.name == CUDA:
-                continue
-            relative = os.path.join(*extension.name.split(".")[2:-1], "")
-            Path("kernels", relative).mkdir(exist_ok=True)
+        for extension in self.extensions:  # a fresh clone has no folders for the ISA levels
+            if extension.name != CUDA:
+                folder = os.path.join(*extension.name.split(".")[2:-1])
+                Path("kernels", folder).mkdir(exist_ok=True)
         super().copy_extensions_to_source()
 
 

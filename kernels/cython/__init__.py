@@ -1,1 +1,1 @@
-"""The compiled kernels: sources, and a folder for each ISA level that was built."""
+"""The compiled kernels: their sources, and one folder for each ISA level that was built."""

@@ -1,14 +1,16 @@
-// Arithmetic on one block of a row: exp, tanh, 16-bit floats, and the reductions over them.
+// Arithmetic on one block of a row: exp, tanh, the online log-sum-exp, sums and elementwise maps.
 //
 // (a) Why C++ under the Cython: under IEEE rules GCC leaves `max` and float sums scalar, and Cython
 //     cannot write the pragma that frees exactly those loops. -ffast-math over the file would
 //     free them too, and break NaN and inf.
-// (b) Every loop is a plain `for` that the compiler vectorises for the ISA level of the build; the
-//     only intrinsics are for what no loop expresses, the conversion of halves.
-// (c) NaN passes: clamps are `x < lo ? lo : x`, which is false for NaN. The maximum drops NaN, and
-//     exp(NaN - max) brings it back in the sum.
-// (d) Masked logits cost nothing: exp is exactly 0 below the clamp because the scale 2^n is formed
-//     in the exponent bits, and n = -127 (float) leaves them all zero. No blend is needed.
+// (b) Every loop is a plain `for` that the compiler vectorises for the ISA level of the build. The
+//     only intrinsics are for what no loop expresses: stores that bypass the caches, here, and the
+//     conversion of float16, in halves.hpp.
+// (c) NaN passes through: a clamp is `x < lo ? lo : x`, which is false for NaN. The maximum drops
+//     NaN, and exp(NaN - max) brings it back in the sum.
+// (d) A masked logit needs no branch: exp is exactly 0 below the clamp, because 2^n is formed in
+//     the exponent bits, and n = -127 (float) leaves them all zero.
+// (e) T is the type computed with, float or double. Logit is the type in memory: T or bfloat16.
 #pragma once
 
 #include <cmath>
@@ -18,21 +20,9 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "halves.hpp"
 
 namespace neglog {
-
-enum DType { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
-
-template <class To, class From>
-inline To bit_cast(From value) {
-    To result;
-    static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
-    std::memcpy(&result, &value, sizeof(To));
-    return result;
-}
 
 // exp and tanh
 
@@ -87,12 +77,13 @@ inline T horner(const T (&coefficients)[terms], T x) {
     return value;
 }
 
-// e^x for x <= 0, within about 1 ulp; x above 0 is right up to the overflow of 2^n.
+// e^x for x <= 0, within about 1 ulp. It holds for x > 0 too, until 2^n overflows.
 template <class T>
 inline T exp_nonpositive(T x) {
     using R = Real<T>;
     x = x < R::exp_lowest ? R::exp_lowest : x;
-    const T shifted = x * R::log2e + R::round_magic;  // the low mantissa bits now hold round(x / ln 2)
+    // The low mantissa bits of `shifted` hold n = round(x / ln 2).
+    const T shifted = x * R::log2e + R::round_magic;
     const T n = shifted - R::round_magic;
     const T r = (x - n * R::ln2_hi) - n * R::ln2_lo;
     const T fraction = (horner(R::exp_poly, r) * r + T(1)) * r + T(1);
@@ -103,11 +94,13 @@ inline T exp_nonpositive(T x) {
     return fraction * bit_cast<T>(exponent);
 }
 
-// The same to 3e-6, for results that 16 bits will hold: those round at 2e-3. Eight operations on the
-// multiplier instead of eleven, which is what bounds a loop that reads half the bytes.
+// e^x with a relative error of 3e-6, for bfloat16 logits: their gradient is rounded at 2e-3 anyway.
+// It takes eight operations of the multiplier instead of eleven, and the multiplier bounds a loop
+// that reads half the bytes.
 inline float exp_nonpositive_coarse(float x) {
     using R = Real<float>;
-    // The constant is 1 and not the best fit's 0.9999993, or a sure target's loss would be below 0.
+    // The best fit's constant is 0.9999993. With it the loss of a target whose p is 1 would be
+    // negative, so it is 1 here.
     constexpr float poly[] = {1.0f, 0.9999668f, 0.50003022f, 0.16787592f, 0.041513681f};
     x = x < R::exp_lowest ? R::exp_lowest : x;
     const float shifted = x * R::log2e + R::round_magic;
@@ -116,6 +109,7 @@ inline float exp_nonpositive_coarse(float x) {
     return horner(poly, r) * bit_cast<float>(exponent);
 }
 
+// tanh of any number: by e^(-2 |y|), or by a polynomial near 0, where 1 - e^(-2 |y|) cancels.
 template <class T>
 inline T tanh_any(T y) {
     const T magnitude = std::fabs(y);
@@ -126,63 +120,21 @@ inline T tanh_any(T y) {
     return magnitude < T(0.625) ? small : large;
 }
 
-// 16-bit floats
-
-// A type of its own, so that a loop can be written once for float and for this. Halves have none:
-// only intrinsics convert them fast, a block at a time.
-struct bfloat16 {
-    uint16_t bits;
-};
-
-// The exp that logits of a type deserve.
+// The exp for logits of a type: its error is hidden by their rounding.
 inline float exp_for(float, float x) { return exp_nonpositive(x); }
 inline double exp_for(double, double x) { return exp_nonpositive(x); }
 inline float exp_for(bfloat16, float x) { return exp_nonpositive_coarse(x); }
 
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-
-inline void narrow(float x, float& to) { to = x; }
-inline void narrow(double x, double& to) { to = x; }
-inline void narrow(float x, bfloat16& to) {
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    to.bits = uint16_t(x == x ? rounded : 0x7fc0u);  // the carry could turn a NaN into an inf
-}
-
-inline float widen_float16(uint16_t h) {
-    const uint32_t sign = uint32_t(h & 0x8000u) << 16;
-    const uint32_t magnitude = uint32_t(h & 0x7fffu) << 13;
-    // Multiplying by 2^112 moves the bias from 15 to 127 and normalises subnormals on the way.
-    const float value = bit_cast<float>(magnitude) * bit_cast<float>(uint32_t(239) << 23);
-    const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;
-    return bit_cast<float>(bit_cast<uint32_t>(value) | special | sign);
-}
-
-inline uint16_t narrow_float16(float x) {
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    const uint32_t sign = (bits >> 16) & 0x8000u;
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    // Below 2^-14 the sum with 0.5 puts a subnormal's bits, rounded to even, in the low mantissa.
-    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-    const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
-    uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-    half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to inf
-    half = magnitude > 0x7f800000u ? 0x7e00u : half;
-    return uint16_t(half | sign);
-}
-
-// The online (maximum, sum) state of a log-sum-exp. Logits come as T or, unconverted, as bfloat16:
-// through a buffer of floats the backward was a third slower.
+// The online log-sum-exp: over the numbers seen so far, their maximum and sum of e^(z - maximum).
+// bfloat16 is read as it is: through a buffer of floats the backward was a third slower.
 
 template <class T>
-struct LogSumExp {
+struct LseState {
     T maximum = -std::numeric_limits<T>::infinity();
     double sum = 0;
 
-    // With every logit at -inf so far there is nothing to shift by: 0 keeps -inf - 0 = -inf, where
-    // -inf - -inf would poison rows that have a finite logit further on.
+    // While every logit is -inf, z - maximum would be -inf - -inf = NaN and stay in the sum. With a
+    // shift of 0 it is -inf, whose exp is 0.
     static T shift_for(T maximum) {
         return maximum == -std::numeric_limits<T>::infinity() ? T(0) : maximum;
     }
@@ -193,8 +145,8 @@ inline T block_maximum(const Logit* z, ptrdiff_t n) {
     T maximum = -std::numeric_limits<T>::infinity();
 #pragma omp simd reduction(max : maximum)
     for (ptrdiff_t j = 0; j < n; ++j) {
-        // + 0 keeps the comparison in floats: of a bfloat16 GCC else selects the integer bits, through
-        // a mask register, at a quarter of the speed. It costs nothing where z is T already.
+        // + 0 makes GCC compare floats. For bfloat16 it would otherwise select the integer bits
+        // through a mask register, at a quarter of the speed.
         const T value = std::is_same<T, Logit>::value ? T(widen(z[j])) : widen(z[j]) + T(0);
         maximum = value > maximum ? value : maximum;
     }
@@ -209,43 +161,45 @@ inline double block_sum(const T* x, ptrdiff_t n) {
     return sum;
 }
 
-// In 64 partial sums that meet in double. The maximum's own exp is 1, and next to it small terms lose
-// their digits: of a sure target's 1 - p, 1e-6 where a float sum over the block was left. Here that
-// befalls one partial sum of 64.
+// The number of partial sums in a block. The maximum's own exp is 1, and small terms added to it
+// lose their digits: with one float sum a block, 1 - p of a confident target was off by 1e-6. With
+// 64, added in double at the end, only one of them holds that 1.
+constexpr int kLanes = 64;
+
 template <class T, class Logit>
 inline double block_exp_sum(const Logit* z, ptrdiff_t n, T shift) {
-    constexpr int lanes = 64;
-    T sums[lanes] = {};
+    T sums[kLanes] = {};
     ptrdiff_t j = 0;
-    for (; j + lanes <= n; j += lanes) {
+    for (; j + kLanes <= n; j += kLanes) {
 #pragma omp simd
-        for (int i = 0; i < lanes; ++i) sums[i] += exp_for(Logit(), widen(z[j + i]) - shift);
+        for (int i = 0; i < kLanes; ++i) sums[i] += exp_for(Logit(), widen(z[j + i]) - shift);
     }
     const int rest = int(n - j);
 #pragma omp simd
     for (int i = 0; i < rest; ++i) sums[i] += exp_for(Logit(), widen(z[j + i]) - shift);
-    return block_sum(sums, lanes);
+    return block_sum(sums, kLanes);
 }
 
+// Adds a block to the state.
 template <class T, class Logit>
-inline void absorb(LogSumExp<T>& state, const Logit* z, ptrdiff_t n) {
+inline void update(LseState<T>& state, const Logit* z, ptrdiff_t n) {
     const T block = block_maximum<T>(z, n);
     const T maximum = block > state.maximum ? block : state.maximum;
-    const T shift = LogSumExp<T>::shift_for(maximum);
+    const T shift = LseState<T>::shift_for(maximum);
     const double kept = state.sum * exp_nonpositive(state.maximum - shift);
     state.sum = kept + block_exp_sum(z, n, shift);
     state.maximum = maximum;
 }
 
-// lse as the unevaluated sum of two numbers. Rounded to one float at logits of 1e4 it would be off
-// by 5e-4, and every probability with it; torch's x - max - log(sum) is not.
+// A log-sum-exp as the unevaluated sum of two numbers. One float near 1e4 would be off by 5e-4, and
+// every probability with it; torch's x - max - log(sum) is not.
 template <class T>
 struct Lse {
     T high, low;
 };
 
 template <class T>
-inline Lse<T> finish(const LogSumExp<T>& state) {
+inline Lse<T> finish(const LseState<T>& state) {
     const double maximum = state.maximum, log_sum = std::log(state.sum);
     const double sum = maximum + log_sum, back = sum - maximum;
     const double lost = (maximum - (sum - back)) + (log_sum - back);  // Knuth's two-sum
@@ -258,7 +212,7 @@ inline T log_probability(T z, Lse<T> lse) {
     return (z - lse.high) - lse.low;
 }
 
-// Second-pass sums over a row that is still in cache, given its finished lse
+// Sums over a row in a second pass, while it is in cache, given its lse
 
 template <class T>
 inline T block_log_probability_sum(const T* z, ptrdiff_t n, Lse<T> lse) {
@@ -276,7 +230,7 @@ inline T block_log_probability_dot(const T* z, const T* coefficient, ptrdiff_t n
     return sum;
 }
 
-// sum of p log p; a term whose p is 0 counts 0, not 0 * -inf.
+// The sum of p log p. Clamped, a term whose p is 0 adds 0, not 0 * -inf.
 template <class T>
 inline T block_negative_entropy(const T* z, ptrdiff_t n, Lse<T> lse) {
     T sum = 0;
@@ -299,11 +253,13 @@ inline bool block_contains(const T* z, ptrdiff_t n, T value) {
 
 // Elementwise maps of a block
 
+// out = scale * softmax(z). `out` may be `z`.
 template <class T, class Logit>
 inline void block_softmax(const Logit* z, ptrdiff_t n, Lse<T> lse, T scale, Logit* out) {
-    scale *= std::exp(-lse.low);  // e^(z - high - low), with low taken out of the loop
+    scale *= std::exp(-lse.low);  // e^(z - high - low) = e^-low e^(z - high)
 #pragma omp simd
-    for (ptrdiff_t j = 0; j < n; ++j) narrow(scale * exp_for(Logit(), widen(z[j]) - lse.high), out[j]);
+    for (ptrdiff_t j = 0; j < n; ++j)
+        narrow(scale * exp_for(Logit(), widen(z[j]) - lse.high), out[j]);
 }
 
 template <class T>
@@ -347,132 +303,12 @@ inline void block_softcap_backward(T* grad, const T* z, ptrdiff_t n, T softcap) 
     }
 }
 
-// Scores of pairs: a block of one row against adjacent columns, each of which has a state of its own
-
-// `bias` may be null.
-template <class T>
-inline void block_pair_scores(const T* similarity, ptrdiff_t n, T scale, const T* bias, T* z) {
-    if (bias) {
-#pragma omp simd
-        for (ptrdiff_t j = 0; j < n; ++j) z[j] = similarity[j] * scale + bias[j];
-    } else {
-#pragma omp simd
-        for (ptrdiff_t j = 0; j < n; ++j) z[j] = similarity[j] * scale;
-    }
-}
-
-template <class T>
-inline void block_exclude(T* z, ptrdiff_t n, int64_t group, const int64_t* groups) {
-#pragma omp simd
-    for (ptrdiff_t j = 0; j < n; ++j)
-        z[j] = groups[j] == group ? -std::numeric_limits<T>::infinity() : z[j];
-}
-
-// NaN is dropped here and comes back in the sum, as in block_maximum.
-template <class T>
-inline void block_maximum_of_columns(const T* z, ptrdiff_t n, T* maximum) {
-#pragma omp simd
-    for (ptrdiff_t j = 0; j < n; ++j) maximum[j] = z[j] > maximum[j] ? z[j] : maximum[j];
-}
-
-// One exp for both sums: right where no score is so far from 0 that e^z leaves the range of T. The
-// row's in 64 partial sums for the sake of its 1 - p, as in block_exp_sum.
-template <class T>
-inline double block_exp_sum_both(const T* z, ptrdiff_t n, T* column_sum) {
-    constexpr int lanes = 64;
-    T sums[lanes] = {};
-    ptrdiff_t j = 0;
-    for (; j + lanes <= n; j += lanes) {
-#pragma omp simd
-        for (int i = 0; i < lanes; ++i) {
-            const T e = exp_nonpositive(z[j + i]);
-            sums[i] += e;
-            column_sum[j + i] += e;
-        }
-    }
-    const int rest = int(n - j);
-#pragma omp simd
-    for (int i = 0; i < rest; ++i) {
-        const T e = exp_nonpositive(z[j + i]);
-        sums[i] += e;
-        column_sum[j + i] += e;
-    }
-    return block_sum(sums, lanes);
-}
-
-template <class T>
-inline void block_exp_sum_of_columns(const T* z, ptrdiff_t n, const T* shift, T* column_sum) {
-#pragma omp simd
-    for (ptrdiff_t j = 0; j < n; ++j) column_sum[j] += exp_nonpositive(z[j] - shift[j]);
-}
-
-// Into sums in double, those of a few rows.
-template <class T>
-inline void block_pour(T* from, ptrdiff_t n, double* to) {
-#pragma omp simd
-    for (ptrdiff_t j = 0; j < n; ++j) {
-        to[j] += from[j];
-        from[j] = 0;
-    }
-}
-
-// row e^(z - row_lse) + column e^(z - column_lse), where the factors hold e^-lse already.
-template <class T>
-inline void block_pair_gradient_bounded(const T* z, ptrdiff_t n, T row, const T* column, T* out) {
-#pragma omp simd
-    for (ptrdiff_t j = 0; j < n; ++j) out[j] = exp_nonpositive(z[j]) * (row + column[j]);
-}
-
-template <class T>
-inline void block_pair_gradient(const T* z, ptrdiff_t n, T row, T row_lse, const T* column,
-                                const T* column_lse, T* out) {
-#pragma omp simd
-    for (ptrdiff_t j = 0; j < n; ++j)
-        out[j] = row * exp_nonpositive(z[j] - row_lse) +
-                 column[j] * exp_nonpositive(z[j] - column_lse[j]);
-}
-
-// log(1 + e) for 0 <= e <= 1, as 2 atanh(e / (2 + e)); the series is cut at 2e-9 and 2e-18.
-template <class T>
-inline T log1p_exp(T e) {
-    constexpr int terms = sizeof(T) == 4 ? 9 : 18;
-    const T t = e / (T(2) + e), square = t * t;
-    T series = T(1) / T(2 * terms - 1);
-    for (int k = terms - 2; k >= 0; --k) series = series * square + T(1) / T(2 * k + 1);
-    return T(2) * t * series;
-}
-
-// softplus(z), and its derivative.
-template <class T>
-inline T softplus(T z, T& sigmoid) {
-    const T e = exp_nonpositive(-std::fabs(z));
-    sigmoid = (z < 0 ? e : T(1)) / (T(1) + e);
-    return (z < 0 ? T(0) : z) + log1p_exp(e);
-}
-
-// The sum of softplus(z), in partial sums as block_exp_sum; out = scale sigmoid(z).
-template <class T>
-inline double block_softplus(const T* z, ptrdiff_t n, T scale, T* out) {
-    constexpr int lanes = 64;
-    T sums[lanes] = {};
-    for (ptrdiff_t j = 0; j < n; j += lanes) {
-        const int width = n - j < lanes ? int(n - j) : lanes;
-#pragma omp simd
-        for (int i = 0; i < width; ++i) {
-            T sigmoid;
-            sums[i] += softplus(z[j + i], sigmoid);
-            out[j + i] = scale * sigmoid;
-        }
-    }
-    return block_sum(sums, lanes);
-}
-
-// Zeros. Past the caches, where the whole gradient does not fit in them: an ordinary store reads each
-// line before it writes it, and 500 MB of ignored rows took 24 ms for 8 (memset itself does this, but
-// only from some megabytes in one call).
-inline void zero_bytes(char* to, ptrdiff_t n, bool past_caches) {
+// Writes zeros, past the caches if the whole gradient does not fit in them: an ordinary store reads
+// each cache line before it writes it, and 500 MB of ignored rows took 24 ms instead of 8. (memset
+// does so by itself only for some megabytes in one call.)
+inline void zero_bytes(char* to, ptrdiff_t n, bool bypass_cache) {
 #if defined(__SSE2__)
-    if (past_caches) {
+    if (bypass_cache) {
         constexpr ptrdiff_t line = 64;
         const ptrdiff_t head = ptrdiff_t(-reinterpret_cast<uintptr_t>(to) % line);
         if (head < n) {
@@ -482,49 +318,11 @@ inline void zero_bytes(char* to, ptrdiff_t n, bool past_caches) {
             for (; n >= line; n -= line, to += line)
                 for (int part = 0; part < 4; ++part)
                     _mm_stream_si128(reinterpret_cast<__m128i*>(to) + part, _mm_setzero_si128());
-            _mm_sfence();  // before another thread may be told that the row is done
+            _mm_sfence();  // before another thread can learn that the row is done
         }
     }
 #endif
     std::memset(to, 0, n);
-}
-
-// 16-bit floats, a block at a time
-
-inline void widen_block(const void* source, int dtype, ptrdiff_t n, float* to) {
-    if (dtype == kBFloat16) {
-        auto from = static_cast<const bfloat16*>(source);
-#pragma omp simd
-        for (ptrdiff_t j = 0; j < n; ++j) to[j] = widen(from[j]);
-        return;
-    }
-    auto from = static_cast<const uint16_t*>(source);
-    ptrdiff_t j = 0;
-#if defined(__F16C__)
-    for (; j + 8 <= n; j += 8) {
-        const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j));
-        _mm256_storeu_ps(to + j, _mm256_cvtph_ps(half));
-    }
-#endif
-    for (; j < n; ++j) to[j] = widen_float16(from[j]);
-}
-
-inline void narrow_block(const float* from, int dtype, ptrdiff_t n, void* target) {
-    if (dtype == kBFloat16) {
-        auto to = static_cast<bfloat16*>(target);
-#pragma omp simd
-        for (ptrdiff_t j = 0; j < n; ++j) narrow(from[j], to[j]);
-        return;
-    }
-    auto to = static_cast<uint16_t*>(target);
-    ptrdiff_t j = 0;
-#if defined(__F16C__)
-    for (; j + 8 <= n; j += 8) {
-        const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + j), _MM_FROUND_TO_NEAREST_INT);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), half);
-    }
-#endif
-    for (; j < n; ++j) to[j] = narrow_float16(from[j]);
 }
 
 }  // namespace neglog

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""What the processor can run. Compiled for the oldest machine the build supports."""
+"""Which instructions the processor has. Compiled without -march, so that it runs on all of them."""
 
 cdef extern from *:
     """
@@ -23,5 +23,5 @@ cdef extern from *:
 
 
 def x86_64_level():
-    """The highest x86-64 level (1 to 4) that processor and operating system support; 0 elsewhere."""
+    """The highest x86-64 level (1 to 4) that processor and system support; else 0."""
     return neglog_x86_64_level()

@@ -1,18 +1,28 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""nll: fused log-softmax and negative log-likelihood, forward, backward and both at once.
+"""nll: log-softmax and negative log-likelihood of rows: forward, backward, or both in one pass.
 
-Works on addresses, not arrays, so that torch's bfloat16 comes in without a copy and the caller may
-be torch or NumPy. The Numba twin, numba/nll.py, has the same names and signatures.
+A row's scores are z = logit_scale * logit, with a softcap z = softcap * tanh(logit_scale * logit /
+softcap). With lse = log(sum_c e^z_c), log p_c = z_c - lse, class weights w (1 without them),
+eps = label_smoothing and V classes, the loss of a row is
 
-(a) A row is walked in blocks of 2048 numbers that stay in L1: their maximum, then their exp-sum,
-    merged by the online rule. One read of memory gives the row's log-sum-exp.
-(b) What needs the finished lse (label smoothing, probability targets, entropy) walks the row again
-    from L2. Accumulating it online would cancel at large logits, and the second walk is hidden
-    behind the first one's memory time.
+    of an index t         -(1 - eps) w_t log p_t - eps / V sum_c w_c log p_c + z_loss w_t lse^2
+    of probabilities q    -sum_c w_c q'_c log p_c + z_loss lse^2,  q'_c = (1 - eps) q_c + eps / V
+
+and 0 where t is ignore_index. The gradient's formula stands at GradientWeights.
+
+The functions take addresses, not arrays, so that the caller may be torch or NumPy and torch's
+bfloat16 comes in without a copy. The Numba version, numba/nll.py, has the same functions.
+
+(a) A row is read in blocks of 2048 numbers that stay in L1: their maximum, then their sum of exps,
+    which the online rule adds to the row's. One read of memory gives the row's log-sum-exp.
+(b) What needs the finished lse (label smoothing, probability targets, entropy) reads the row again
+    from L2. Accumulating it online would cancel at large logits, and the memory time of the first
+    read hides the second.
 (c) The target's own gradient is formed by expm1 of its log-probability: p - 1 would lose every
     digit as p nears 1.
-(d) Rows are independent and each is walked by one thread in one order, so the bits do not depend
-    on the number of threads. The one sum over rows is serial.
+(d) Each row is computed by one thread, in one order, so the bits do not depend on the number of
+    threads. The one sum over rows is serial.
+(e) An argument `tag` is not read: its type tells Cython whether to compute in float or in double.
 """
 
 from cython.parallel cimport prange
@@ -20,17 +30,19 @@ from libc.math cimport INFINITY, NAN, expm1, isnan
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
 
 from block cimport (
-    LogSumExp, Lse, absorb, bfloat16, block_affine, block_contains, block_log_probability_dot,
+    Lse, LseState, block_affine, block_contains, block_log_probability_dot,
     block_log_probability_sum, block_multiply, block_negative_entropy, block_scale, block_softcap,
     block_softcap_backward, block_softmax, block_subtract, block_sum, exp_nonpositive, finish,
-    log_probability, narrow, narrow_block, widen, widen_block, zero_bytes,
+    log_probability, update, zero_bytes,
 )
+from halves cimport bfloat16, narrow, narrow_block, widen, widen_block
 
 cdef enum:
+    FLOAT32 = 0
     FLOAT64 = 1
     BFLOAT16 = 2
     BLOCK = 2048
-    LARGEST_CACHE = 64 << 20
+    LARGEST_CACHE = 64 << 20    # bytes
 
 ctypedef fused real:
     float
@@ -50,12 +62,12 @@ cdef struct Problem:
     double label_smoothing, logit_scale, softcap, z_loss
     double weight_sum       # over the vocabulary; the vocabulary's size without weights
     int itemsize
-    bint plain_bfloat16     # scores are the logits as they lie
-    bint past_caches        # the gradient is larger than any cache
+    bint bfloat16_scores    # the scores are the logits themselves, read as bfloat16
+    bint bypass_cache       # the gradient is larger than any cache
     Py_ssize_t blocks
 
 
-cdef struct Span:
+cdef struct Span:           # columns start to start + n of a row
     Py_ssize_t start, n
 
 
@@ -67,9 +79,14 @@ cdef struct Output:
     void* entropy
 
 
-cdef struct Factors:
-    Py_ssize_t target
-    double hard, soft, spread
+# The gradient of a row's scores, with p its probabilities and t the index of its target, is
+#
+#     softmax_weight p_c + target_weight (p_c - [c = t]) - uniform_weight b_c
+#
+# where b_c = w_c; for a target of probabilities b_c = w_c q'_c and target_weight = 0.
+cdef struct GradientWeights:
+    Py_ssize_t target       # -1 if there is no index
+    double target_weight, softmax_weight, uniform_weight
 
 
 cdef struct Gradient:
@@ -79,13 +96,13 @@ cdef struct Gradient:
 
 # Reading a block
 
-cdef inline Span span(const Problem* p, Py_ssize_t block) noexcept nogil:
+cdef inline Span block_span(const Problem* p, Py_ssize_t block) noexcept nogil:
     return Span(block * BLOCK, min(<Py_ssize_t>BLOCK, p.vocab - block * BLOCK))
 
 
-cdef inline const real* widened(const Problem* p, const char* source, real* buffer,
+cdef inline const real* as_real(const Problem* p, const char* source, real* buffer,
                                 Py_ssize_t n) noexcept nogil:
-    """The block at `source` as real numbers: in place if they are, else through `buffer`."""
+    """The block at `source` as real numbers: itself, or its conversion in `buffer`."""
     if p.itemsize == sizeof(real):
         return <const real*>source
     if real is float:
@@ -93,40 +110,40 @@ cdef inline const real* widened(const Problem* p, const char* source, real* buff
     return buffer
 
 
-cdef inline const real* scores(const Problem* p, Py_ssize_t row, Span at,
+cdef inline const real* scores(const Problem* p, Py_ssize_t row, Span span,
                                real* buffer) noexcept nogil:
-    """The block of logits after scale and cap: the z of the formulas."""
-    cdef const char* source = p.logits + (row * p.logits_stride + at.start) * p.itemsize
-    cdef const real* z = widened(p, source, buffer, at.n)
+    """The block of scores z: the logits after scale and cap."""
+    cdef const char* source = p.logits + (row * p.logits_stride + span.start) * p.itemsize
+    cdef const real* z = as_real(p, source, buffer, span.n)
     cdef Py_ssize_t j
     if p.logit_scale == 1 and p.softcap == 0:
         return z
-    for j in range(at.n):
+    for j in range(span.n):
         buffer[j] = z[j] * <real>p.logit_scale
     if p.softcap != 0:
-        block_softcap(buffer, at.n, <real>p.softcap)
+        block_softcap(buffer, span.n, <real>p.softcap)
     return buffer
 
 
 cdef inline const bfloat16* bfloat16_logits(const Problem* p, Py_ssize_t row,
-                                            Span at) noexcept nogil:
-    return <const bfloat16*>(p.logits + (row * p.logits_stride + at.start) * p.itemsize)
+                                            Span span) noexcept nogil:
+    return <const bfloat16*>(p.logits + (row * p.logits_stride + span.start) * p.itemsize)
 
 
-cdef inline const real* coefficients(const Problem* p, Py_ssize_t row, Span at,
+cdef inline const real* coefficients(const Problem* p, Py_ssize_t row, Span span,
                                      real* buffer) noexcept nogil:
-    """The weight of each log-probability in a row with a probability target, w_c q'_c."""
-    cdef const char* source = p.probs + (row * p.probs_stride + at.start) * p.itemsize
-    cdef const real* q = widened(p, source, buffer, at.n)
-    cdef real keep = <real>(1 - p.label_smoothing)
-    cdef real spread = <real>(p.label_smoothing / p.vocab)
+    """The weights w_c q'_c of the log-probabilities, for a target of probabilities."""
+    cdef const char* source = p.probs + (row * p.probs_stride + span.start) * p.itemsize
+    cdef const real* q = as_real(p, source, buffer, span.n)
+    cdef real kept = <real>(1 - p.label_smoothing)
+    cdef real uniform = <real>(p.label_smoothing / p.vocab)
     cdef Py_ssize_t j
     if p.label_smoothing == 0 and p.weight == NULL:
         return q
-    for j in range(at.n):
-        buffer[j] = q[j] * keep + spread
+    for j in range(span.n):
+        buffer[j] = q[j] * kept + uniform
     if p.weight != NULL:
-        block_multiply(buffer, <const real*>p.weight + at.start, at.n)
+        block_multiply(buffer, <const real*>p.weight + span.start, span.n)
     return buffer
 
 
@@ -136,7 +153,8 @@ cdef inline bint ignored(const Problem* p, Py_ssize_t row) noexcept nogil:
     return p.target != NULL and p.target[row] == p.ignore_index
 
 
-cdef inline double target_weight(const Problem* p, Py_ssize_t row, real tag) noexcept nogil:
+cdef inline double class_weight_of_target(const Problem* p, Py_ssize_t row,
+                                          real tag) noexcept nogil:
     if p.weight == NULL:
         return 1
     return (<const real*>p.weight)[p.target[row]]
@@ -144,22 +162,24 @@ cdef inline double target_weight(const Problem* p, Py_ssize_t row, real tag) noe
 
 cdef inline real score_at(const Problem* p, Py_ssize_t row, Py_ssize_t column,
                           real tag) noexcept nogil:
+    """The score of one column."""
     cdef real buffer[1]
     return scores(p, row, Span(column, 1), &buffer[0])[0]
 
 
 cdef Lse[real] row_lse(const Problem* p, Py_ssize_t row, real* buffer,
                        real* maximum) noexcept nogil:
-    cdef LogSumExp[real] state
+    """The row's log-sum-exp, and its maximum."""
+    cdef LseState[real] state
     cdef Py_ssize_t block
-    cdef Span at
+    cdef Span span
     for block in range(p.blocks):
-        at = span(p, block)
-        if p.plain_bfloat16:
+        span = block_span(p, block)
+        if p.bfloat16_scores:
             if real is float:
-                absorb(state, bfloat16_logits(p, row, at), at.n)
+                update(state, bfloat16_logits(p, row, span), span.n)
         else:
-            absorb(state, scores(p, row, at, buffer), at.n)
+            update(state, scores(p, row, span, buffer), span.n)
     maximum[0] = state.maximum
     return finish(state)
 
@@ -167,21 +187,22 @@ cdef Lse[real] row_lse(const Problem* p, Py_ssize_t row, real* buffer,
 cdef double row_loss_of_index(const Problem* p, Py_ssize_t row, Lse[real] lse,
                               real* buffer) noexcept nogil:
     cdef real zero = 0
-    cdef double w = target_weight(p, row, zero)
+    cdef double w = class_weight_of_target(p, row, zero)
     cdef double total = 0
     cdef Py_ssize_t block
-    cdef Span at
+    cdef Span span
     cdef const real* z
     cdef double loss = -(1 - p.label_smoothing) * w * log_probability(
         score_at(p, row, p.target[row], zero), lse)
     if p.label_smoothing != 0:
         for block in range(p.blocks):
-            at = span(p, block)
-            z = scores(p, row, at, buffer)
+            span = block_span(p, block)
+            z = scores(p, row, span, buffer)
             if p.weight == NULL:
-                total += block_log_probability_sum(z, at.n, lse)
+                total += block_log_probability_sum(z, span.n, lse)
             else:
-                total += block_log_probability_dot(z, <const real*>p.weight + at.start, at.n, lse)
+                total += block_log_probability_dot(
+                    z, <const real*>p.weight + span.start, span.n, lse)
         loss -= p.label_smoothing / p.vocab * total
     if p.z_loss != 0:
         loss += p.z_loss * w * (<double>lse.high * lse.high)
@@ -189,14 +210,14 @@ cdef double row_loss_of_index(const Problem* p, Py_ssize_t row, Lse[real] lse,
 
 
 cdef double row_loss_of_probs(const Problem* p, Py_ssize_t row, Lse[real] lse,
-                              real* buffer, real* second) noexcept nogil:
+                              real* buffer, real* target_buffer) noexcept nogil:
     cdef double total = 0
     cdef Py_ssize_t block
-    cdef Span at
+    cdef Span span
     for block in range(p.blocks):
-        at = span(p, block)
+        span = block_span(p, block)
         total += block_log_probability_dot(
-            scores(p, row, at, buffer), coefficients(p, row, at, second), at.n, lse)
+            scores(p, row, span, buffer), coefficients(p, row, span, target_buffer), span.n, lse)
     if p.z_loss != 0:
         return p.z_loss * (<double>lse.high * lse.high) - total
     return -total
@@ -206,18 +227,18 @@ cdef double row_entropy(const Problem* p, Py_ssize_t row, Lse[real] lse,
                         real* buffer) noexcept nogil:
     cdef double total = 0
     cdef Py_ssize_t block
-    cdef Span at
+    cdef Span span
     for block in range(p.blocks):
-        at = span(p, block)
-        total += block_negative_entropy(scores(p, row, at, buffer), at.n, lse)
+        span = block_span(p, block)
+        total += block_negative_entropy(scores(p, row, span, buffer), span.n, lse)
     return -total
 
 
 cdef bint row_correct(const Problem* p, Py_ssize_t row, real maximum, Lse[real] lse,
                       real* buffer) noexcept nogil:
-    """Whether the target is where argmax would look: the first of the maxima."""
+    """Whether the target is what argmax returns: the first column that has the maximum."""
     cdef Py_ssize_t block, target
-    cdef Span at
+    cdef Span span
     cdef bint nan_among_finite = isnan(lse.high) and maximum < INFINITY
     if p.target == NULL or ignored(p, row) or nan_among_finite:
         return False
@@ -225,17 +246,18 @@ cdef bint row_correct(const Problem* p, Py_ssize_t row, real maximum, Lse[real] 
     if not score_at(p, row, target, maximum) == maximum:
         return False
     for block in range(target // BLOCK + 1):
-        at = span(p, block)
-        at.n = min(at.n, target - at.start)
-        if block_contains(scores(p, row, at, buffer), at.n, maximum):
+        span = block_span(p, block)
+        span.n = min(span.n, target - span.start)
+        if block_contains(scores(p, row, span, buffer), span.n, maximum):
             return False
     return True
 
 
 cdef Lse[real] row_forward(const Problem* p, const Output* o, Py_ssize_t row,
                            real tag) noexcept nogil:
+    """Write the row's loss and statistics; return its log-sum-exp."""
     cdef real[BLOCK] buffer
-    cdef real[BLOCK] second
+    cdef real[BLOCK] target_buffer
     cdef real maximum = 0
     cdef double loss = 0
     cdef Lse[real] lse
@@ -244,7 +266,7 @@ cdef Lse[real] row_forward(const Problem* p, const Output* o, Py_ssize_t row,
     if not ignored(p, row) or o.correct != NULL or o.entropy != NULL:
         lse = row_lse(p, row, &buffer[0], &maximum)
     if p.probs != NULL:
-        loss = row_loss_of_probs(p, row, lse, &buffer[0], &second[0])
+        loss = row_loss_of_probs(p, row, lse, &buffer[0], &target_buffer[0])
     elif not ignored(p, row):
         loss = row_loss_of_index(p, row, lse, &buffer[0])
     (<real*>o.loss)[row] = <real>loss
@@ -262,124 +284,130 @@ cdef Lse[real] row_forward(const Problem* p, const Output* o, Py_ssize_t row,
 cdef double row_coefficient_sum(const Problem* p, Py_ssize_t row, real* buffer) noexcept nogil:
     cdef double total = 0
     cdef Py_ssize_t block
-    cdef Span at
+    cdef Span span
     for block in range(p.blocks):
-        at = span(p, block)
-        total += block_sum(coefficients(p, row, at, buffer), at.n)
+        span = block_span(p, block)
+        total += block_sum(coefficients(p, row, span, buffer), span.n)
     return total
 
 
-cdef Factors row_factors(const Problem* p, Py_ssize_t row, Lse[real] lse, double grad,
-                         double grad_lse, real* buffer) noexcept nogil:
-    """The row's gradient is soft * p, plus hard * (p - 1) at the target, less grad * w_c q'_c."""
+cdef GradientWeights gradient_weights(const Problem* p, Py_ssize_t row, Lse[real] lse, double grad,
+                                      double grad_lse, real* buffer) noexcept nogil:
+    """For the gradients `grad` of the row's loss and `grad_lse` of its lse."""
     cdef double w = 1, eps = p.label_smoothing
-    cdef Factors f = Factors(-1, 0, grad_lse, 0)
+    cdef GradientWeights weights = GradientWeights(-1, 0, grad_lse, 0)
     if ignored(p, row):
-        return f
-    f.spread = grad
+        return weights
+    weights.uniform_weight = grad
     if p.probs != NULL:
-        f.soft += grad * row_coefficient_sum(p, row, buffer)
+        weights.softmax_weight += grad * row_coefficient_sum(p, row, buffer)
     else:
-        w = target_weight(p, row, lse.high)
-        f.target = p.target[row]
-        f.hard = grad * (1 - eps) * w
-        f.spread = grad * eps / p.vocab if eps != 0 else 0
-        f.soft += f.spread * p.weight_sum
+        w = class_weight_of_target(p, row, lse.high)
+        weights.target = p.target[row]
+        weights.target_weight = grad * (1 - eps) * w
+        weights.uniform_weight = grad * eps / p.vocab if eps != 0 else 0
+        weights.softmax_weight += weights.uniform_weight * p.weight_sum
     if p.z_loss != 0:
-        f.soft += grad * 2 * p.z_loss * w * lse.high
-    return f
+        weights.softmax_weight += grad * 2 * p.z_loss * w * lse.high
+    return weights
 
 
-cdef void subtract_target(const Problem* p, Py_ssize_t row, Span at, const Factors* f,
-                          real* grad, real* buffer) noexcept nogil:
-    """Take off the part of the target that is spread over the vocabulary."""
+cdef void subtract_uniform(const Problem* p, Py_ssize_t row, Span span, double uniform_weight,
+                           real* grad, real* buffer) noexcept nogil:
+    """Subtract uniform_weight b_c."""
     if p.probs != NULL:
-        block_subtract(grad, coefficients(p, row, at, buffer), at.n, <real>f.spread)
+        block_subtract(grad, coefficients(p, row, span, buffer), span.n, <real>uniform_weight)
     elif p.weight != NULL:
-        block_subtract(grad, <const real*>p.weight + at.start, at.n, <real>f.spread)
+        block_subtract(grad, <const real*>p.weight + span.start, span.n, <real>uniform_weight)
     else:
-        block_affine(grad, at.n, <real>1, <real>-f.spread)
+        block_affine(grad, span.n, <real>1, <real>-uniform_weight)
 
 
-cdef void block_backward(const Problem* p, Py_ssize_t row, Span at, Lse[real] lse,
-                         const Factors* f, const real* z, real* grad,
+cdef inline double target_gradient(const GradientWeights* weights, real log_p) noexcept nogil:
+    """softmax_weight p + target_weight (p - 1) of the target."""
+    return weights.softmax_weight * exp_nonpositive(log_p) + weights.target_weight * expm1(log_p)
+
+
+cdef void block_backward(const Problem* p, Py_ssize_t row, Span span, Lse[real] lse,
+                         const GradientWeights* weights, const real* z, real* grad,
                          real* buffer) noexcept nogil:
-    cdef Py_ssize_t target = f.target - at.start
-    cdef bint here = 0 <= target < at.n
+    cdef Py_ssize_t target = weights.target - span.start
+    cdef bint target_in_block = 0 <= target < span.n
     cdef real log_p = 0
-    if here:  # read before the block is written: grad may lie where z does
+    if target_in_block:  # before the block is written: `grad` may be where `z` is
         log_p = log_probability(z[target], lse)
-    block_softmax(z, at.n, lse, <real>(f.hard + f.soft), grad)
-    if here:
-        grad[target] = <real>target_gradient(f, log_p)
-    if f.spread != 0:
-        subtract_target(p, row, at, f, grad, buffer)
+    block_softmax(z, span.n, lse, <real>(weights.target_weight + weights.softmax_weight), grad)
+    if target_in_block:
+        grad[target] = <real>target_gradient(weights, log_p)
+    if weights.uniform_weight != 0:
+        subtract_uniform(p, row, span, weights.uniform_weight, grad, buffer)
     if p.softcap != 0:
-        block_softcap_backward(grad, z, at.n, <real>p.softcap)
+        block_softcap_backward(grad, z, span.n, <real>p.softcap)
     if p.logit_scale != 1:
-        block_scale(grad, at.n, <real>p.logit_scale)
+        block_scale(grad, span.n, <real>p.logit_scale)
 
 
-cdef void plain_backward(const Problem* p, bfloat16* out, Py_ssize_t row, Lse[float] lse,
-                         const Factors* f) noexcept nogil:
-    """A row of bfloat16 with an index target and no option that needs a block of floats."""
+cdef void row_backward_bfloat16(const Problem* p, bfloat16* out, Py_ssize_t row, Lse[float] lse,
+                                const GradientWeights* weights) noexcept nogil:
+    """A row whose scores are bfloat16, with no uniform_weight: it needs no block of floats."""
     cdef const bfloat16* z = bfloat16_logits(p, row, Span(0, p.vocab))
     cdef float log_p
-    if f.target < 0:
-        block_softmax(z, p.vocab, lse, <float>f.soft, out)
+    if weights.target < 0:
+        block_softmax(z, p.vocab, lse, <float>weights.softmax_weight, out)
         return
-    log_p = log_probability(widen(z[f.target]), lse)
-    block_softmax(z, p.vocab, lse, <float>(f.hard + f.soft), out)
-    narrow(<float>target_gradient(f, log_p), out[f.target])
-
-
-cdef inline double target_gradient(const Factors* f, real log_p) noexcept nogil:
-    return f.soft * exp_nonpositive(log_p) + f.hard * expm1(log_p)
+    log_p = log_probability(widen(z[weights.target]), lse)
+    block_softmax(z, p.vocab, lse, <float>(weights.target_weight + weights.softmax_weight), out)
+    narrow(<float>target_gradient(weights, log_p), out[weights.target])
 
 
 cdef void row_backward(const Problem* p, const Gradient* g, Py_ssize_t row, Lse[real] lse,
                        double grad, double grad_lse) noexcept nogil:
     """One row of the gradient, for upstream `grad` of the loss and `grad_lse` of the lse."""
     cdef real[BLOCK] buffer
-    cdef real[BLOCK] second
-    cdef real[BLOCK] result
+    cdef real[BLOCK] target_buffer
+    cdef real[BLOCK] grad_buffer
     cdef bint direct = p.itemsize == sizeof(real)
     cdef Py_ssize_t block
-    cdef Span at
+    cdef Span span
     cdef char* out
-    cdef real* written
-    cdef Factors f = row_factors(p, row, lse, grad, grad_lse, &second[0])
+    cdef real* destination
+    cdef GradientWeights weights = gradient_weights(p, row, lse, grad, grad_lse, &target_buffer[0])
     if ignored(p, row) and grad_lse == 0:  # exactly zero, even where the logits are NaN
-        zero_bytes(g.out + row * g.stride * p.itemsize, p.vocab * p.itemsize, p.past_caches)
+        zero_bytes(g.out + row * g.stride * p.itemsize, p.vocab * p.itemsize, p.bypass_cache)
         return
-    if p.plain_bfloat16 and p.probs == NULL and f.spread == 0:
+    if p.bfloat16_scores and p.probs == NULL and weights.uniform_weight == 0:
         if real is float:
-            plain_backward(p, <bfloat16*>(g.out + row * g.stride * p.itemsize), row, lse, &f)
+            row_backward_bfloat16(
+                p, <bfloat16*>(g.out + row * g.stride * p.itemsize), row, lse, &weights)
         return
     for block in range(p.blocks):
-        at = span(p, block)
-        out = g.out + (row * g.stride + at.start) * p.itemsize
-        written = <real*>out if direct else &result[0]
-        block_backward(p, row, at, lse, &f, scores(p, row, at, &buffer[0]), written, &second[0])
+        span = block_span(p, block)
+        out = g.out + (row * g.stride + span.start) * p.itemsize
+        destination = <real*>out if direct else &grad_buffer[0]
+        block_backward(p, row, span, lse, &weights, scores(p, row, span, &buffer[0]), destination,
+                       &target_buffer[0])
         if real is float:
             if not direct:
-                narrow_block(&result[0], p.dtype, at.n, out)
+                narrow_block(&grad_buffer[0], p.dtype, span.n, out)
 
 
 # All rows
 
-cdef Py_ssize_t rows_at_once(const Problem* p, int threads) noexcept nogil:
-    """How many rows a thread takes at a time: up to 4 MB, so that two threads seldom fault on one
-    new huge page (both clear it, and one clears in vain: with 256 KB a backward into new memory
-    took 29 ms for 20), and at most an eighth of its share, so that a prompt of ignored rows does
-    not leave one thread with all the work."""
+cdef Py_ssize_t rows_per_chunk(const Problem* p, int threads) noexcept nogil:
+    """How many rows a thread takes at a time.
+
+    Up to 4 MB: two threads that first write to one huge page at the same time both clear it. With
+    256 KB a backward into new memory took 29 ms instead of 20. At most an eighth of the thread's
+    share: otherwise a prompt of ignored rows would leave one thread with all the work.
+    """
     cdef Py_ssize_t rows = (<Py_ssize_t>4 << 20) // (p.vocab * p.itemsize + 1)
     return max(<Py_ssize_t>1, min(rows, p.rows // (8 * threads)))
 
 
 cdef double forward_rows(const Problem* p, const Output* o, int threads, real tag) noexcept nogil:
     cdef Py_ssize_t row
-    for row in prange(p.rows, num_threads=threads, schedule="dynamic", chunksize=rows_at_once(p, threads)):
+    cdef Py_ssize_t chunk = rows_per_chunk(p, threads)
+    for row in prange(p.rows, num_threads=threads, schedule="dynamic", chunksize=chunk):
         row_forward(p, o, row, tag)
     return sum_rows(p, o, tag)
 
@@ -396,43 +424,45 @@ cdef void backward_rows(const Problem* p, const Gradient* g, const real* lse, co
                         const real* grad, Py_ssize_t grad_stride, double grad_scale,
                         const real* grad_lse, int threads) noexcept nogil:
     cdef Py_ssize_t row
-    cdef Py_ssize_t chunk = rows_at_once(p, threads)
+    cdef Py_ssize_t chunk = rows_per_chunk(p, threads)
     for row in prange(p.rows, num_threads=threads, schedule="dynamic", chunksize=chunk):
-        backward_one(p, g, row, lse, lse_low, grad[row * grad_stride] * grad_scale, grad_lse)
+        row_backward_from_lse(
+            p, g, row, lse, lse_low, grad[row * grad_stride] * grad_scale, grad_lse)
 
 
-cdef void backward_one(const Problem* p, const Gradient* g, Py_ssize_t row, const real* lse,
-                       const real* lse_low, double grad, const real* grad_lse) noexcept nogil:
+cdef void row_backward_from_lse(const Problem* p, const Gradient* g, Py_ssize_t row,
+                                const real* lse, const real* lse_low, double grad,
+                                const real* grad_lse) noexcept nogil:
     cdef Lse[real] saved
     saved.high = lse[row]
     saved.low = lse_low[row]
     row_backward(p, g, row, saved, grad, 0 if grad_lse == NULL else grad_lse[row])
 
 
-cdef void forward_backward_one(const Problem* p, const Output* o, const Gradient* g, Py_ssize_t row,
-                    double grad_scale, real tag) noexcept nogil:
+cdef void row_forward_backward(const Problem* p, const Output* o, const Gradient* g,
+                               Py_ssize_t row, double grad_scale, real tag) noexcept nogil:
     row_backward(p, g, row, row_forward(p, o, row, tag), grad_scale, 0)
 
 
-cdef double forward_backward_rows(const Problem* p, const Output* o, const Gradient* g, double grad_scale,
-                       int threads, real tag) noexcept nogil:
+cdef double forward_backward_rows(const Problem* p, const Output* o, const Gradient* g,
+                                  double grad_scale, int threads, real tag) noexcept nogil:
     cdef Py_ssize_t row
-    cdef Py_ssize_t chunk = rows_at_once(p, threads)
+    cdef Py_ssize_t chunk = rows_per_chunk(p, threads)
     for row in prange(p.rows, num_threads=threads, schedule="dynamic", chunksize=chunk):
-        forward_backward_one(p, o, g, row, grad_scale, tag)
+        row_forward_backward(p, o, g, row, grad_scale, tag)
     return sum_rows(p, o, tag)
 
 
-# From Python
+# From Python: addresses, 0 where an array is absent; strides in elements; dtype as in halves.hpp
 
-cdef Problem problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
-                     Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs,
-                     Py_ssize_t probs_stride, uintptr_t weight, int64_t ignore_index,
-                     double label_smoothing, double logit_scale, double softcap,
-                     double z_loss) noexcept:
+cdef Problem make_problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
+                          Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs,
+                          Py_ssize_t probs_stride, uintptr_t weight, int64_t ignore_index,
+                          double label_smoothing, double logit_scale, double softcap,
+                          double z_loss) noexcept:
     cdef Problem p
     p.dtype = dtype
-    p.itemsize = 8 if dtype == FLOAT64 else 4 if dtype == 0 else 2
+    p.itemsize = 8 if dtype == FLOAT64 else 4 if dtype == FLOAT32 else 2
     p.blocks = (vocab + BLOCK - 1) // BLOCK
     p.rows = rows
     p.vocab = vocab
@@ -447,8 +477,8 @@ cdef Problem problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t log
     p.logit_scale = logit_scale
     p.softcap = softcap
     p.z_loss = z_loss
-    p.plain_bfloat16 = dtype == BFLOAT16 and logit_scale == 1 and softcap == 0
-    p.past_caches = <double>rows * vocab * p.itemsize > LARGEST_CACHE
+    p.bfloat16_scores = dtype == BFLOAT16 and logit_scale == 1 and softcap == 0
+    p.bypass_cache = <double>rows * vocab * p.itemsize > LARGEST_CACHE
     p.weight_sum = vocab
     if weight != 0 and label_smoothing != 0:
         if dtype == FLOAT64:
@@ -492,9 +522,9 @@ def forward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
             double softcap, double z_loss, uintptr_t loss, uintptr_t lse, uintptr_t lse_low,
             uintptr_t correct, uintptr_t entropy, int threads):
     """Write each row's loss and statistics; return the sum of the losses."""
-    cdef Problem p = problem(dtype, rows, vocab, logits, logits_stride, target, probs,
-                             probs_stride, weight, ignore_index, label_smoothing, logit_scale,
-                             softcap, z_loss)
+    cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
+                                  probs_stride, weight, ignore_index, label_smoothing, logit_scale,
+                                  softcap, z_loss)
     cdef Output o = Output(<void*>loss, <void*>lse, <void*>lse_low, <uint8_t*>correct,
                            <void*>entropy)
     cdef double total
@@ -513,9 +543,9 @@ def backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
              Py_ssize_t grad_stride, double grad_scale, uintptr_t grad_lse, uintptr_t out,
              Py_ssize_t out_stride, int threads):
     """Write the gradient of the logits for upstream `grad * grad_scale` and `grad_lse`."""
-    cdef Problem p = problem(dtype, rows, vocab, logits, logits_stride, target, probs,
-                             probs_stride, weight, ignore_index, label_smoothing, logit_scale,
-                             softcap, z_loss)
+    cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
+                                  probs_stride, weight, ignore_index, label_smoothing, logit_scale,
+                                  softcap, z_loss)
     cdef Gradient g = Gradient(<char*>out, out_stride)
     with nogil:
         if dtype == FLOAT64:
@@ -527,17 +557,18 @@ def backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
 
 
 def forward_backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
-          Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs, Py_ssize_t probs_stride,
-          uintptr_t weight, int64_t ignore_index, double label_smoothing, double logit_scale,
-          double softcap, double z_loss, uintptr_t loss, uintptr_t lse, uintptr_t correct,
-          uintptr_t entropy, double grad_scale, uintptr_t out, Py_ssize_t out_stride, int threads):
-    """Forward, and while each row is in cache its gradient for upstream `grad_scale`.
+                     Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs,
+                     Py_ssize_t probs_stride, uintptr_t weight, int64_t ignore_index,
+                     double label_smoothing, double logit_scale, double softcap, double z_loss,
+                     uintptr_t loss, uintptr_t lse, uintptr_t correct, uintptr_t entropy,
+                     double grad_scale, uintptr_t out, Py_ssize_t out_stride, int threads):
+    """forward, and while each row is in cache its gradient, for upstream `grad_scale`.
 
-    `out` may be the logits themselves.
+    `out` may be the address of the logits.
     """
-    cdef Problem p = problem(dtype, rows, vocab, logits, logits_stride, target, probs,
-                             probs_stride, weight, ignore_index, label_smoothing, logit_scale,
-                             softcap, z_loss)
+    cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
+                                  probs_stride, weight, ignore_index, label_smoothing, logit_scale,
+                                  softcap, z_loss)
     cdef Output o = Output(<void*>loss, <void*>lse, NULL, <uint8_t*>correct, <void*>entropy)
     cdef Gradient g = Gradient(<char*>out, out_stride)
     cdef double total
