@@ -1,1 +1,1 @@
-"""The Numba twins: same names and signatures as the compiled kernels."""
+"""The Numba version of the compiled kernels: the same functions with the same arguments."""

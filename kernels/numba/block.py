@@ -1,183 +1,38 @@
-"""Arithmetic on one block of a row, as block.hpp has it; the two are to be read side by side.
+"""Arithmetic on one block of a row: the Numba version of block.hpp, with the same functions.
 
-(a) Pointers, not arrays: a block is a typed pointer and a length. LLVM vectorises every loop here.
-(b) Numba passes a caller's fastmath and error model down to what it calls, so each function names
-    its own. FUSED allows a multiply and an add to become one instruction, as GCC does unasked. SUM
-    lets one accumulator become several, and stands only on functions whose sole chain of flagged
-    additions is that accumulator: the flags lie on instructions, so the exp and the differences
-    that are called keep the order they are written in. No flag ever assumes NaN or inf away.
-(c) Bits are moved by LLVM instructions: Numba would widen every integer to 64 bits, which halves
-    the lanes.
+Read the two side by side. The notes of block.hpp hold here, those on Numba stand in intrinsics.py.
+A block is a pointer `z` and a length `n`. bfloat16 has no functions of its own: a block of it is
+converted to float32 first.
 """
 
-# mypy: ignore-errors
+from __future__ import annotations
 
 from math import exp, inf, log
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
-BFLOAT16 = 2
-BLOCK = 2048
+from neglog.kernels.numba.intrinsics import (  # isort: skip
+    EXACT, FUSED, SUM, Pointer, Real, block_buffer, cast, from_order_key, order_key, pointer,
+    polynomial, power_of_two, same_address,
+)  # fmt: skip
+
 LANES = 64  # partial sums
-LINE = 64  # bytes
-UINT16 = np.uint16(0)
-
-EXACT = {"error_model": "numpy", "fastmath": False}
-FUSED = {"error_model": "numpy", "fastmath": {"contract"}}
-SUM = {"error_model": "numpy", "fastmath": {"contract", "reassoc"}}
-
-
-# Pointers and bits
-
-
-def _element(tag):
-    return tag.dtype if isinstance(tag, types.CPointer) else tag
-
-
-@intrinsic
-def pointer(typingctx, address, tag):
-    """The address as a pointer to numbers of the tag's type."""
-
-    def lower(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(_element(tag))(types.int64, tag), lower
-
-
-@intrinsic
-def real(typingctx, value, tag):
-    """The value rounded to the tag's type, or to what the tag points to."""
-    to = _element(tag)
-
-    def lower(context, builder, signature, args):
-        return context.cast(builder, args[0], signature.args[0], to)
-
-    return to(value, tag), lower
-
-
-@intrinsic
-def block_buffer(typingctx, tag):
-    """Room for one block on the stack of the calling function, at the start of a cache line."""
-    to = types.CPointer(_element(tag))
-
-    def lower(context, builder, signature, args):
-        element = context.get_data_type(to.dtype)
-        block = cgutils.alloca_once(builder, element, size=ir.Constant(ir.IntType(64), BLOCK))
-        block.align = LINE
-        return block
-
-    return to(tag), lower
-
-
-@intrinsic
-def same_place(typingctx, block, other):
-    def lower(context, builder, signature, args):
-        return builder.icmp_unsigned("==", *(builder.ptrtoint(a, ir.IntType(64)) for a in args))
-
-    return types.boolean(block, other), lower
-
-
-@intrinsic
-def take(typingctx, counter, amount):
-    """Add to the counter at once for all threads; its value before."""
-
-    def lower(context, builder, signature, args):
-        return builder.atomic_rmw("add", args[0], args[1], "monotonic")
-
-    return types.int64(counter, types.int64), lower
-
-
-# Bits, those of the mantissa, and the exponent's bias.
-_FORMATS = {types.float32: (32, 23, 127), types.float64: (64, 52, 1023)}
-
-
-def _integer(bits):
-    integer = ir.IntType(bits)
-    return integer, lambda value: ir.Constant(integer, value)
-
-
-@intrinsic
-def power_of_two(typingctx, shifted):
-    """2^n, where n was rounded into the low mantissa bits of `shifted`."""
-    bits, mantissa, bias = _FORMATS[shifted]
-
-    def lower(context, builder, signature, args):
-        integer, constant = _integer(bits)
-        n = builder.bitcast(args[0], integer)
-        exponent = builder.shl(builder.add(n, constant(bias)), constant(mantissa))
-        return builder.bitcast(exponent, args[0].type)
-
-    return shifted(shifted), lower
-
-
-def _flip_negative(builder, value):
-    """Between the bits of a float and an integer of the same order; its own inverse."""
-    sign_bit = value.type.width - 1
-    _, constant = _integer(value.type.width)
-    negative = builder.ashr(value, constant(sign_bit))
-    return builder.xor(value, builder.and_(negative, constant((1 << sign_bit) - 1)))
-
-
-@intrinsic
-def order_key(typingctx, x):
-    """An integer that orders as x does; of NaN, that of -inf."""
-    key = types.int32 if x == types.float32 else types.int64
-
-    def lower(context, builder, signature, args):
-        # Before the bits are moved: a select after them would merge with the maximum's own, into
-        # a form that LLVM does not vectorise.
-        is_number = builder.fcmp_ordered("ord", args[0], args[0])
-        number = builder.select(is_number, args[0], context.get_constant(x, -inf))
-        return _flip_negative(builder, builder.bitcast(number, context.get_value_type(key)))
-
-    return key(x), lower
-
-
-@intrinsic
-def from_order_key(typingctx, key):
-    """The number whose order_key this is."""
-    to = types.float32 if key == types.int32 else types.float64
-
-    def lower(context, builder, signature, args):
-        bits = _flip_negative(builder, args[0])
-        return builder.bitcast(bits, context.get_value_type(to))
-
-    return to(key), lower
+UINT8 = np.uint8(0)
 
 
 # exp and tanh
 
-
-# log2(e); ln 2 in two parts; 1.5 * 2^mantissa; -bias * ln 2, where e^x comes out as exactly 0
-_REALS = {
-    types.float32: np.float32(
-        (1.44269504088896341, 0.693359375, -2.12194440e-4, 12582912.0, -88.02969)),
-    types.float64: np.float64(
+# log2(e); ln 2 in two parts; 1.5 * 2^mantissa; -bias * ln 2, where e^x is exactly 0
+_REALS: dict[Any, Any] = {
+    types.float32: np.array(
+        (1.44269504088896341, 0.693359375, -2.12194440e-4, 12582912.0, -88.02969), np.float32),
+    types.float64: np.array(
         (1.44269504088896340736, 6.93145751953125e-1, 1.42860682030941723212e-6,
-         6755399441055744.0, -709.0895657128241)),
+         6755399441055744.0, -709.0895657128241), np.float64),
 }  # fmt: skip
-
-
-def polynomial(name, coefficients):
-    """An intrinsic of x: the polynomial, constant first, whose coefficients are x's type's."""
-
-    def define(typingctx, x):
-        def lower(context, builder, signature, args):
-            first, *rest = (context.get_constant(x, c) for c in reversed(coefficients[x]))
-            value = first
-            for coefficient in rest:
-                value = builder.fadd(builder.fmul(value, args[0]), coefficient)
-            return value
-
-        return x(x), lower
-
-    define.__name__ = name
-    return intrinsic(define)
 
 
 # (e^r - 1 - r) / r^2 on |r| <= ln2 / 2; relative error of e^r 1.0e-8 and 1.7e-17
@@ -213,17 +68,17 @@ _tanh_tail = polynomial(
 )  # fmt: skip
 
 
-def exp_nonpositive(x):
-    """e^x for x <= 0, within about 1 ulp; x above 0 is right up to the overflow of 2^n."""
-    raise NotImplementedError("for compiled callers; below is what they get")
+def exp_nonpositive(x: Real) -> Real:
+    """e^x for x <= 0, within about 1 ulp. It holds for x > 0 too, until 2^n overflows."""
+    raise NotImplementedError("only compiled functions may call this: they get the overload below")
 
 
 @overload(exp_nonpositive, jit_options=FUSED)
-def _exp_nonpositive(x):
+def _exp_nonpositive(x: Real) -> Real:
     log2e, ln2_hi, ln2_lo, round_magic, exp_lowest = _REALS[x]
     one = type(log2e)(1)
 
-    def implementation(x):
+    def implementation(x: Real) -> Real:
         x = exp_lowest if x < exp_lowest else x
         shifted = x * log2e + round_magic
         n = shifted - round_magic
@@ -234,32 +89,41 @@ def _exp_nonpositive(x):
 
 
 @njit(**FUSED)
-def tanh_any(y):
-    one = real(1, y)
+def tanh_any(y: Real) -> Real:
+    """tanh of any number: by e^(-2 |y|), near 0 by a polynomial, as that cancels there."""
+    one = cast(1, y)
     magnitude = abs(y)
     square = y * y
-    decay = exp_nonpositive(real(-2, y) * magnitude)
+    decay = exp_nonpositive(cast(-2, y) * magnitude)
     large = (one - decay) / (one + decay)
     large = -large if y < 0 else large
     small = y + y * square * _tanh_tail(square)
-    return small if magnitude < real(0.625, y) else large
+    return small if magnitude < cast(0.625, y) else large
 
 
-# The online state of a log-sum-exp is (maximum, sum)
+# The online log-sum-exp: over the numbers seen so far, their maximum and sum of e^(z - maximum)
+
+LseState: TypeAlias = tuple[Real, float]
 
 
 class Lse(NamedTuple):
-    """An unevaluated sum: rounded to one number, lse at 1e4 would be off by 5e-4 in float32."""
+    """A log-sum-exp as the unevaluated sum of two numbers.
+
+    One float32 near 1e4 would be off by 5e-4.
+    """
 
     high: float
     low: float
 
 
 @njit(**EXACT)
-def block_maximum(z, n):
-    """The block's maximum but for NaN, over integers: a float max that LLVM may vectorise must
-    assume NaN away."""
-    best = order_key(real(-inf, z))
+def block_maximum(z: Pointer, n: int) -> Real:
+    """The block's maximum, without NaN.
+
+    Over integers, because LLVM vectorises a maximum of floats only if it may assume that there is
+    no NaN.
+    """
+    best = order_key(cast(-inf, z))
     for j in range(n):
         key = order_key(z[j])
         best = key if key > best else best
@@ -267,12 +131,11 @@ def block_maximum(z, n):
 
 
 @njit(**FUSED)
-def block_exp_sum(z, n, shift):
-    """In 64 partial sums that meet in double: a float sum beside the maximum's own 1 costs a sure
-    target's 1 - p its digits."""
+def block_exp_sum(z: Pointer, n: int, shift: Real) -> float:
+    """The sum of e^(z - shift), by 64 partial sums that are added in double: see block.hpp."""
     sums = block_buffer(shift)
     for i in range(LANES):
-        sums[i] = real(0, shift)
+        sums[i] = cast(0, shift)
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
         for i in range(LANES):
@@ -283,53 +146,54 @@ def block_exp_sum(z, n, shift):
 
 
 @njit(**FUSED)
-def absorb(state, z, n):
+def update(state: LseState, z: Pointer, n: int) -> LseState:
+    """The state with a block added."""
     previous, total = state
     block = block_maximum(z, n)
     maximum = block if block > previous else previous
-    # With every logit at -inf so far, -inf - -inf would poison a finite logit further on.
-    shift = real(0, maximum) if maximum == -inf else maximum
+    # While every logit is -inf, z - maximum would be -inf - -inf = NaN and stay in the sum.
+    shift = cast(0, maximum) if maximum == -inf else maximum
     kept = total * exp_nonpositive(previous - shift)
     return maximum, kept + block_exp_sum(z, n, shift)
 
 
 @njit(**EXACT)
-def finish(state):
+def finish(state: LseState) -> Lse:
     maximum, total = state
     log_sum = log(total)
     both = maximum + log_sum
     back = both - maximum
     lost = (maximum - (both - back)) + (log_sum - back)  # Knuth's two-sum
-    high = real(both, maximum)
-    return Lse(high, real((both - high) + lost, maximum))
+    high = cast(both, maximum)
+    return Lse(high, cast((both - high) + lost, maximum))
 
 
 @njit(**EXACT)
-def log_probability(z, lse):
+def log_probability(z: Real, lse: Lse) -> Real:
     return (z - lse.high) - lse.low
 
 
-# Second-pass sums over a row that is still in cache, given its finished lse
+# Sums over a row in a second pass, while it is in cache, given its lse
 
 
 @njit(**SUM)
-def block_log_probability_sum(z, n, lse):
-    total = real(0, z)
+def block_log_probability_sum(z: Pointer, n: int, lse: Lse) -> Real:
+    total = cast(0, z)
     for j in range(n):
         total += log_probability(z[j], lse)
     return total
 
 
 @njit(**SUM)
-def block_log_probability_dot(z, coefficient, n, lse):
-    total = real(0, z)
+def block_log_probability_dot(z: Pointer, coefficient: Pointer, n: int, lse: Lse) -> Real:
+    total = cast(0, z)
     for j in range(n):
         total += coefficient[j] * log_probability(z[j], lse)
     return total
 
 
 @njit(**SUM)
-def block_sum(x, n):
+def block_sum(x: Pointer, n: int) -> float:
     total = 0.0
     for j in range(n):
         total += x[j]
@@ -337,18 +201,18 @@ def block_sum(x, n):
 
 
 @njit(**SUM)
-def block_negative_entropy(z, n, lse):
-    """The sum of p log p; a term whose p is 0 counts 0, not 0 * -inf."""
-    total = real(0, z)
+def block_negative_entropy(z: Pointer, n: int, lse: Lse) -> Real:
+    """The sum of p log p. A term whose p is 0 adds 0, not 0 * -inf."""
+    total = cast(0, z)
     for j in range(n):
         log_p = log_probability(z[j], lse)
         probability = exp_nonpositive(log_p)
-        total += probability * log_p if probability != 0 else real(0, z)
+        total += probability * log_p if probability != 0 else cast(0, z)
     return total
 
 
 @njit(**EXACT)
-def block_contains(z, n, value):
+def block_contains(z: Pointer, n: int, value: Real) -> bool:
     found = 0
     for j in range(n):
         found += z[j] == value
@@ -359,10 +223,10 @@ def block_contains(z, n, value):
 
 
 @njit(**FUSED)
-def block_softmax(z, n, lse, scale, out):
-    """`out` may be `z`, but not otherwise overlap it."""
-    scale *= real(exp(-lse.low), scale)  # e^(z - high - low), with low taken out of the loop
-    if same_place(z, out):  # unsure which it is, LLVM would leave this case unvectorised
+def block_softmax(z: Pointer, n: int, lse: Lse, scale: Real, out: Pointer) -> None:
+    """out = scale * softmax(z). `out` may be `z`, but not otherwise overlap it."""
+    scale *= cast(exp(-lse.low), scale)  # e^(z - high - low) = e^-low e^(z - high)
+    if same_address(z, out):  # LLVM vectorises neither case where it cannot tell them apart
         for j in range(n):
             z[j] = scale * exp_nonpositive(z[j] - lse.high)
     else:
@@ -371,145 +235,52 @@ def block_softmax(z, n, lse, scale, out):
 
 
 @njit(**EXACT)
-def block_copy(x, n, out):
+def block_copy(x: Pointer, n: int, out: Pointer) -> None:
     for j in range(n):
         out[j] = x[j]
 
 
 @njit(**FUSED)
-def block_affine(x, n, scale, offset):
+def block_affine(x: Pointer, n: int, scale: Real, offset: Real) -> None:
     for j in range(n):
         x[j] = x[j] * scale + offset
 
 
 @njit(**FUSED)
-def block_scale(x, n, scale):
+def block_scale(x: Pointer, n: int, scale: Real) -> None:
     for j in range(n):
         x[j] *= scale
 
 
 @njit(**FUSED)
-def block_multiply(x, y, n):
+def block_multiply(x: Pointer, y: Pointer, n: int) -> None:
     for j in range(n):
         x[j] *= y[j]
 
 
 @njit(**FUSED)
-def block_subtract(out, x, n, scale):
+def block_subtract(out: Pointer, x: Pointer, n: int, scale: Real) -> None:
+    """out -= scale * x"""
     for j in range(n):
         out[j] -= scale * x[j]
 
 
 @njit(**FUSED)
-def block_softcap(z, n, softcap):
+def block_softcap(z: Pointer, n: int, softcap: Real) -> None:
     for j in range(n):
         z[j] = softcap * tanh_any(z[j] / softcap)
 
 
 @njit(**FUSED)
-def block_softcap_backward(grad, z, n, softcap):
+def block_softcap_backward(grad: Pointer, z: Pointer, n: int, softcap: Real) -> None:
     """The derivative of the cap is 1 - tanh^2, and tanh is z / softcap."""
-    one = real(1, softcap)
+    one = cast(1, softcap)
     for j in range(n):
         ratio = z[j] / softcap
         grad[j] *= (one - ratio) * (one + ratio)
 
 
-# 16-bit floats
-
-
-def _conversion(source, to):
-    """Makes an intrinsic of a function (builder, constant, bits) from bits to bits, 32 of each."""
-
-    def decorate(convert):
-        def define(typingctx, value):
-            def lower(context, builder, signature, args):
-                integer, constant = _integer(32)
-                if to == types.uint16:
-                    result = convert(builder, constant, builder.bitcast(args[0], integer))
-                    return builder.trunc(result, ir.IntType(16))
-                result = convert(builder, constant, builder.zext(args[0], integer))
-                return builder.bitcast(result, ir.FloatType())
-
-            return to(source), lower
-
-        define.__name__ = convert.__name__
-        return intrinsic(define)
-
-    return decorate
-
-
-@_conversion(types.uint16, types.float32)
-def widen_bfloat16(builder, constant, half):
-    return builder.shl(half, constant(16))
-
-
-def _round_to_even(builder, constant, bits, dropped):
-    """The bits with half a unit of what stays added, less a little where what stays is even."""
-    odd = builder.and_(builder.lshr(bits, constant(dropped)), constant(1))
-    return builder.add(builder.add(bits, constant((1 << (dropped - 1)) - 1)), odd)
-
-
-@_conversion(types.float32, types.uint16)
-def narrow_bfloat16(builder, constant, bits):
-    rounded = builder.lshr(_round_to_even(builder, constant, bits, 16), constant(16))
-    magnitude = builder.and_(bits, constant(0x7FFFFFFF))
-    # The carry could turn a NaN into an inf.
-    is_nan = builder.icmp_unsigned(">", magnitude, constant(0x7F800000))
-    return builder.select(is_nan, constant(0x7FC0), rounded)
-
-
-@_conversion(types.uint16, types.float32)
-def widen_float16(builder, constant, half):
-    sign = builder.shl(builder.and_(half, constant(0x8000)), constant(16))
-    magnitude = builder.shl(builder.and_(half, constant(0x7FFF)), constant(13))
-    # Multiplying by 2^112 moves the bias from 15 to 127 and normalises subnormals on the way.
-    number = builder.fmul(
-        builder.bitcast(magnitude, ir.FloatType()), ir.Constant(ir.FloatType(), 2.0**112)
-    )
-    is_special = builder.icmp_unsigned(">=", magnitude, constant(0x7C00 << 13))
-    special = builder.select(is_special, constant(0x7F800000), constant(0))
-    bits = builder.bitcast(number, ir.IntType(32))
-    return builder.or_(builder.or_(bits, special), sign)
-
-
-@_conversion(types.float32, types.uint16)
-def narrow_float16(builder, constant, bits):
-    sign = builder.and_(builder.lshr(bits, constant(16)), constant(0x8000))
-    magnitude = builder.and_(bits, constant(0x7FFFFFFF))
-    # Below 2^-14 the sum with 0.5 puts a subnormal's bits, rounded to even, in the low mantissa.
-    sum_with_half = builder.fadd(
-        builder.bitcast(magnitude, ir.FloatType()), ir.Constant(ir.FloatType(), 0.5)
-    )
-    subnormal = builder.sub(builder.bitcast(sum_with_half, ir.IntType(32)), constant(0x3F000000))
-    rounded = _round_to_even(builder, constant, magnitude, 13)
-    normal = builder.lshr(builder.sub(rounded, constant(112 << 23)), constant(13))
-
-    def where(condition, limit, yes, no):
-        is_so = builder.icmp_unsigned(condition, magnitude, constant(limit))
-        return builder.select(is_so, yes, no)
-
-    half = where("<", 113 << 23, subnormal, normal)
-    half = where(">=", 0x477FF000, constant(0x7C00), half)  # 65520 and above round to inf
-    half = where(">", 0x7F800000, constant(0x7E00), half)
-    return builder.or_(half, sign)
-
-
 @njit(**EXACT)
-def widen(source, dtype, n, to):
-    if dtype == BFLOAT16:
-        for j in range(n):
-            to[j] = widen_bfloat16(source[j])
-    else:
-        for j in range(n):
-            to[j] = widen_float16(source[j])
-
-
-@njit(**EXACT)
-def narrow(source, dtype, n, to):
-    if dtype == BFLOAT16:
-        for j in range(n):
-            to[j] = narrow_bfloat16(source[j])
-    else:
-        for j in range(n):
-            to[j] = narrow_float16(source[j])
+def zero_bytes(address: int, n: int) -> None:
+    for byte in range(n):
+        pointer(address, UINT8)[byte] = 0

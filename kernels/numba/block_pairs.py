@@ -1,23 +1,26 @@
-"""Scores of pairs, a block of one row against adjacent columns: that part of block.hpp.
+"""Arithmetic on the scores of pairs: the Numba version of block_pairs.hpp, with the same functions.
 
-Each column has a state of its own. The notes of block.py hold here.
+Read the two side by side. block_fill and block_finite_shift are loops of pairs.pyx.
 """
 
-# mypy: ignore-errors
+from __future__ import annotations
 
 from math import inf
 
 from numba import njit, types
 
-from neglog.kernels.numba.block import (  # isort: skip
-    EXACT, FUSED, LANES, block_buffer, block_sum, exp_nonpositive, pointer, polynomial, real,
+from neglog.kernels.numba.block import LANES, block_sum, exp_nonpositive  # isort: skip
+from neglog.kernels.numba.intrinsics import (  # isort: skip
+    EXACT, FUSED, Pointer, Real, block_buffer, cast, pointer, polynomial,
 )  # fmt: skip
 
 
 @njit(**FUSED)
-def block_pair_scores(similarity, n, scale, bias, z):
-    """`bias` is an address, 0 for none. `z` may not be `similarity`: LLVM vectorises this only
-    where the two are apart."""
+def block_pair_scores(similarity: Pointer, n: int, scale: Real, bias: int, z: Pointer) -> None:
+    """z = scale * similarity + bias; `bias` is an address, 0 for none.
+
+    `z` must not be `similarity`: LLVM vectorises this only where the two are apart.
+    """
     if bias == 0:
         for j in range(n):
             z[j] = similarity[j] * scale
@@ -28,44 +31,45 @@ def block_pair_scores(similarity, n, scale, bias, z):
 
 
 @njit(**EXACT)
-def block_fill(x, n, value):
+def block_fill(x: Pointer, n: int, value: Real) -> None:
     for j in range(n):
         x[j] = value
 
 
 @njit(**EXACT)
-def block_exclude(z, n, group, groups):
-    lowest = real(-inf, z)
+def block_exclude(z: Pointer, n: int, group: int, groups: Pointer) -> None:
+    """z = -inf where a column's group is the row's."""
+    lowest = cast(-inf, z)
     for j in range(n):
         kept = z[j]
         z[j] = lowest if groups[j] == group else kept
 
 
 @njit(**EXACT)
-def block_maximum_of_columns(z, n, maximum):
-    """NaN is dropped here and comes back in the sum, as in block_maximum."""
+def block_maximum_of_columns(z: Pointer, n: int, maximum: Pointer) -> None:
+    """Drops NaN, which comes back in the sum, as in block_maximum."""
     for j in range(n):
         score, best = z[j], maximum[j]
         maximum[j] = score if score > best else best
 
 
 @njit(**EXACT)
-def block_finite_shift(maximum, n):
-    """-inf - -inf would be NaN: a column with nothing but -inf is shifted by 0."""
-    none = real(0, maximum)
+def block_finite_shift(maximum: Pointer, n: int) -> None:
+    """The shift of a column of -inf alone is 0: -inf - -inf would be NaN."""
+    none = cast(0, maximum)
     for j in range(n):
         best = maximum[j]
         maximum[j] = none if best == -inf else best
 
 
 @njit(**FUSED)
-def block_exp_sum_both(z, n, column_sum):
-    """One exp for both sums: right where no score is so far from 0 that e^z leaves the range.
+def block_exp_sum_of_row_and_columns(z: Pointer, n: int, column_sum: Pointer) -> float:
+    """The row's sum of e^z; each e^z is also added to its column's sum.
 
-    The row's in 64 partial sums for the sake of its 1 - p, as in block_exp_sum.
+    There is no shift, so the scores must be near enough to 0 for e^z to be in range.
     """
     sums = block_buffer(z)
-    block_fill(sums, LANES, real(0, z))
+    block_fill(sums, LANES, cast(0, z))
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
         for i in range(LANES):
@@ -80,29 +84,35 @@ def block_exp_sum_both(z, n, column_sum):
 
 
 @njit(**FUSED)
-def block_exp_sum_of_columns(z, n, shift, column_sum):
+def block_exp_sum_of_columns(z: Pointer, n: int, shift: Pointer, column_sum: Pointer) -> None:
     for j in range(n):
         column_sum[j] += exp_nonpositive(z[j] - shift[j])
 
 
 @njit(**EXACT)
-def block_pour(source, n, to):
-    """Into sums in double, those of a few rows."""
-    none = real(0, source)
+def block_flush_sums(partial: Pointer, n: int, total: Pointer) -> None:
+    """Add the columns' partial sums of a few rows to their totals in double, and clear them."""
+    zero = cast(0, partial)
     for j in range(n):
-        to[j] += source[j]
-        source[j] = none
+        total[j] += partial[j]
+        partial[j] = zero
 
 
 @njit(**FUSED)
-def block_pair_gradient_bounded(z, n, row, column, out):
-    """row e^(z - row_lse) + column e^(z - column_lse), where the factors hold e^-lse already."""
+def block_pair_gradient_bounded(
+    z: Pointer, n: int, row: Real, column: Pointer, out: Pointer
+) -> None:
+    """out = (row + column) e^z: block_pair_gradient near 0, with e^-lse in both factors."""
     for j in range(n):
         out[j] = exp_nonpositive(z[j]) * (row + column[j])
 
 
 @njit(**FUSED)
-def block_pair_gradient(z, n, row, row_lse, column, column_lse, out):
+def block_pair_gradient(
+    z: Pointer, n: int, row: Real, row_lse: Real, column: Pointer, column_lse: Pointer,
+    out: Pointer,
+) -> None:  # fmt: skip
+    """out = row e^(z - row_lse) + column e^(z - column_lse)"""
     for j in range(n):
         of_row = row * exp_nonpositive(z[j] - row_lse)
         out[j] = of_row + column[j] * exp_nonpositive(z[j] - column_lse[j])
@@ -119,9 +129,9 @@ _atanh_series = polynomial(
 
 
 @njit(**FUSED)
-def softplus(z):
-    """softplus(z), and its derivative."""
-    none, one, two = real(0, z), real(1, z), real(2, z)
+def softplus(z: Real) -> tuple[Real, Real]:
+    """softplus(z) = log(1 + e^z), and its derivative."""
+    none, one, two = cast(0, z), cast(1, z), cast(2, z)
     e = exp_nonpositive(-abs(z))
     sigmoid = (e if z < 0 else one) / (one + e)
     t = e / (two + e)  # log(1 + e) = 2 atanh(t)
@@ -129,10 +139,10 @@ def softplus(z):
 
 
 @njit(**FUSED)
-def block_softplus(z, n, scale, out):
-    """The sum of softplus(z), in partial sums as block_exp_sum; out = scale sigmoid(z)."""
+def block_softplus(z: Pointer, n: int, scale: Real, out: Pointer) -> float:
+    """Returns the sum of softplus(z), by 64 partial sums; out = scale * sigmoid(z)."""
     sums = block_buffer(z)
-    block_fill(sums, LANES, real(0, z))
+    block_fill(sums, LANES, cast(0, z))
     for j in range(0, n, LANES):
         for i in range(min(LANES, n - j)):
             value, sigmoid = softplus(z[j + i])

@@ -1,39 +1,42 @@
-"""The Numba twin of nll.pyx: same functions, same signatures, same walk over the rows.
+"""nll: the Numba version of nll.pyx, with the same functions and arguments.
 
-(a) Read nll.pyx first; its notes hold here. What it takes from types is here in Problem: `zero` is
-    a number of the accum dtype.
-(b) forward, backward and fused are one compiled function, told by zeros what not to do: compiling
-    is what a first call waits for. float32 and both 16-bit types share it, float64 has its own.
-(c) Threads take rows from a shared counter, because prange alone cuts them in equal parts: a
-    prompt of ignored rows would leave one thread with all the work.
-(d) One thread goes round Numba's threading layer: GNU's does not survive a fork, and Numba's own
-    ends the process when two Python threads enter it. For that the parallel one keeps the GIL.
-(e) float() on every float: an int would compile everything anew.
+Read nll.pyx first: its formulas and notes hold here. How threads share the rows is in threads.py.
+
+(a) forward, backward and forward_backward are one compiled function, which skips what has the
+    address 0: compiling is what a first call waits for. float32 and both 16-bit types share it,
+    float64 has its own. `zero` in Problem is a number of the type that is computed in.
+(b) Every float is passed as float(...): for an int Numba would compile everything again.
+(c) What is decorated by njit is annotated for the reader. mypy knows nothing of Numba's types.
 """
 
-# mypy: ignore-errors
+from __future__ import annotations
 
 from math import expm1, inf, isnan, nan
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numba import njit, prange
 
 from neglog.kernels.numba.block import (  # isort: skip
-    BLOCK, EXACT, UINT16, Lse, absorb, block_affine, block_buffer,
-    block_contains, block_copy, block_log_probability_dot, block_log_probability_sum,
-    block_multiply, block_negative_entropy, block_scale, block_softcap, block_softcap_backward,
-    block_softmax, block_subtract, block_sum, exp_nonpositive, finish, log_probability, narrow,
-    pointer, real, take, widen,
+    UINT8, Lse, block_affine, block_contains, block_copy, block_log_probability_dot,
+    block_log_probability_sum, block_multiply, block_negative_entropy, block_scale, block_softcap,
+    block_softcap_backward, block_softmax, block_subtract, block_sum, exp_nonpositive, finish,
+    log_probability, update, zero_bytes,
 )  # fmt: skip
+from neglog.kernels.numba.halves import narrow_block, widen_block  # isort: skip
+from neglog.kernels.numba.intrinsics import (  # isort: skip
+    BLOCK, EXACT, Pointer, Real, block_buffer, cast, fetch_add, pointer,
+)  # fmt: skip
+from neglog.kernels.numba.threads import call_with_threads  # isort: skip
 
 FLOAT64 = 1
-INT64, UINT8 = np.int64(0), np.uint8(0)
+INT64, UINT16 = np.int64(0), np.uint16(0)
 
 
 class Problem(NamedTuple):
-    zero: float
+    """The arguments that all share: addresses, 0 where an array is absent; strides in elements."""
+
+    zero: Real
     dtype: int
     rows: int
     vocab: int
@@ -54,6 +57,8 @@ class Problem(NamedTuple):
 
 
 class Span(NamedTuple):
+    """Columns start to start + n of a row."""
+
     start: int
     n: int
 
@@ -66,19 +71,21 @@ class Output(NamedTuple):
     entropy: int
 
 
-class Factors(NamedTuple):
-    target: int
-    hard: float
-    soft: float
-    spread: float
+class GradientWeights(NamedTuple):
+    """softmax_weight p_c + target_weight (p_c - [c = t]) - uniform_weight b_c, as in nll.pyx."""
+
+    target: int  # -1 if there is no index
+    target_weight: float
+    softmax_weight: float
+    uniform_weight: float
 
 
 class Gradient(NamedTuple):
-    """Where the gradient goes, 0 for nowhere, and what flows in from the loss and the lse."""
+    """Where the gradient is written, 0 for nowhere, and the gradients of the loss and the lse."""
 
     out: int
     out_stride: int
-    grad: int  # 0: of one
+    grad: int  # 0: every one is 1
     grad_stride: int
     grad_scale: float
     grad_lse: int
@@ -88,56 +95,57 @@ class Gradient(NamedTuple):
 
 
 @njit(**EXACT)
-def span(p, block):
+def block_span(p: Problem, block: int) -> Span:
     return Span(block * BLOCK, min(BLOCK, p.vocab - block * BLOCK))
 
 
 @njit(**EXACT)
-def is_real(p):
+def stored_as_real(p: Problem) -> bool:
+    """Whether the arrays are of the type that is computed in."""
     return p.dtype <= FLOAT64
 
 
 @njit(**EXACT)
-def widened(p, source, buffer, n):
-    """The block at `source` as real numbers: in place if they are, else through `buffer`."""
-    if is_real(p):
+def as_real(p: Problem, source: int, buffer: Pointer, n: int) -> Pointer:
+    """The block at `source` as real numbers: itself, or its conversion in `buffer`."""
+    if stored_as_real(p):
         return pointer(source, p.zero)
-    widen(pointer(source, UINT16), p.dtype, n, buffer)
+    widen_block(pointer(source, UINT16), p.dtype, n, buffer)
     return buffer
 
 
 @njit(**EXACT)
-def scores(p, row, at, buffer):
-    """The block of logits after scale and cap: the z of the formulas."""
-    z = widened(p, p.logits + (row * p.logits_stride + at.start) * p.itemsize, buffer, at.n)
+def scores(p: Problem, row: int, span: Span, buffer: Pointer) -> Pointer:
+    """The block of scores z: the logits after scale and cap."""
+    z = as_real(p, p.logits + (row * p.logits_stride + span.start) * p.itemsize, buffer, span.n)
     if p.logit_scale == 1 and p.softcap == 0:
         return z
-    if is_real(p):
-        block_copy(z, at.n, buffer)
-    block_scale(buffer, at.n, real(p.logit_scale, p.zero))
+    if stored_as_real(p):
+        block_copy(z, span.n, buffer)
+    block_scale(buffer, span.n, cast(p.logit_scale, p.zero))
     if p.softcap != 0:
-        block_softcap(buffer, at.n, real(p.softcap, p.zero))
+        block_softcap(buffer, span.n, cast(p.softcap, p.zero))
     return buffer
 
 
 @njit(**EXACT)
-def weights(p, start):
+def class_weights(p: Problem, start: int) -> Pointer:
     """The class weights from column `start` on."""
     return pointer(p.weight + start * (8 if p.dtype == FLOAT64 else 4), p.zero)
 
 
 @njit(**EXACT)
-def coefficients(p, row, at, buffer):
-    """The weight of each log-probability in a row with a probability target, w_c q'_c."""
-    q = widened(p, p.probs + (row * p.probs_stride + at.start) * p.itemsize, buffer, at.n)
+def coefficients(p: Problem, row: int, span: Span, buffer: Pointer) -> Pointer:
+    """The weights w_c q'_c of the log-probabilities, for a target of probabilities."""
+    q = as_real(p, p.probs + (row * p.probs_stride + span.start) * p.itemsize, buffer, span.n)
     if p.label_smoothing == 0 and p.weight == 0:
         return q
-    if is_real(p):
-        block_copy(q, at.n, buffer)
-    spread = p.label_smoothing / p.vocab
-    block_affine(buffer, at.n, real(1 - p.label_smoothing, p.zero), real(spread, p.zero))
+    if stored_as_real(p):
+        block_copy(q, span.n, buffer)
+    uniform = p.label_smoothing / p.vocab
+    block_affine(buffer, span.n, cast(1 - p.label_smoothing, p.zero), cast(uniform, p.zero))
     if p.weight != 0:
-        block_multiply(buffer, weights(p, at.start), at.n)
+        block_multiply(buffer, class_weights(p, span.start), span.n)
     return buffer
 
 
@@ -145,46 +153,47 @@ def coefficients(p, row, at, buffer):
 
 
 @njit(**EXACT)
-def ignored(p, row):
+def ignored(p: Problem, row: int) -> bool:
     return p.target != 0 and pointer(p.target, INT64)[row] == p.ignore_index
 
 
 @njit(**EXACT)
-def target_weight(p, row):
+def class_weight_of_target(p: Problem, row: int) -> float:
     if p.weight == 0:
         return 1.0
-    return float(weights(p, 0)[pointer(p.target, INT64)[row]])
+    return float(class_weights(p, 0)[pointer(p.target, INT64)[row]])
 
 
 @njit(**EXACT)
-def score_at(p, row, column):
+def score_at(p: Problem, row: int, column: int) -> Real:
+    """The score of one column."""
     return scores(p, row, Span(column, 1), block_buffer(p.zero))[0]
 
 
 @njit(**EXACT)
-def row_lse(p, row, buffer):
-    """The row's log-sum-exp and its maximum."""
-    state = (real(-inf, p.zero), 0.0)
+def row_lse(p: Problem, row: int, buffer: Pointer) -> tuple[Lse, Real]:
+    """The row's log-sum-exp, and its maximum."""
+    state = (cast(-inf, p.zero), 0.0)
     for block in range(p.blocks):
-        at = span(p, block)
-        state = absorb(state, scores(p, row, at, buffer), at.n)
+        span = block_span(p, block)
+        state = update(state, scores(p, row, span, buffer), span.n)
     return finish(state), state[0]
 
 
 @njit(**EXACT)
-def row_loss_of_index(p, row, lse, buffer):
-    w = target_weight(p, row)
+def row_loss_of_index(p: Problem, row: int, lse: Lse, buffer: Pointer) -> float:
+    w = class_weight_of_target(p, row)
     log_p = log_probability(score_at(p, row, pointer(p.target, INT64)[row]), lse)
     loss = -(1 - p.label_smoothing) * w * log_p
     if p.label_smoothing != 0:
         total = 0.0
         for block in range(p.blocks):
-            at = span(p, block)
-            z = scores(p, row, at, buffer)
+            span = block_span(p, block)
+            z = scores(p, row, span, buffer)
             if p.weight == 0:
-                total += block_log_probability_sum(z, at.n, lse)
+                total += block_log_probability_sum(z, span.n, lse)
             else:
-                total += block_log_probability_dot(z, weights(p, at.start), at.n, lse)
+                total += block_log_probability_dot(z, class_weights(p, span.start), span.n, lse)
         loss -= p.label_smoothing / p.vocab * total
     if p.z_loss != 0:
         loss += p.z_loss * w * (float(lse.high) * lse.high)
@@ -192,29 +201,31 @@ def row_loss_of_index(p, row, lse, buffer):
 
 
 @njit(**EXACT)
-def row_loss_of_probs(p, row, lse, buffer, second):
+def row_loss_of_probs(
+    p: Problem, row: int, lse: Lse, buffer: Pointer, target_buffer: Pointer
+) -> float:
     total = 0.0
     for block in range(p.blocks):
-        at = span(p, block)
-        a = coefficients(p, row, at, second)
-        total += block_log_probability_dot(scores(p, row, at, buffer), a, at.n, lse)
+        span = block_span(p, block)
+        weights = coefficients(p, row, span, target_buffer)
+        total += block_log_probability_dot(scores(p, row, span, buffer), weights, span.n, lse)
     if p.z_loss != 0:
         return p.z_loss * (float(lse.high) * lse.high) - total
     return -total
 
 
 @njit(**EXACT)
-def row_entropy(p, row, lse, buffer):
+def row_entropy(p: Problem, row: int, lse: Lse, buffer: Pointer) -> float:
     total = 0.0
     for block in range(p.blocks):
-        at = span(p, block)
-        total += block_negative_entropy(scores(p, row, at, buffer), at.n, lse)
+        span = block_span(p, block)
+        total += block_negative_entropy(scores(p, row, span, buffer), span.n, lse)
     return -total
 
 
 @njit(**EXACT)
-def row_correct(p, row, maximum, lse, buffer):
-    """Whether the target is where argmax would look: the first of the maxima."""
+def row_correct(p: Problem, row: int, maximum: Real, lse: Lse, buffer: Pointer) -> bool:
+    """Whether the target is what argmax returns: the first column that has the maximum."""
     nan_among_finite = isnan(lse.high) and maximum < inf
     if p.target == 0 or ignored(p, row) or nan_among_finite:
         return False
@@ -222,25 +233,25 @@ def row_correct(p, row, maximum, lse, buffer):
     if score_at(p, row, target) != maximum:
         return False
     for block in range(target // BLOCK + 1):
-        at = span(p, block)
-        before = min(at.n, target - at.start)
-        if block_contains(scores(p, row, Span(at.start, before), buffer), before, maximum):
+        span = block_span(p, block)
+        before = min(span.n, target - span.start)
+        if block_contains(scores(p, row, Span(span.start, before), buffer), before, maximum):
             return False
     return True
 
 
 @njit(**EXACT)
-def row_forward(p, o, row):
-    """Write the row's loss and statistics; return its lse."""
-    buffer, second = block_buffer(p.zero), block_buffer(p.zero)
+def row_forward(p: Problem, o: Output, row: int) -> Lse:
+    """Write the row's loss and statistics; return its log-sum-exp."""
+    buffer, target_buffer = block_buffer(p.zero), block_buffer(p.zero)
     lse, maximum, loss = Lse(p.zero, p.zero), p.zero, 0.0
     if not ignored(p, row) or o.correct != 0 or o.entropy != 0:
         lse, maximum = row_lse(p, row, buffer)
     if p.probs != 0:
-        loss = row_loss_of_probs(p, row, lse, buffer, second)
+        loss = row_loss_of_probs(p, row, lse, buffer, target_buffer)
     elif not ignored(p, row):
         loss = row_loss_of_index(p, row, lse, buffer)
-    pointer(o.loss, p.zero)[row] = real(loss, p.zero)
+    pointer(o.loss, p.zero)[row] = cast(loss, p.zero)
     if o.lse != 0:
         pointer(o.lse, p.zero)[row] = lse.high
     if o.lse_low != 0:
@@ -248,100 +259,117 @@ def row_forward(p, o, row):
     if o.correct != 0:
         pointer(o.correct, UINT8)[row] = row_correct(p, row, maximum, lse, buffer)
     if o.entropy != 0:
-        pointer(o.entropy, p.zero)[row] = real(row_entropy(p, row, lse, buffer), p.zero)
+        pointer(o.entropy, p.zero)[row] = cast(row_entropy(p, row, lse, buffer), p.zero)
     return lse
 
 
 @njit(**EXACT)
-def row_coefficient_sum(p, row, buffer):
+def row_coefficient_sum(p: Problem, row: int, buffer: Pointer) -> float:
     total = 0.0
     for block in range(p.blocks):
-        at = span(p, block)
-        total += block_sum(coefficients(p, row, at, buffer), at.n)
+        span = block_span(p, block)
+        total += block_sum(coefficients(p, row, span, buffer), span.n)
     return total
 
 
 @njit(**EXACT)
-def row_factors(p, row, lse, grad, grad_lse, buffer):
-    """The row's gradient is soft * p, plus hard * (p - 1) at the target, less grad * w_c q'_c."""
+def gradient_weights(
+    p: Problem, row: int, lse: Lse, grad: float, grad_lse: float, buffer: Pointer
+) -> GradientWeights:
+    """For the gradients `grad` of the row's loss and `grad_lse` of its lse."""
     if ignored(p, row):
-        return Factors(-1, 0.0, grad_lse, 0.0)
+        return GradientWeights(-1, 0.0, grad_lse, 0.0)
     eps, w = p.label_smoothing, 1.0
-    target, hard, spread, soft = -1, 0.0, grad, grad_lse
+    target, target_weight, softmax_weight, uniform_weight = -1, 0.0, grad_lse, grad
     if p.probs != 0:
-        soft += grad * row_coefficient_sum(p, row, buffer)
+        softmax_weight += grad * row_coefficient_sum(p, row, buffer)
     else:
-        w = target_weight(p, row)
+        w = class_weight_of_target(p, row)
         target = pointer(p.target, INT64)[row]
-        hard = grad * (1 - eps) * w
-        spread = grad * eps / p.vocab if eps != 0 else 0.0
-        soft += spread * p.weight_sum
+        target_weight = grad * (1 - eps) * w
+        uniform_weight = grad * eps / p.vocab if eps != 0 else 0.0
+        softmax_weight += uniform_weight * p.weight_sum
     if p.z_loss != 0:
-        soft += grad * 2 * p.z_loss * w * lse.high
-    return Factors(target, hard, soft, spread)
+        softmax_weight += grad * 2 * p.z_loss * w * lse.high
+    return GradientWeights(target, target_weight, softmax_weight, uniform_weight)
 
 
 @njit(**EXACT)
-def subtract_target(p, row, at, f, grad, buffer):
-    """Take off the part of the target that is spread over the vocabulary."""
-    spread = real(f.spread, p.zero)
+def subtract_uniform(
+    p: Problem, row: int, span: Span, uniform_weight: float, grad: Pointer, buffer: Pointer
+) -> None:
+    """Subtract uniform_weight b_c."""
+    scale = cast(uniform_weight, p.zero)
     if p.probs != 0:
-        block_subtract(grad, coefficients(p, row, at, buffer), at.n, spread)
+        block_subtract(grad, coefficients(p, row, span, buffer), span.n, scale)
     elif p.weight != 0:
-        block_subtract(grad, weights(p, at.start), at.n, spread)
+        block_subtract(grad, class_weights(p, span.start), span.n, scale)
     else:
-        block_affine(grad, at.n, real(1, p.zero), -spread)
+        block_affine(grad, span.n, cast(1, p.zero), -scale)
 
 
 @njit(**EXACT)
-def block_backward(p, row, at, lse, f, z, grad, buffer):
-    target = f.target - at.start
-    here = 0 <= target < at.n
-    # Read before the block is written: grad may lie where z does.
-    log_p = log_probability(z[target], lse) if here else p.zero
-    block_softmax(z, at.n, lse, real(f.hard + f.soft, p.zero), grad)
-    if here:
-        at_target = f.soft * exp_nonpositive(log_p) + f.hard * expm1(float(log_p))
-        grad[target] = real(at_target, p.zero)
-    if f.spread != 0:
-        subtract_target(p, row, at, f, grad, buffer)
+def target_gradient(weights: GradientWeights, log_p: Real) -> float:
+    """softmax_weight p + target_weight (p - 1) of the target."""
+    through_softmax = weights.softmax_weight * exp_nonpositive(log_p)
+    return through_softmax + weights.target_weight * expm1(float(log_p))
+
+
+@njit(**EXACT)
+def block_backward(
+    p: Problem, row: int, span: Span, lse: Lse, weights: GradientWeights, z: Pointer,
+    grad: Pointer, buffer: Pointer,
+) -> None:  # fmt: skip
+    target = weights.target - span.start
+    target_in_block = 0 <= target < span.n
+    # Before the block is written: `grad` may be where `z` is.
+    log_p = log_probability(z[target], lse) if target_in_block else p.zero
+    scale = cast(weights.target_weight + weights.softmax_weight, p.zero)
+    block_softmax(z, span.n, lse, scale, grad)
+    if target_in_block:
+        grad[target] = cast(target_gradient(weights, log_p), p.zero)
+    if weights.uniform_weight != 0:
+        subtract_uniform(p, row, span, weights.uniform_weight, grad, buffer)
     if p.softcap != 0:
-        block_softcap_backward(grad, z, at.n, real(p.softcap, p.zero))
+        block_softcap_backward(grad, z, span.n, cast(p.softcap, p.zero))
     if p.logit_scale != 1:
-        block_scale(grad, at.n, real(p.logit_scale, p.zero))
+        block_scale(grad, span.n, cast(p.logit_scale, p.zero))
 
 
 @njit(**EXACT)
-def row_backward(p, g, row, lse, grad, grad_lse):
+def row_backward(p: Problem, g: Gradient, row: int, lse: Lse, grad: float, grad_lse: float) -> None:
     """One row of the gradient, for upstream `grad` of the loss and `grad_lse` of the lse."""
-    buffer, second, result = block_buffer(p.zero), block_buffer(p.zero), block_buffer(p.zero)
+    buffer, target_buffer = block_buffer(p.zero), block_buffer(p.zero)
+    grad_buffer = block_buffer(p.zero)
     start = g.out + row * g.out_stride * p.itemsize
     if ignored(p, row) and grad_lse == 0:  # exactly zero, even where the logits are NaN
-        for byte in range(p.vocab * p.itemsize):
-            pointer(start, UINT8)[byte] = 0
+        zero_bytes(start, p.vocab * p.itemsize)
         return
-    f = row_factors(p, row, lse, grad, grad_lse, second)
+    weights = gradient_weights(p, row, lse, grad, grad_lse, target_buffer)
     for block in range(p.blocks):
-        at = span(p, block)
-        out = start + at.start * p.itemsize
-        written = pointer(out, p.zero) if is_real(p) else result
-        block_backward(p, row, at, lse, f, scores(p, row, at, buffer), written, second)
-        if not is_real(p):
-            narrow(result, p.dtype, at.n, pointer(out, UINT16))
+        span = block_span(p, block)
+        out = start + span.start * p.itemsize
+        destination = pointer(out, p.zero) if stored_as_real(p) else grad_buffer
+        z = scores(p, row, span, buffer)
+        block_backward(p, row, span, lse, weights, z, destination, target_buffer)
+        if not stored_as_real(p):
+            narrow_block(grad_buffer, p.dtype, span.n, pointer(out, UINT16))
 
 
 # All rows
 
 
 @njit(**EXACT)
-def rows_at_once(p):
-    """How many rows a thread takes at a time: about 256 KB, so that short rows do not fight over
-    the counter."""
+def rows_per_chunk(p: Problem) -> int:
+    """How many rows a thread takes at a time.
+
+    About 256 KB, so that threads seldom wait for one another's change of the counter.
+    """
     return max(1, (256 << 10) // (p.vocab * p.itemsize + 1))
 
 
 @njit(**EXACT)
-def sum_rows(p, o):
+def sum_rows(p: Problem, o: Output) -> float:
     total = 0.0
     for row in range(p.rows if o.loss != 0 else 0):
         total += pointer(o.loss, p.zero)[row]
@@ -349,8 +377,8 @@ def sum_rows(p, o):
 
 
 @njit(**EXACT)
-def one_row(p, o, g, row):
-    """Forward if there is a loss to write, else its lse is read; then backward if asked."""
+def process_row(p: Problem, o: Output, g: Gradient, row: int) -> None:
+    """Forward if there is a loss to write, else the lse is read; backward if there is an `out`."""
     if o.loss != 0:
         lse = row_forward(p, o, row)
     else:
@@ -362,37 +390,39 @@ def one_row(p, o, g, row):
 
 
 @njit(**EXACT)
-def work(p, o, g, counter):
-    """Take rows until there are no more: what each thread does."""
+def process_rows(p: Problem, o: Output, g: Gradient, counter: int) -> None:
+    """What each thread does: take rows until none are left."""
     while True:
-        start = take(pointer(counter, INT64), rows_at_once(p))
+        start = fetch_add(pointer(counter, INT64), rows_per_chunk(p))
         if start >= p.rows:
             return
-        for row in range(start, min(start + rows_at_once(p), p.rows)):
-            one_row(p, o, g, row)
+        for row in range(start, min(start + rows_per_chunk(p), p.rows)):
+            process_row(p, o, g, row)
 
 
 @njit(nogil=True, cache=True, **EXACT)
-def run_serial(p, o, g, counter):
-    work(p, o, g, counter)
+def run_serial(p: Problem, o: Output, g: Gradient, counter: int) -> float:
+    process_rows(p, o, g, counter)
     return sum_rows(p, o)
 
 
 @njit(parallel=True, cache=True, **EXACT)
-def run_parallel(p, o, g, counter, workers):
+def run_parallel(p: Problem, o: Output, g: Gradient, counter: int, workers: int) -> float:
     for _ in prange(workers):
-        work(p, o, g, counter)
+        process_rows(p, o, g, counter)
     return sum_rows(p, o)
 
 
 @njit(nogil=True, cache=True, **EXACT)
-def sum_weights(zero, vocab, weight):
+def sum_weights(zero: Real, vocab: int, weight: int) -> float:
     return float(block_sum(pointer(weight, zero), vocab))
 
 
 @njit(nogil=True, cache=True, **EXACT)
-def sum_target_weights(zero, rows, vocab, target, weight, ignore_index):
-    """The sum over the counted rows, and the first row whose target is out of range, or -1."""
+def sum_target_weights(
+    zero: Real, rows: int, vocab: int, target: int, weight: int, ignore_index: int
+) -> tuple[float, int, int]:
+    """The sum over the counted rows; the first row with a bad target, or -1; that target."""
     total = 0.0
     for row in range(rows):
         t = pointer(target, INT64)[row]
@@ -407,75 +437,84 @@ def sum_target_weights(zero, rows, vocab, target, weight, ignore_index):
 # From Python
 
 
-def _zero(dtype):
+def _zero_of(dtype: int) -> Real:
     return np.float64(0) if dtype == FLOAT64 else np.float32(0)
 
 
-def _problem(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-             ignore_index, label_smoothing, logit_scale, softcap, z_loss):  # fmt: skip
+def _make_problem(
+    dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
+    probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
+    softcap: float, z_loss: float,
+) -> Problem:  # fmt: skip
     total = float(vocab)
     if weight != 0 and label_smoothing != 0:
-        total = sum_weights(_zero(dtype), vocab, weight)
-    return Problem(_zero(dtype), dtype, rows, vocab, logits, logits_stride, target, probs,
+        total = sum_weights(_zero_of(dtype), vocab, weight)
+    return Problem(_zero_of(dtype), dtype, rows, vocab, logits, logits_stride, target, probs,
                    probs_stride, weight, ignore_index, float(label_smoothing), float(logit_scale),
                    float(softcap), float(z_loss), total, (4, 8, 2, 2)[dtype],
                    -(-vocab // BLOCK))  # fmt: skip
 
 
-def _run(threads, p, o, g):
-    counter = np.zeros(1, np.int64)
-    workers = min(threads, numba.config.NUMBA_NUM_THREADS)
-    if workers <= 1:
-        return run_serial(p, o, g, counter.ctypes.data)
-    before = numba.get_num_threads()
-    numba.set_num_threads(workers)
-    try:
-        return run_parallel(p, o, g, counter.ctypes.data, workers)
-    finally:
-        numba.set_num_threads(before)
-
-
-def total_weight(rows, vocab, target, probs, weight, ignore_index, dtype):
+def total_weight(
+    rows: int, vocab: int, target: int, probs: int, weight: int, ignore_index: int, dtype: int
+) -> float:
     """The divisor of the mean: the sum of the counted rows' weights, or the rows for probabilities.
 
     Raises IndexError for the first target that is neither ignored nor in [0, vocab).
     """
     if probs != 0:
         return float(rows) if vocab else nan  # as torch, whose rows are numbers / classes
-    total, row, t = sum_target_weights(_zero(dtype), rows, vocab, target, weight, ignore_index)
+    total, row, t = sum_target_weights(_zero_of(dtype), rows, vocab, target, weight, ignore_index)
     if row >= 0:
         raise IndexError(f"target {t} at row {row} is out of range: expected 0 <= target < {vocab}")
     return total
 
 
-def forward(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-            ignore_index, label_smoothing, logit_scale, softcap, z_loss, loss, lse, lse_low,
-            correct, entropy, threads):  # fmt: skip
+def forward(
+    dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
+    probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
+    softcap: float, z_loss: float, loss: int, lse: int, lse_low: int, correct: int,
+    entropy: int, threads: int,
+) -> float:  # fmt: skip
     """Write each row's loss and statistics; return the sum of the losses."""
-    p = _problem(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-                 ignore_index, label_smoothing, logit_scale, softcap, z_loss)  # fmt: skip
+    p = _make_problem(
+        dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+        ignore_index, label_smoothing, logit_scale, softcap, z_loss,
+    )  # fmt: skip
     o = Output(loss, lse, lse_low, correct, entropy)
-    return _run(threads, p, o, Gradient(0, 0, 0, 0, 1.0, 0))
+    return call_with_threads(threads, run_serial, run_parallel, p, o, Gradient(0, 0, 0, 0, 1.0, 0))
 
 
-def backward(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-             ignore_index, label_smoothing, logit_scale, softcap, z_loss, lse, lse_low, grad,
-             grad_stride, grad_scale, grad_lse, out, out_stride, threads):  # fmt: skip
+def backward(
+    dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
+    probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
+    softcap: float, z_loss: float, lse: int, lse_low: int, grad: int, grad_stride: int,
+    grad_scale: float, grad_lse: int, out: int, out_stride: int, threads: int,
+) -> None:  # fmt: skip
     """Write the gradient of the logits for upstream `grad * grad_scale` and `grad_lse`."""
-    p = _problem(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-                 ignore_index, label_smoothing, logit_scale, softcap, z_loss)  # fmt: skip
+    p = _make_problem(
+        dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+        ignore_index, label_smoothing, logit_scale, softcap, z_loss,
+    )  # fmt: skip
     g = Gradient(out, out_stride, grad, grad_stride, float(grad_scale), grad_lse)
-    _run(threads, p, Output(0, lse, lse_low, 0, 0), g)
+    o = Output(0, lse, lse_low, 0, 0)
+    call_with_threads(threads, run_serial, run_parallel, p, o, g)
 
 
-def forward_backward(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-          ignore_index, label_smoothing, logit_scale, softcap, z_loss, loss, lse, correct, entropy,
-          grad_scale, out, out_stride, threads):  # fmt: skip
-    """Forward, and while each row is in cache its gradient for upstream `grad_scale`.
+def forward_backward(
+    dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
+    probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
+    softcap: float, z_loss: float, loss: int, lse: int, correct: int, entropy: int,
+    grad_scale: float, out: int, out_stride: int, threads: int,
+) -> float:  # fmt: skip
+    """forward, and while each row is in cache its gradient, for upstream `grad_scale`.
 
-    `out` may be the logits themselves.
+    `out` may be the address of the logits.
     """
-    p = _problem(dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-                 ignore_index, label_smoothing, logit_scale, softcap, z_loss)  # fmt: skip
+    p = _make_problem(
+        dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+        ignore_index, label_smoothing, logit_scale, softcap, z_loss,
+    )  # fmt: skip
     g = Gradient(out, out_stride, 0, 0, float(grad_scale), 0)
-    return _run(threads, p, Output(loss, lse, 0, correct, entropy), g)
+    o = Output(loss, lse, 0, correct, entropy)
+    return call_with_threads(threads, run_serial, run_parallel, p, o, g)
