@@ -11,7 +11,7 @@ from neglog import kernels
 
 
 def main(arguments: list[str]) -> None:
-    for build in kernels.builds():
+    for build in kernels.isa_builds():
         if not build.usable:
             print(f"{build.name}: {build.why}")
             continue

@@ -1,4 +1,4 @@
-"""How many threads a kernel may start."""
+"""How many threads a kernel may use."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import operator
 import os
 from typing import Any
 
-_pool_exists = False
-_pool_lost = False
+_threads_started = False
+_threads_lost = False
 
 
-def _after_fork() -> None:
-    global _pool_lost
-    _pool_lost = _pool_exists
+def _after_fork_in_child() -> None:
+    global _threads_lost
+    _threads_lost = _threads_started
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def allowed(threads: int) -> int:
-    """`threads`, or 1 in a child forked after a parallel call.
+    """`threads`, or 1 in a child that was forked after a call with several threads.
 
-    GNU OpenMP's threads do not live on in a child, which would wait for them for ever.
+    GNU OpenMP's threads do not exist in the child, which would wait for them for ever.
     """
-    global _pool_exists
-    if _pool_lost:
+    global _threads_started
+    if _threads_lost:
         return 1
-    _pool_exists = _pool_exists or threads > 1
+    _threads_started = _threads_started or threads > 1
     return threads
 
 
-def checked(threads: Any) -> int:
-    """What the user asked for, None meaning every core this process may run on."""
+def thread_count(threads: Any) -> int:
+    """The number of threads for an argument `threads`; None is every core of this process."""
     if threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return allowed(cores or 1)

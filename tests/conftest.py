@@ -11,12 +11,12 @@ from tests.cuda_devices import device, dtype  # noqa: F401 - fixtures, by name
 
 # Every line of it needs a GPU with the kernels on it; bench/device.sh runs it there.
 collect_ignore = [] if dispatch.best("cuda") and torch.cuda.is_available() else ["test_gpu.py"]
-COMPILED = [build.name for build in kernels.builds() if build.usable]
+COMPILED = [build.name for build in kernels.isa_builds() if build.usable]
 BUILDS = [*COMPILED, *(["numba"] if kernels.available("numba").usable else [])]
 
 
 def forget_choices() -> None:
-    for function in (kernels.builds, kernels.available, kernels.load):
+    for function in (kernels.isa_builds, kernels.available, kernels.load):
         function.cache_clear()
 
 

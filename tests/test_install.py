@@ -67,9 +67,9 @@ def test_install_without_a_compiler(tmp_path, environment, said):
     assert ran.returncode == 0, ran.stderr
     where, level, *losses = ran.stdout.splitlines()
     assert where.startswith(str(target))
-    assert level.startswith(("None x86_64_v4: not built", "None generic"))
+    assert level == "None not built: neglog was installed without a C++ compiler"
     assert losses == ["[1.3862944 1.3862944]"] * 2
-    assert ran.stderr.count("no compiled kernels here, so their Numba twins run") == 1
+    assert ran.stderr.count("no compiled kernels can run here, so Numba compiles") == 1
 
 
 def test_a_failing_compiler_is_an_error_where_compiling_is_demanded(tmp_path):

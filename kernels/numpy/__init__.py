@@ -1,1 +1,1 @@
-"""The kernels on NumPy arrays."""
+"""What neglog.kernels offers for NumPy arrays."""

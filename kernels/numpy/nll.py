@@ -1,25 +1,33 @@
-"""The kernels on NumPy arrays: checks, memory, and the addresses they want. No torch."""
+"""nll on NumPy arrays: checks the arguments, allocates the results, and passes addresses."""
 
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from neglog.kernels import load
+from neglog.kernels.builds import load
 from neglog.kernels.memory import large_buffer
-from neglog.kernels.threads import checked
+from neglog.kernels.threads import thread_count
 
 INT64_MAX = 2**63 - 1
+# The type that is computed in: np.float32 or np.float64.
+RealType: TypeAlias = type[np.floating[Any]]
 DTYPE_CODES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 
 
 class NLL(NamedTuple):
-    """Losses and log-sum-exps by row, (N,); lse + lse_low is the log-sum-exp to twice the digits.
+    """What nll_forward returns. Arrays are (N,), float32, or float64 for float64 logits.
 
-    total_weight divides the sum for a mean. correct and entropy are None unless stats are asked.
+    loss: the losses of the rows, 0 for an ignored one.
+    lse, lse_low: the log-sum-exp of a row's scores is lse + lse_low, to twice the digits.
+    total_weight: what to divide the sum of the losses by for a mean: the weights of the targets
+        that are not ignored; without `weight` their number; for probabilities N.
+    correct, entropy: whether the target has the highest score, and the entropy of the row's
+        softmax; None without stats=True.
     """
 
     loss: NDArray
@@ -31,21 +39,22 @@ class NLL(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """The arguments that forward, backward and fused share, and the arrays they point into."""
+    """The arguments that all kernels share, and the arrays they point into."""
 
-    arguments: tuple
+    arguments: tuple[Any, ...]
     total_weight: float
-    real: type
+    real: RealType
     logits: NDArray
-    keep_alive: tuple
+    arrays: tuple[NDArray | None, ...]  # logits, target, weight; keeps them alive
 
 
 def address(array: NDArray | None) -> int:
+    """Where an array's numbers are in memory, 0 for None."""
     return 0 if array is None else array.ctypes.data
 
 
 def rows_of(name: str, array: ArrayLike) -> tuple[NDArray, int]:
-    """(N, V) with adjacent columns, and its dtype's code; copied only if its columns are apart."""
+    """(N, V) whose rows are contiguous, and its dtype's code; a copy only where they are not."""
     a = np.asarray(array)
     if a.ndim != 2:
         raise ValueError(f"{name}: expected shape (N, V), got {a.shape}")
@@ -59,8 +68,31 @@ def rows_of(name: str, array: ArrayLike) -> tuple[NDArray, int]:
     return a, code
 
 
+def _target_of(target: ArrayLike, logits: NDArray) -> NDArray:
+    """(N,) int64, or (N, V) probabilities in the logits' dtype."""
+    t, (rows, vocab) = np.asarray(target), logits.shape
+    if t.ndim == 2:
+        if t.shape != logits.shape:
+            raise ValueError(f"target: expected the logits' shape {logits.shape}, got {t.shape}")
+        return rows_of("target", t.astype(logits.dtype, copy=False))[0]
+    if t.shape != (rows,):
+        raise ValueError(f"target: expected shape {(rows,)} or {logits.shape}, got {t.shape}")
+    if t.dtype.kind not in "iu":
+        raise TypeError(f"target: expected integers for shape (N,), got {t.dtype}")
+    if t.dtype == np.uint64 and (t > INT64_MAX).any():  # as int64 it would be negative
+        raise IndexError(f"target {t.max()} is out of range: expected 0 <= target < {vocab}")
+    return np.ascontiguousarray(t, np.int64)
+
+
+def _check_options(label_smoothing: float, softcap: float | None) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
+    if softcap is not None and not 0 < softcap < np.inf:
+        raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
+
+
 def _problem(
-    kernel,
+    kernel: ModuleType,
     logits: ArrayLike,
     target: ArrayLike,
     weight: ArrayLike | None,
@@ -72,27 +104,12 @@ def _problem(
 ) -> _Problem:
     x, code = rows_of("logits", logits)
     rows, vocab = x.shape
-    real = np.float64 if code == 1 else np.float32
-    t = np.asarray(target)
-    if t.ndim == 2:
-        if t.shape != x.shape:
-            raise ValueError(f"target: expected the logits' shape {x.shape}, got {t.shape}")
-        t = rows_of("target", t.astype(x.dtype, copy=False))[0]
-    elif t.shape != (rows,):
-        raise ValueError(f"target: expected shape {(rows,)} or {x.shape}, got {t.shape}")
-    elif t.dtype.kind not in "iu":
-        raise TypeError(f"target: expected integers for shape (N,), got {t.dtype}")
-    elif t.dtype == np.uint64 and (t > INT64_MAX).any():  # would turn negative
-        raise IndexError(f"target {t.max()} is out of range: expected 0 <= target < {vocab}")
-    else:
-        t = np.ascontiguousarray(t, np.int64)
+    real: RealType = np.float64 if code == DTYPE_CODES["float64"] else np.float32
+    t = _target_of(target, x)
     w = None if weight is None else np.ascontiguousarray(weight, real)
     if w is not None and w.shape != (vocab,):
         raise ValueError(f"weight: expected shape {(vocab,)}, got {w.shape}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
-    if softcap is not None and not 0 < softcap < np.inf:
-        raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
+    _check_options(label_smoothing, softcap)
     try:
         ignore_index = operator.index(ignore_index)
     except TypeError:
@@ -111,6 +128,7 @@ def _problem(
 
 
 def new_gradient(logits: NDArray) -> NDArray:
+    """An array of the logits' shape and dtype, of any content; large ones on huge pages."""
     buffer = large_buffer(logits.size * logits.itemsize)
     if buffer is None:
         return np.empty(logits.shape, logits.dtype)
@@ -118,7 +136,8 @@ def new_gradient(logits: NDArray) -> NDArray:
 
 
 def _overlaps_inputs(out: NDArray, problem: _Problem) -> bool:
-    logits, *others = problem.keep_alive
+    """Whether `out` shares memory with an input, unless it is the logits, element by element."""
+    logits, others = problem.logits, problem.arrays[1:]
     if any(array is not None and np.may_share_memory(out, array) for array in others):
         return True
     same = out.ctypes.data == logits.ctypes.data and out.strides == logits.strides
@@ -146,14 +165,27 @@ def nll_forward(
     threads: int | None = None,
     backend: str | None = None,
 ) -> NLL:
-    """Negative log-likelihood of each row's target under softmax of its logits.
+    """The losses -log softmax(z)[target] of rows, without gradients. Returns an `NLL`.
 
-    logits: (N, V) float32, float64, float16 or (from ml_dtypes) bfloat16; any row stride.
-    target: (N,) integers, `ignore_index` meaning "skip this row", or (N, V) probabilities.
-    weight: (V,) class weights. Other options as in neglog.cross_entropy.
-    Losses are float32, float64 for float64 logits.
+    logits: (N, V) float32, float64, float16 or (from ml_dtypes) bfloat16. Its rows may be apart in
+        memory. Everything is computed in float32, float64 logits in float64.
+    target: (N,) integers in [0, V), or `ignore_index` for a row that does not count; or (N, V)
+        probabilities, cast to the logits' dtype.
+    weight: (V,) a weight w for each class.
+    label_smoothing: eps in [0, 1].
+    logit_scale, softcap: the scores are z = logit_scale * logits, with a softcap
+        z = softcap * tanh(logit_scale * logits / softcap).
+    z_loss: adds z_loss * w_t * logsumexp(z)^2 to a row's loss; for probabilities w_t is 1.
+    stats: also returns `correct` and `entropy`.
+    threads: how many threads to use; every core if None.
+    backend: "cython" or "numba"; the first that can run if None.
 
-    Raises IndexError for a target out of range, ValueError and TypeError for shapes and dtypes.
+    With log p = z - logsumexp(z), the loss of a row whose target is t is
+    -(1 - eps) * w[t] * log p[t] - eps / V * sum(w * log p); for probabilities q it is
+    -sum(w * ((1 - eps) * q + eps / V) * log p).
+
+    Raises IndexError for a target out of range, ValueError for a wrong shape or value, TypeError
+    for a wrong dtype, ImportError if the backend cannot run.
     """
     kernel = load("nll", backend)
     problem = _problem(
@@ -164,7 +196,7 @@ def nll_forward(
     correct, entropy = _stats(problem, stats)
     kernel.forward(
         *problem.arguments, address(loss), address(lse), address(low), address(correct),
-        address(entropy), checked(threads),
+        address(entropy), thread_count(threads),
     )  # fmt: skip
     return NLL(loss, lse, low, problem.total_weight, correct, entropy)
 
@@ -185,10 +217,15 @@ def nll_backward(
     threads: int | None = None,
     backend: str | None = None,
 ) -> NDArray:
-    """The gradient of the logits, (N, V), given the gradient of the losses of `nll_forward`.
+    """The gradient of the logits, (N, V) of their dtype, given those of nll_forward's losses.
 
-    grad: a scalar or (N,); for a mean pass 1 / result.total_weight.
-    grad_lse: (N,), the gradient of the log-sum-exps, if they were used too.
+    grad: a number, or (N,): the gradient of each row's loss. 1.0 gives the gradient of the sum of
+        the losses, 1 / result.total_weight that of their mean.
+    result: what nll_forward returned for the same arguments. logits, target and the options are to
+        be as they were there.
+    grad_lse: (N,), the gradient of each row's log-sum-exp, if it was used too.
+
+    Raises what nll_forward does, and ValueError if `result` does not fit the logits.
     """
     kernel = load("nll", backend)
     problem = _problem(
@@ -208,7 +245,7 @@ def nll_backward(
     out = new_gradient(problem.logits)
     kernel.backward(
         *problem.arguments, address(result.lse), address(result.lse_low), address(upstream), 1,
-        1.0, address(through_lse), address(out), vocab, checked(threads),
+        1.0, address(through_lse), address(out), vocab, thread_count(threads),
     )  # fmt: skip
     return out
 
@@ -229,10 +266,15 @@ def nll_forward_backward(
     threads: int | None = None,
     backend: str | None = None,
 ) -> tuple[NLL, NDArray]:
-    """Losses and, in the same pass, the gradient of `grad_scale` times their sum.
+    """nll_forward and nll_backward in one pass. Returns an `NLL` and the gradient of the logits.
 
-    out: where the gradient goes, (N, V) of the logits' dtype; it may be `logits` themselves, which
-    are then overwritten. A new array if None.
+    grad_scale: the gradient is that of grad_scale times the losses' sum, so by default that of the
+        sum. For a mean pass 1 / (the number of rows that are not ignored).
+    out: where the gradient is written, a C-contiguous (N, V) array of the logits' dtype. It may be
+        `logits` itself, which is then overwritten. A new array if None.
+
+    The other arguments and errors are those of nll_forward. ValueError if `out` has another shape
+    or dtype, or shares memory with an input in another way. lse_low of the result is 0.
     """
     kernel = load("nll", backend)
     problem = _problem(
@@ -256,6 +298,6 @@ def nll_forward_backward(
     correct, entropy = _stats(problem, stats)
     kernel.forward_backward(
         *problem.arguments, address(loss), address(lse), address(correct), address(entropy),
-        grad_scale, address(out), x.shape[1], checked(threads),
+        grad_scale, address(out), x.shape[1], thread_count(threads),
     )  # fmt: skip
     return NLL(loss, lse, np.zeros_like(lse), problem.total_weight, correct, entropy), out

@@ -1,46 +1,49 @@
-"""The kernels of pairs on NumPy arrays: checks, memory, and the addresses they want. No torch."""
+"""pairs on NumPy arrays: checks the arguments, allocates the results, and passes addresses."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from neglog.kernels import load
-from neglog.kernels.numpy.nll import DTYPE_CODES, address, new_gradient, rows_of
-from neglog.kernels.threads import checked
+from neglog.kernels.builds import load
+from neglog.kernels.numpy.nll import DTYPE_CODES, RealType, address, new_gradient, rows_of
+from neglog.kernels.threads import thread_count
 
-# No score farther from 0: then e^score is in range, and serves its row and its column alike.
-BOUND = {np.float32: 40.0, np.float64: 300.0}
+# Where no score is farther from 0, e^score is in range and serves its row and its column alike.
+BOUND: dict[RealType, float] = {np.float32: 40.0, np.float64: 300.0}
 
 
 class Pairs(NamedTuple):
-    """Log-sum-exps by row (N,) and by column (M,), and the positives' scores (N,).
+    """What pairs_forward returns: float32 arrays, float64 for float64 similarities.
 
-    lse + lse_low is a log-sum-exp to twice the digits. What was not asked for is None.
+    row_lse, row_lse_low: (N,) the log-sum-exp of a row's scores is row_lse + row_lse_low, to twice
+        the digits.
+    column_lse, column_lse_low: (M,) the same for the columns; None with columns=False.
+    positive_score: (N,) the scores of the positives; None without `positive`.
     """
 
     row_lse: NDArray
     row_lse_low: NDArray
     column_lse: NDArray | None
     column_lse_low: NDArray | None
-    positive: NDArray | None
+    positive_score: NDArray | None
 
 
 class _Problem(NamedTuple):
     """The tile that forward and backward share, and the arrays it points into."""
 
-    tile: tuple
-    real: type
+    tile: tuple[Any, ...]
+    real: RealType
     similarity: NDArray
     scale: NDArray
     positive: NDArray | None
-    keep_alive: tuple
+    arrays: tuple[Any, ...]  # all that the tile points into; keeps them alive
 
 
-def _reals(name: str, value: ArrayLike, length: int, real: type) -> NDArray:
-    """A scalar, or one number for each of `length`."""
+def _reals(name: str, value: ArrayLike, length: int, real: RealType) -> NDArray:
+    """A scalar, or (length,), as real numbers of the type that is computed in."""
     a = np.asarray(value)
     if a.dtype.name not in DTYPE_CODES and a.dtype.kind not in "iub":
         raise TypeError(f"{name}: expected real numbers, got {a.dtype}")
@@ -58,8 +61,10 @@ def _integers(name: str, value: ArrayLike, length: int) -> NDArray:
     return a
 
 
-def _columns(name: str, value: ArrayLike | None, shape: tuple, lowest: int) -> NDArray | None:
-    """A column of each row."""
+def _columns(
+    name: str, value: ArrayLike | None, shape: tuple[int, int], lowest: int
+) -> NDArray | None:
+    """(N,) a column for each row, each in [lowest, M)."""
     if value is None:
         return None
     a = _integers(name, value, shape[0])
@@ -73,7 +78,7 @@ def _columns(name: str, value: ArrayLike | None, shape: tuple, lowest: int) -> N
 
 
 def _groups(
-    rows: ArrayLike | None, columns: ArrayLike | None, shape: tuple
+    rows: ArrayLike | None, columns: ArrayLike | None, shape: tuple[int, int]
 ) -> tuple[NDArray | None, NDArray | None]:
     if rows is None and columns is None:
         return None, None
@@ -85,8 +90,8 @@ def _groups(
     )
 
 
-def _bounded(similarity: NDArray, scale: NDArray, bias: NDArray | None, real: type) -> bool:
-    """Whether every score but those of -inf by their bias is within BOUND. With NaN: no."""
+def _bounded(similarity: NDArray, scale: NDArray, bias: NDArray | None, real: RealType) -> bool:
+    """Whether every score is within BOUND, except where the bias is -inf. With a NaN it is not."""
     if similarity.size == 0:
         return True
     largest = max(float(similarity.max()), -float(similarity.min())) * float(np.abs(scale).max())
@@ -105,7 +110,7 @@ def _problem(
     column_group: ArrayLike | None,
 ) -> _Problem:
     x, code = rows_of("similarity", similarity)
-    real = np.float64 if code == DTYPE_CODES["float64"] else np.float32
+    real: RealType = np.float64 if code == DTYPE_CODES["float64"] else np.float32
     factor = _reals("scale", scale, x.shape[0], real)
     offset = None if bias is None else _reals("bias", bias, x.shape[1], real)
     match = _columns("positive", positive, x.shape, 0)
@@ -121,11 +126,13 @@ def _problem(
 
 
 class _States(NamedTuple):
+    """The online log-sum-exps of rows or columns."""
+
     maximum: NDArray
     sum: NDArray
 
     @classmethod
-    def empty(cls, length: int, real: type) -> _States:
+    def empty(cls, length: int, real: RealType) -> _States:
         return cls(np.full(length, -np.inf, real), np.zeros(length))
 
     def lse(self, bounded: bool) -> tuple[NDArray, NDArray]:
@@ -154,32 +161,42 @@ def pairs_forward(
     threads: int | None = None,
     backend: str | None = None,
 ) -> Pairs:
-    """Log-sum-exps of the rows and, if `columns`, the columns of scale * similarity + bias.
+    """Log-sum-exps over the rows and the columns of scores z, (N, M). Returns `Pairs`.
 
-    similarity: (N, M) float32, float64, float16 or (from ml_dtypes) bfloat16; any row stride.
-    scale: a scalar or (N,). bias: a scalar or (M,); -inf leaves a column out.
-    positive: (N,) the column of each row whose score is wanted too: that of a row's InfoNCE loss,
-        row_lse - positive, and of its column's, column_lse[positive] - positive.
-    excluded: (N,) a column that each row leaves out, -1 for none.
-    row_group, column_group: (N,) and (M,) integers; pairs of one group are left out, unless they
-        are a row's positive.
-    Results are float32, float64 for float64 similarities. A row or column of which nothing is left
-    has -inf.
+    z[i, j] = scale[i] * similarity[i, j] + bias[j]; an excluded pair's score is -inf.
 
-    Raises IndexError for a column out of range, ValueError and TypeError for shapes and dtypes.
+    similarity: (N, M) float32, float64, float16 or (from ml_dtypes) bfloat16. Its rows may be apart
+        in memory. Everything is computed in float32, float64 similarities in float64.
+    scale: a number, or (N,). InfoNCE's 1 / temperature.
+    bias: a number, or (M,); -inf excludes a column.
+    positive: (N,) integers in [0, M), the column of each row's positive, whose score is returned.
+        A row's InfoNCE loss is row_lse - positive_score, that of its column
+        column_lse[positive] - positive_score.
+    excluded: (N,) a column to exclude from each row, -1 for none.
+    row_group, column_group: (N,) and (M,) integers. A pair of one group is excluded, unless it is
+        the row's positive.
+    columns: False leaves the columns' log-sum-exps out.
+    threads: how many threads to use; every core if None.
+    backend: "cython" or "numba"; the first that can run if None.
+
+    A row or column whose every pair is excluded has a log-sum-exp of -inf.
+
+    Raises IndexError for a column out of range, ValueError for a wrong shape, TypeError for a wrong
+    dtype, ImportError if the backend cannot run.
     """
     kernel = load("pairs", backend)
     problem = _problem(similarity, scale, bias, positive, excluded, row_group, column_group)
     shape, bounded = problem.similarity.shape, problem.tile[-1]
     by_row, by_column = (_States.empty(length, problem.real) for length in shape)
-    score = None if positive is None else np.empty(shape[0], problem.real)
+    positive_score = None if positive is None else np.empty(shape[0], problem.real)
     kernel.forward(
         problem.tile, address(by_row.maximum), address(by_row.sum),
         address(by_column.maximum) if columns else 0, address(by_column.sum) if columns else 0,
-        address(score), checked(threads),
+        address(positive_score), thread_count(threads),
     )  # fmt: skip
-    of_columns = by_column.lse(bounded) if columns else (None, None)
-    return Pairs(*by_row.lse(bounded), *of_columns, score)
+    row_lse, row_lse_low = by_row.lse(bounded)
+    column_lse, column_lse_low = by_column.lse(bounded) if columns else (None, None)
+    return Pairs(row_lse, row_lse_low, column_lse, column_lse_low, positive_score)
 
 
 def _upstream(name: str, grad: ArrayLike | None, length: int) -> NDArray:
@@ -189,11 +206,13 @@ def _upstream(name: str, grad: ArrayLike | None, length: int) -> NDArray:
 
 
 def _share(wanted: NDArray, available: NDArray) -> NDArray:
-    """As much of what is available, above or below 0, as is wanted."""
+    """As much of `wanted` as `available` has, of its sign: between 0 and `available`."""
     return np.clip(wanted, np.minimum(available, 0), np.maximum(available, 0))
 
 
-def _saved(name: str, lse: NDArray | None, low: NDArray | None, length: int, real: type) -> tuple:
+def _saved(
+    name: str, lse: NDArray | None, low: NDArray | None, length: int, real: RealType
+) -> tuple[NDArray, NDArray]:
     if lse is None or low is None:
         raise ValueError(f"result.{name}: expected that of columns=True, got None")
     if lse.shape != (length,) or lse.dtype != real:
@@ -210,7 +229,7 @@ def pairs_backward(
     *,
     grad_row_lse: ArrayLike | None = None,
     grad_column_lse: ArrayLike | None = None,
-    grad_positive: ArrayLike | None = None,
+    grad_positive_score: ArrayLike | None = None,
     scale: ArrayLike = 1.0,
     bias: ArrayLike | None = None,
     positive: ArrayLike | None = None,
@@ -220,43 +239,54 @@ def pairs_backward(
     threads: int | None = None,
     backend: str | None = None,
 ) -> NDArray:
-    """The gradient of the similarities, (N, M), given those of what `pairs_forward` returned.
+    """The gradient of the similarities, (N, M) of their dtype, given those of the `Pairs`.
 
-    grad_row_lse, grad_positive: a scalar or (N,). grad_column_lse: a scalar or (M,).
-    For the mean of the rows' losses pass grad_row_lse = 1 / N and grad_positive = -1 / N. What
-    grad_positive takes back from the log-sum-exps it shares out among them, so that p - 1 keeps
-    its digits where p nears 1.
+    result: what pairs_forward returned for the same arguments. similarity and the options are to be
+        as they were there.
+    grad_row_lse, grad_positive_score: a number, or (N,); grad_column_lse: a number, or (M,).
+        None is 0. For the sum of the rows' losses they are 1, -1 and None, for the mean 1 / N,
+        -1 / N and None.
+
+    Where grad_positive_score is negative, as in a loss lse - positive_score, it is paired with the
+    gradients of the log-sum-exps, so that p - 1 keeps its digits where p is nearly 1.
+
+    Raises what pairs_forward does, and ValueError if `result` does not fit or lacks what a gradient
+    is given for.
     """
     kernel = load("pairs", backend)
     problem = _problem(similarity, scale, bias, positive, excluded, row_group, column_group)
     real, (rows, columns) = problem.real, problem.similarity.shape
     of_rows = _upstream("grad_row_lse", grad_row_lse, rows)
     of_columns = _upstream("grad_column_lse", grad_column_lse, columns)
-    own = -_upstream("grad_positive", grad_positive, rows)
-    hard_rows, hard_columns = np.zeros((2, rows))
+    # grad_positive_score = rest - grad_row_loss - grad_column_loss, the losses lse - positive_score
+    wanted = -_upstream("grad_positive_score", grad_positive_score, rows)
+    grad_row_loss, grad_column_loss = np.zeros((2, rows))
     if problem.positive is not None:
-        hard_rows = _share(own, of_rows)
-        hard_columns = _share(own - hard_rows, of_columns[problem.positive])
-    elif grad_positive is not None:
-        raise ValueError("grad_positive: expected None without positive, got a gradient")
-    # One factor for all goes into the upstreams; each row's own cannot where columns flow in too.
-    apart = problem.scale.ndim == 1 and grad_column_lse is not None
-    factor = 1.0 if apart else problem.scale.astype(np.float64)
-    by_row = [
+        grad_row_loss = _share(wanted, of_rows)
+        grad_column_loss = _share(wanted - grad_row_loss, of_columns[problem.positive])
+    elif grad_positive_score is not None:
+        raise ValueError("grad_positive_score: expected None without positive, got a gradient")
+    # The similarities' gradient is scale times that of the scores. One scale for all goes into the
+    # upstreams. A scale by row cannot where gradients come by columns too: there it multiplies
+    # the result.
+    scale_after = problem.scale.ndim == 1 and grad_column_lse is not None
+    factor = 1.0 if scale_after else problem.scale.astype(np.float64)
+    rest = grad_row_loss + grad_column_loss - wanted
+    by_row, row_loss, column_loss, rest = (
         (upstream * factor).astype(real)
-        for upstream in (of_rows, hard_rows, hard_columns, hard_rows + hard_columns - own)
-    ]
+        for upstream in (of_rows, grad_row_loss, grad_column_loss, rest)
+    )
     saved = _saved("row_lse", result.row_lse, result.row_lse_low, rows, real)
-    row = *map(address, saved), address(by_row[0]), address(by_row[1])
-    column = 0, 0, 0, 0
+    row = *map(address, saved), address(by_row), address(row_loss)
+    column: tuple[int, ...] = (0, 0, 0, 0)
     if grad_column_lse is not None:
         kept = _saved("column_lse", result.column_lse, result.column_lse_low, columns, real)
         by_column = (of_columns * factor).astype(real)
-        column = *map(address, kept), address(by_column), address(by_row[2])
+        column = *map(address, kept), address(by_column), address(column_loss)
     out = new_gradient(problem.similarity)
     kernel.backward(
-        problem.tile, row, column, address(by_row[3]), address(out), columns, checked(threads)
+        problem.tile, row, column, address(rest), address(out), columns, thread_count(threads)
     )
-    if apart:
+    if scale_after:
         np.multiply(out, problem.scale[:, None], out=out, casting="unsafe")
     return out

@@ -21,7 +21,7 @@ def _kernel_rows() -> Rows:
 
     chosen = kernels.isa_level()
     rows = [("ISA level", chosen or "none: no compiled kernels run here")]
-    for build in kernels.builds():
+    for build in kernels.isa_builds():
         if build.name != chosen:
             rows.append((f"  {build.name}", "usable, not the best" if build.usable else build.why))
     return rows

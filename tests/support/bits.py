@@ -277,7 +277,7 @@ def everything() -> dict[str, str]:
     """Each build's calls in a process of its own, as NEGLOG_ISA is read once."""
     from neglog import kernels
 
-    builds = [(build.name, "cython") for build in kernels.builds() if build.usable]
+    builds = [(build.name, "cython") for build in kernels.isa_builds() if build.usable]
     found = {}
     for label, kind in [*builds, ("numba", "numba"), ("cuda", "cuda")]:
         environment = {**os.environ, **FIXED}
