@@ -11,7 +11,6 @@ import importlib
 import os
 import warnings
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
@@ -91,6 +90,8 @@ def available(backend: str) -> Build:
     if backend == "numba":
         if find_spec("numba") is None:  # not imported: that alone takes half a second
             return Build(backend, False, "numba is not installed: pip install numba")
+        from importlib.metadata import version  # half of the time that importing this would take
+
         return Build(backend, True, f"numba {version('numba')}")
     raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from neglog import reference
-from tests.conftest import drawn_weight
+from tests.support.nll_cases import drawn_weight
 
 
 def case(rng, probabilities):

@@ -1,4 +1,4 @@
-"""Every build of the nll kernels, on NumPy arrays, against the float64 oracle."""
+"""The nll kernels, on NumPy arrays, against the float64 oracle."""
 
 import os
 import signal
@@ -9,40 +9,28 @@ import pytest
 
 from neglog import reference
 from neglog.kernels import nll_backward, nll_forward, nll_forward_backward
-from tests.conftest import drawn_weight, relative_error
-
-VOCABS = [1, 2, 7, 31, 257, 2048, 2049, 50257]
-# Rounding of one output and of the sums behind it; only gradients are float16. A gradient carries
-# the rounding of its score too: half an ulp of z = 17 is a relative error of 1e-6 in p.
-BUDGET = {"float32": 6e-7, "float64": 2e-15, "float16": 6e-7}
-GRADIENT_BUDGET = {"float32": 2e-6, "float64": 5e-15, "float16": 5e-4}
-
-
-def draw(rng, rows, vocab, dtype, probabilities=False, spread=3.0):
-    """Logits with a row stride beyond the vocabulary, and targets with an ignored row."""
-    wide = (rng.standard_normal((rows, vocab + 3)) * spread).astype(dtype)
-    logits = wide[:, :vocab]
-    assert vocab == 1 or np.ptp(logits) > 0
-    if probabilities:
-        return logits, rng.dirichlet(np.ones(vocab), rows).astype(dtype)
-    target = rng.integers(0, vocab, rows)
-    target[rows // 2] = -100
-    return logits, target
+from tests.support.errors import relative_error
+from tests.support.nll_cases import (
+    BUDGET,
+    GRADIENT_BUDGET,
+    OPTIONS,
+    draw,
+    drawn_weight,
+    extreme_rows,
+)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-@pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
-def test_forward_and_backward(build, rng, options, vocab, dtype, probabilities):
+def check(backend, rng, options, vocab, dtype, probabilities=False):
+    """Forward, backward, and both in one pass over the logits, against the oracle."""
     logits, target = draw(rng, 5, vocab, dtype, probabilities)
     options = drawn_weight(options, vocab, rng)
     grad, grad_lse = rng.standard_normal((2, 5))
     truth = reference.nll(
         logits, target, reduction="none", grad_loss=grad, grad_lse=grad_lse, **options
     )
-    result = nll_forward(logits, target, stats=True, backend=build, **options)
+    result = nll_forward(logits, target, stats=True, backend=backend, **options)
     gradient = nll_backward(
-        grad, result, logits, target, grad_lse=grad_lse, backend=build, **options
+        grad, result, logits, target, grad_lse=grad_lse, backend=backend, **options
     )
     assert gradient.dtype == logits.dtype
     assert result.loss.dtype == ("float64" if dtype == "float64" else "float32")
@@ -52,19 +40,14 @@ def test_forward_and_backward(build, rng, options, vocab, dtype, probabilities):
     assert relative_error(result.lse, truth.lse) < BUDGET[dtype]
     assert relative_error(result.entropy, truth.entropy) < 4 * BUDGET[dtype]
     assert relative_error(gradient, truth.grad) < GRADIENT_BUDGET[dtype]
+    check_one_pass(backend, np.ascontiguousarray(logits), target, options, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-@pytest.mark.parametrize("vocab", VOCABS)
-def test_fused_writes_over_its_logits(build, rng, options, vocab, dtype):
-    logits, target = draw(rng, 5, vocab, dtype)
-    logits = np.ascontiguousarray(logits)
-    options = drawn_weight(options, vocab, rng)
+def check_one_pass(backend, logits, target, options, dtype):
     truth = reference.nll(logits, target, reduction="none", grad_loss=0.25, **options)
-    apart, out = nll_forward_backward(logits, target, grad_scale=0.25, backend=build, **options)
-    over, same = nll_forward_backward(
-        logits, target, grad_scale=0.25, out=logits, stats=True, backend=build, **options
-    )
+    given = {"grad_scale": 0.25, "backend": backend, **options}
+    apart, out = nll_forward_backward(logits, target, **given)
+    over, same = nll_forward_backward(logits, target, out=logits, stats=True, **given)
     assert same is logits
     np.testing.assert_array_equal(out, logits)
     np.testing.assert_array_equal(apart.loss, over.loss)
@@ -73,43 +56,43 @@ def test_fused_writes_over_its_logits(build, rng, options, vocab, dtype):
     assert relative_error(logits, truth.grad) < GRADIENT_BUDGET[dtype]
 
 
-def extreme_rows(dtype):
-    big = 1e4 if dtype != "float64" else 1e9
-    inf, nan = np.inf, np.nan
-    return np.array(
-        [
-            [big, -big, 0, 1, 2],
-            [-big, -big, -big, -big, -big],
-            [big, big - 8, big, big, big],
-            [-inf, 0, -inf, 1, -inf],
-            [-inf, -inf, -inf, -inf, -inf],
-            [inf, 0, 0, 0, 0],
-            [inf, inf, 0, 0, 0],
-            [0, nan, 0, 0, 0],
-            [nan, nan, nan, nan, nan],
-            [-inf, nan, -inf, -inf, -inf],
-            [0, 0, 0, 0, 0],
-        ],
-        dtype,
-    )
+# The compiler makes other code for each build and dtype. The sizes leave a rest after vectors of 2
+# to 16 numbers, after 64 partial sums, and after 1 and 24 blocks of 2048. "smoothing" and "all"
+# together call every function of block.hpp.
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("vocab", [1, 2, 7, 31, 257, 2048, 2049, 50257])
+def test_dtypes_and_sizes(every_build, rng, vocab, dtype):
+    for options in ("smoothing", "all"):
+        for probabilities in (False, True):
+            check(every_build, rng, OPTIONS[options], vocab, dtype, probabilities)
 
 
+# What an option does is decided in nll.pyx and numba/nll.py, the same for all builds. Two blocks,
+# and a dtype that is converted beside one that is not.
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+def test_options(kernel_backend, rng, options, dtype, probabilities):
+    check(kernel_backend, rng, options, 2100, dtype, probabilities)
+
+
+# NaN and inf in every build: a flag of the compiler could lose them. Masked columns in front push
+# the row's own numbers into the second block; the target is at the maximum, or not, or masked.
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("pad", [0, 2100], ids=["one block", "two blocks"])
-@pytest.mark.parametrize("column", [0, 1, 4])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_extremes(build, dtype, pad, column, smoothing):
+def test_extremes(every_build, dtype, pad):
     logits = extreme_rows(dtype)
-    # Masked columns in front push the row's own numbers into the second block.
     logits = np.concatenate([np.full((len(logits), pad), -np.inf, dtype), logits], axis=1)
-    target = np.full(len(logits), pad + column)
+    for column in (0, 1, 4):
+        target = np.full(len(logits), pad + column)
+        for smoothing in (0.0, 0.1):
+            check_extremes(every_build, logits, target, smoothing, dtype)
+
+
+def check_extremes(backend, logits, target, smoothing, dtype):
+    given = {"label_smoothing": smoothing, "backend": backend, "threads": 1}
     truth = reference.nll(logits, target, reduction="none", label_smoothing=smoothing)
-    result = nll_forward(
-        logits, target, label_smoothing=smoothing, stats=True, backend=build, threads=1
-    )
-    gradient = nll_backward(
-        1.0, result, logits, target, label_smoothing=smoothing, backend=build, threads=1
-    )
+    result = nll_forward(logits, target, stats=True, **given)
+    gradient = nll_backward(1.0, result, logits, target, **given)
     assert relative_error(result.loss, truth.loss) < BUDGET[dtype]
     assert relative_error(result.lse, truth.lse) < BUDGET[dtype]
     np.testing.assert_array_equal(result.correct, truth.correct)
@@ -123,80 +106,78 @@ def test_extremes(build, dtype, pad, column, smoothing):
         assert (gradient[masked] == 0).all()
 
 
-def test_ignored_rows_are_zero_even_of_nan(build):
+def test_ignored_rows_are_zero_even_of_nan(kernel_backend):
     logits = np.full((3, 40), np.nan, np.float32)
     logits[1] = 0
     target = np.array([-100, 3, -100])
-    result = nll_forward(logits, target, backend=build)
-    gradient = nll_backward(1.0, result, logits, target, backend=build)
+    result = nll_forward(logits, target, backend=kernel_backend)
+    gradient = nll_backward(1.0, result, logits, target, backend=kernel_backend)
     assert result.loss[[0, 2]].tolist() == [0, 0]
     assert (gradient[[0, 2]] == 0).all()
     assert result.loss[1] == pytest.approx(np.log(40))
-    over, _ = nll_forward_backward(logits, target, out=logits, backend=build)
+    over, _ = nll_forward_backward(logits, target, out=logits, backend=kernel_backend)
     assert (logits[[0, 2]] == 0).all()
     assert over.total_weight == 1
 
 
-def test_all_ignored(build):
-    result = nll_forward(np.zeros((4, 5), np.float32), np.full(4, -100), backend=build)
+def test_all_ignored(kernel_backend):
+    result = nll_forward(np.zeros((4, 5), np.float32), np.full(4, -100), backend=kernel_backend)
     assert result.total_weight == 0
     assert result.loss.tolist() == [0, 0, 0, 0]
 
 
-def test_confident_target_keeps_its_digits(build):
+def test_confident_target_keeps_its_digits(kernel_backend):
     # p = 0.9998: formed in 16 bits, 1 - p has no digit left. The gradient is float16 here too,
     # and must be right to float16's own rounding.
     logits = np.array([[9.0, 0.0, 0.0]], np.float16)
     truth = reference.nll(logits, [0], reduction="none")
-    result = nll_forward(logits, np.array([0]), backend=build)
-    gradient = nll_backward(1.0, result, logits, np.array([0]), backend=build)
+    result = nll_forward(logits, np.array([0]), backend=kernel_backend)
+    gradient = nll_backward(1.0, result, logits, np.array([0]), backend=kernel_backend)
     np.testing.assert_allclose(gradient.astype(np.float64), truth.grad, rtol=1e-3)
 
 
-@pytest.mark.parametrize("probabilities", [False, True])
+# One block or three; chunks of one row or of several.
 @pytest.mark.parametrize("vocab", [3, 5000])
-def test_bits_do_not_depend_on_threads(build, rng, probabilities, vocab):
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+def test_bits_do_not_depend_on_threads(kernel_backend, rng, probabilities, vocab):
     logits, target = draw(rng, 97, vocab, "float32", probabilities)
-    outcomes = []
+    outcomes = set()
     for threads in (1, 2, 3):
-        result = nll_forward(
-            logits, target, stats=True, label_smoothing=0.1, threads=threads, backend=build
-        )
-        gradient = nll_backward(
-            0.3, result, logits, target, label_smoothing=0.1, threads=threads, backend=build
-        )
-        outcomes.append(
-            b"".join(a.tobytes() for a in (result.loss, result.lse, result.entropy, gradient))
-        )
-    assert outcomes[0] == outcomes[1] == outcomes[2]
+        given = {"label_smoothing": 0.1, "threads": threads, "backend": kernel_backend}
+        result = nll_forward(logits, target, stats=True, **given)
+        gradient = nll_backward(0.3, result, logits, target, **given)
+        one_pass, same = nll_forward_backward(logits, target, grad_scale=0.3, **given)
+        arrays = (result.loss, result.lse, result.entropy, gradient, one_pass.loss, same)
+        outcomes.add(b"".join(a.tobytes() for a in arrays))
+    assert len(outcomes) == 1
 
 
-def test_large_gradient_is_the_same(build, rng):
+def test_large_gradient_is_the_same(kernel_backend, rng):
     """Above 64 MB the zeros of ignored rows go past the caches, at any alignment."""
     rows, vocab = 270, 64_001
     logits, target = draw(rng, rows, vocab, "float32")
     assert rows * vocab * 4 > 64 << 20
     target[1:-1:3] = -100
-    result = nll_forward(logits, target, backend=build)
-    gradient = nll_backward(1.0, result, logits, target, backend=build)
+    result = nll_forward(logits, target, backend=kernel_backend)
+    gradient = nll_backward(1.0, result, logits, target, backend=kernel_backend)
     assert not gradient[1:-1:3].any()
     for row in (0, 1, 2, 3, 7, rows // 2, rows - 1):
         one = slice(row, row + 1)
-        part = nll_forward(logits[one], target[one], backend=build)
-        small = nll_backward(1.0, part, logits[one], target[one], backend=build)
+        part = nll_forward(logits[one], target[one], backend=kernel_backend)
+        small = nll_backward(1.0, part, logits[one], target[one], backend=kernel_backend)
         np.testing.assert_array_equal(gradient[one], small)
 
 
-def test_gradients_never_share_memory(build, rng):
+def test_gradients_never_share_memory(kernel_backend, rng):
     """At 4 MB they lie in memory that is used again, but not before its last view is gone."""
     logits, target = draw(rng, 1024, 2048, "float32")
-    result = nll_forward(logits, target, backend=build)
+    result = nll_forward(logits, target, backend=kernel_backend)
     kept = []
     for scale in (1.0, 2.0, 3.0):
-        gradient = nll_backward(scale, result, logits, target, backend=build)
+        gradient = nll_backward(scale, result, logits, target, backend=kernel_backend)
         kept += [
             gradient.reshape(-1)[::7],
-            nll_forward_backward(logits, target, backend=build)[1].T[5:],
+            nll_forward_backward(logits, target, backend=kernel_backend)[1].T[5:],
         ]
         del gradient
     np.testing.assert_allclose(kept[2], 2 * kept[0], rtol=1e-6)
@@ -221,27 +202,27 @@ def test_a_forked_child_does_not_hang(rng):
     assert status == (child, 0)
 
 
-def test_bytes_in_another_order(build, rng):
+def test_bytes_in_another_order(kernel_backend, rng):
     logits, target = draw(rng, 5, 31, "float32")
     swapped = logits.astype(logits.dtype.newbyteorder())
-    result, other = (nll_forward(x, target, backend=build) for x in (logits, swapped))
+    result, other = (nll_forward(x, target, backend=kernel_backend) for x in (logits, swapped))
     np.testing.assert_array_equal(result.loss, other.loss)
-    gradient = nll_backward(1.0, other, swapped, target, backend=build)
+    gradient = nll_backward(1.0, other, swapped, target, backend=kernel_backend)
     np.testing.assert_array_equal(
-        gradient, nll_backward(1.0, result, logits, target, backend=build)
+        gradient, nll_backward(1.0, result, logits, target, backend=kernel_backend)
     )
 
 
-def test_float16_conversions_are_exact(build):
+def test_float16_conversions_are_exact(every_build):
     """All 65536 halves go in and come out: widened, they are the lse of a one-class row."""
     halves = np.arange(65536, dtype=np.uint16).view(np.float16)[:, None]
     target = np.zeros(65536, np.int64)
-    result = nll_forward(halves, target, stats=True, backend=build)
+    result = nll_forward(halves, target, stats=True, backend=every_build)
     expected = np.where(np.isposinf(halves[:, 0]), np.nan, halves[:, 0].astype(np.float32))
     np.testing.assert_array_equal(result.lse, expected)
 
 
-def test_float16_gradients_round_to_nearest_even(build, rng):
+def test_float16_gradients_round_to_nearest_even(every_build, rng):
     """grad_lse times p = 1 writes any float32 as a half: each must round as NumPy rounds."""
     values = np.concatenate(
         [
@@ -251,23 +232,34 @@ def test_float16_gradients_round_to_nearest_even(build, rng):
     ).astype(np.float32)
     logits = np.zeros((len(values), 1), np.float16)
     target = np.full(len(values), -100)
-    result = nll_forward(logits, target, stats=True, backend=build)
-    gradient = nll_backward(0.0, result, logits, target, grad_lse=values, backend=build)
+    result = nll_forward(logits, target, stats=True, backend=every_build)
+    gradient = nll_backward(0.0, result, logits, target, grad_lse=values, backend=every_build)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(gradient[:, 0], values.astype(np.float16))
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (0, 0), (3, 0)])
-def test_empty(build, shape):
-    logits, target = np.zeros(shape, np.float32), np.full(shape[0], -100)
-    result = nll_forward(logits, target, stats=True, backend=build)
-    assert result.loss.tolist() == [0] * shape[0]
-    assert nll_backward(1.0, result, logits, target, backend=build).shape == shape
+def test_empty(kernel_backend):
+    for shape in ((0, 5), (0, 0), (3, 0)):
+        logits, target = np.zeros(shape, np.float32), np.full(shape[0], -100)
+        result = nll_forward(logits, target, stats=True, backend=kernel_backend)
+        assert result.loss.tolist() == [0] * shape[0]
+        assert nll_backward(1.0, result, logits, target, backend=kernel_backend).shape == shape
 
 
+def test_target_out_of_range(kernel_backend):
+    for target, row in (([0, 9], 1), ([-1, 0], 0)):
+        message = f"target {target[row]} at row {row} is out of range: expected 0 <= target < 4"
+        with pytest.raises(IndexError, match=message):
+            nll_forward(np.zeros((2, 4), np.float32), target, backend=kernel_backend)
+
+
+# Arguments are checked in Python, the same for all builds.
 BAD = {
-    "target above": (IndexError, r"target 9 at row 1 .*0 <= target < 4", {"target": [0, 9]}),
-    "target below": (IndexError, r"target -1 at row 0", {"target": [-1, 0]}),
+    "target shape": (
+        ValueError,
+        r"target: expected the logits' shape \(2, 4\), got \(2, 3\)",
+        {"target": np.ones((2, 3))},
+    ),
     "target length": (ValueError, r"target: expected shape \(2,\)", {"target": [0]}),
     "target dtype": (TypeError, r"target: expected integers", {"target": [0.0, 1.0]}),
     "logits shape": (ValueError, r"logits: expected shape \(N, V\)", {"logits": np.zeros(4)}),
@@ -288,17 +280,32 @@ BAD = {
 }
 
 
-def test_result_of_other_logits(build):
+def test_result_of_other_logits():
     logits, target = np.zeros((5, 4), np.float32), np.zeros(5, int)
-    result = nll_forward(logits[:3], target[:3], backend=build)
+    result = nll_forward(logits[:3], target[:3])
     with pytest.raises(ValueError, match=r"result.lse: expected shape \(5,\)"):
-        nll_backward(1.0, result, logits, target, backend=build)
-    result = nll_forward(logits.astype(np.float64), target, backend=build)
+        nll_backward(1.0, result, logits, target)
+    result = nll_forward(logits.astype(np.float64), target)
     with pytest.raises(ValueError, match=r"result\.lse: expected .* float32, .* got .* float64"):
-        nll_backward(1.0, result, logits, target, backend=build)
+        nll_backward(1.0, result, logits, target)
 
 
-def test_out_that_shares_memory(build):
+def test_bad_grad_lse():
+    logits, target = np.zeros((5, 4), np.float32), np.zeros(5, int)
+    with pytest.raises(ValueError, match=r"grad_lse: expected shape \(5,\), got \(4,\)"):
+        nll_backward(1.0, nll_forward(logits, target), logits, target, grad_lse=np.ones(4))
+
+
+def test_bad_out():
+    logits, target = np.zeros((5, 4), np.float32), np.zeros(5, int)
+    for out in (np.zeros((5, 3), np.float32), np.zeros((5, 4))):
+        with pytest.raises(ValueError, match=r"out: expected \(5, 4\) float32, got"):
+            nll_forward_backward(logits, target, out=out)
+    with pytest.raises(ValueError, match="out: expected a writeable array with contiguous rows"):
+        nll_forward_backward(logits, target, out=np.zeros((4, 5), np.float32).T)
+
+
+def test_out_that_shares_memory():
     memory, target = np.zeros((6, 4), np.float32), np.zeros(5, int)
     probabilities = np.full((5, 4), 0.25, np.float32)
     for logits, target_, out in (
@@ -307,9 +314,9 @@ def test_out_that_shares_memory(build):
         (memory[:5], probabilities, probabilities),
     ):
         with pytest.raises(ValueError, match="out: expected an array of its own"):
-            nll_forward_backward(logits, target_, out=out, backend=build)
+            nll_forward_backward(logits, target_, out=out)
     with pytest.raises(TypeError, match="out: expected an array, got list"):
-        nll_forward_backward(memory[:5], target, out=[], backend=build)
+        nll_forward_backward(memory[:5], target, out=[])
 
 
 @pytest.mark.parametrize(("error", "message", "change"), BAD.values(), ids=BAD.keys())
