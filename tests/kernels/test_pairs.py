@@ -9,6 +9,7 @@ import pytest
 
 from neglog import kernels, reference
 from neglog.kernels import Pairs, pairs_backward, pairs_forward
+
 from tests.support.errors import relative_error  # isort: skip
 from tests.support.pair_tiles import (  # isort: skip
     CODES, EPS, LAST, Problem, check, check_sigmoid, cuts, draw, draw_upstreams, gradient_budget,
