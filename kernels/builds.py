@@ -61,7 +61,7 @@ def isa_builds() -> tuple[Build, ...]:
     if only is not None and only not in ISA_LEVELS:
         raise ValueError(f"NEGLOG_ISA: expected one of {', '.join(ISA_LEVELS)}, got {only!r}")
     return tuple(
-        Build(level, False, f"NEGLOG_ISA is {only}")
+        Build(level, False, f"NEGLOG_ISA asks for {only}")
         if only not in (None, level)
         else _isa_build(level, processor)
         for level in ISA_LEVELS

@@ -67,9 +67,9 @@ def test_dtypes_and_sizes(every_build, rng, vocab, dtype):
             check(every_build, rng, OPTIONS[options], vocab, dtype, probabilities)
 
 
-# What an option does is decided in nll.pyx and numba/nll.py, the same for all builds. Two blocks,
-# and a dtype that is converted beside one that is not.
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+# What an option does is decided in nll.pyx and numba/nll.py, the same for all builds: for float,
+# for double, and for what is converted to float. Two blocks.
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
 def test_options(kernel_backend, rng, options, dtype, probabilities):
     check(kernel_backend, rng, options, 2100, dtype, probabilities)
