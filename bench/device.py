@@ -1,248 +1,224 @@
-"""The CUDA ops timed on the GPU at hand, against torch and other libraries; goals come last.
+"""The losses timed on the GPU at hand, against torch and other libraries; goals come last.
 
-python bench/device.py [--json FILE] [--seconds N] [--small]
+python -m neglog.bench.device [--json FILE] [--seconds N] [--small]
 
 --seconds: no case starts after so many; of 180 or more, 60 are kept for the last, a million pairs.
---small: sizes at which a run says only that everything runs. What is right is the tests' affair:
-python -m pytest tests/test_cuda.py
+--small: sizes at which a run says only that everything runs. It needs torch and NumPy alone. What
+is right is the tests' affair: python -m pytest tests/test_cuda.py
 """
 
+from __future__ import annotations
+
 import argparse
+import re
+import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import goals
-import report
-import rivals
 import torch
-from measure import Clock, Row, Way, Ways, clear, failure, gradients, measured
-from torch import Tensor
-from torch.nn import functional as F
 
-import neglog
 from neglog import dispatch
 
+from . import files, goals, machine, report, rivals, terminal
+from .budget import Budget
+from .cases import HEAD, PAIRS, ROWS, Shape, load, shapes
+from .clocks import Clock, CUDAClock
+from .contender import Contender, Problem
+from .measure import Plan, failure, measure
+from .report import JSON
+
 DEVICE = "cuda"
-NLL_SHAPES = (goals.LARGE, goals.IMAGES, goals.ODD, (8192, 32000))
-LINEAR_SHAPES = ((goals.LINEAR, 1.0), (goals.LINEAR, 0.15))  # and the share that counts
-SMALL_NLL, SMALL_LINEAR, SMALL_CLIP = ((64, 5000),), (((64, 32, 5000), 0.5),), (1024, 64)
-SMALL_MILLION, SMALL_MATMUL = (4096, 64), 256
-MEAN = 1
+ROUNDS = 15
+CONTENDER_SECONDS = 75.0  # a compiler that takes longer than this is given up
 MILLION_SECONDS = 60.0
-Rows = Iterator[Row]
-
-
-def logits_and_target(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(0)
-    logits = torch.randn(shape, device=DEVICE, dtype=dtype)
-    return logits, torch.randint(shape[1], shape[:1], device=DEVICE)
-
-
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def nll(shape: tuple[int, int], dtype: torch.dtype, clock: Clock) -> Rows:
-    """One read forward; forward and gradient 2 reads and 1 write, in place 1 and 1."""
-    logits, target = logits_and_target(shape, dtype)
-    leaf, other = logits.clone().requires_grad_(), logits.clone()
-    values = (MEAN, -100, 0.0, 1.0, 0.0, 0.0)
-    cross_entropy, ops = neglog.cross_entropy, torch.ops.neglog  # the first registers the second
-    case = partial(goals.nll_case, shape, dtype=str(dtype)[6:])
-
-    def in_place() -> Tensor:  # of its own gradients after the first round: the same work
-        return ops.nll_(other, target, None, None, *values, False, "")[0]
-
-    forward = {
-        "neglog": Way(lambda: ops.nll(logits, target, None, None, *values, False, "")),
-        "torch eager": Way(lambda: F.cross_entropy(logits, target)),
-    }
-    both = {
-        "neglog": gradients(lambda: cross_entropy(leaf, target), leaf),
-        "torch eager": gradients(lambda: F.cross_entropy(leaf, target), leaf),
-    }
-    if dtype == torch.bfloat16:  # a compilation takes seconds
-        quick = compiled(F.cross_entropy)
-        forward["torch.compile"] = Way(lambda: quick(logits, target))
-        both["torch.compile"] = gradients(lambda: quick(leaf, target), leaf)
-    gigabytes = logits.nbytes / 1e9
-    rates = ("GB/s", clock)
-    copy = {"copy": Way(lambda: logits.clone())}
-    yield from measured(case(), copy, 2 * gigabytes, *rates)
-    yield from measured(case(goals.FORWARD), forward, gigabytes, *rates)
-    yield from measured(case(goals.BOTH), both, 3 * gigabytes, *rates)
-    own = {"neglog": Way(in_place, in_place)}
-    yield from measured(case(goals.IN_PLACE), own, 2 * gigabytes, *rates)
-
-
-def nll_rivals(shape: tuple[int, int], clock: Clock) -> Rows:
-    logits, target = logits_and_target(shape, torch.bfloat16)
-    leaf, gigabytes = logits.clone().requires_grad_(), logits.nbytes / 1e9
-    for part, ways, passes in (
-        (goals.BOTH, rivals.nll(leaf, target), 3),
-        (goals.IN_PLACE, rivals.nll_in_place(logits, target), 2),
-    ):
-        yield from measured(goals.nll_case(shape, part), ways, passes * gigabytes, "GB/s", clock)
-
-
-def linear_formula(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(x @ weight.t(), target)
-
-
-def linear_ways(*leaves_and_target: Tensor) -> Ways:
-    losses: dict[str, Callable[..., Tensor]] = {
-        "neglog": neglog.linear_cross_entropy,
-        "torch eager": linear_formula,
-        "torch.compile": compiled(linear_formula),
-    }
-    if hasattr(F, "linear_cross_entropy"):  # new in torch 2.13
-        losses["torch linear_cross_entropy"] = F.linear_cross_entropy
-    return {
-        name: gradients(partial(loss, *leaves_and_target), *leaves_and_target[:2])
-        for name, loss in losses.items()
-    }
-
-
-def linear(shape: tuple[int, int, int], share: float, others: bool, clock: Clock) -> Rows:
-    """3 matmuls of the rows that count."""
-    rows, features, vocab = shape
-    torch.manual_seed(0)
-    x = torch.randn(rows, features, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
-    weight = (torch.randn(vocab, features, device=DEVICE) / features**0.5).bfloat16()
-    weight.requires_grad_()
-    target = torch.randint(vocab, (rows,), device=DEVICE)
-    target[int(rows * share) :] = -100
-    counted = int((target != -100).sum())
-    ways = (rivals.linear if others else linear_ways)(x, weight, target)
-    amount = 6 * counted * features * vocab / 1e12
-    yield from measured(goals.linear_case(shape, share), ways, amount, "TFLOP/s", clock)
-
-
-def clip_formula(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    z, target = scale * image @ text.t(), torch.arange(image.shape[0], device=image.device)
-    return (F.cross_entropy(z, target) + F.cross_entropy(z.t(), target)) / 2
-
-
-def clip_ways(image: Tensor, text: Tensor, scale: Tensor) -> Ways:
-    losses: dict[str, Callable[..., Tensor]] = {
-        "neglog": neglog.clip_loss,
-        "torch eager": clip_formula,
-        "torch.compile": compiled(clip_formula),
-    }
-    leaves = image, text, scale
-    return {name: gradients(partial(loss, *leaves), *leaves) for name, loss in losses.items()}
-
-
-def clip(shape: tuple[int, int], which: str, clock: Clock) -> Rows:
-    """4 matmuls where the similarities are not kept. `which`: "torch", "others" or "once"."""
-    torch.manual_seed(0)
-    made = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    image, text = (F.normalize(x, dim=1).requires_grad_() for x in made)
-    scale = torch.tensor(100.0, device=DEVICE, requires_grad=True)
-    ways = (rivals.clip if which == "others" else clip_ways)(image, text, scale)
-    if once := which == "once":
-        ways = {"neglog": ways["neglog"]}
-    amount = 8 * shape[0] ** 2 * shape[1] / 1e12
-    yield from measured(goals.clip_case(shape), ways, amount, "TFLOP/s", clock, once)
-
-
-def matmul(size: int, clock: Clock) -> Rows:
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    ways = {"torch": Way(lambda: a @ b)}
-    yield from measured(f"matmul {size} bfloat16", ways, 2 * size**3 / 1e12, "TFLOP/s", clock)
+LONGEST = 600.0
+CROSS_ENTROPY = (goals.LARGE, goals.IMAGES, goals.ODD, goals.MEDIUM)
+SMALL_CROSS_ENTROPY = shapes(ROWS, (64, 5000))
+(SMALL_LINEAR,) = shapes(HEAD, (64, 32, 5000))
+SMALL_CLIP, SMALL_MILLION = shapes(PAIRS, (1024, 64), (4096, 64))
 
 
 class Case(NamedTuple):
-    name: str
-    run: Callable[[Clock], Rows]
-    needs: float = 5.0  # seconds, without which it does not start
-    way: str = "neglog"
+    """One loss at one shape.
+
+    who: "ours" are torch and neglog, "others" other libraries beside neglog, "once" neglog's first
+    call. options: of the case's `problem`. needs: the seconds without which it does not start.
+    """
+
+    op: str
+    shape: Shape
+    dtype: str = "bfloat16"
+    who: str = "ours"
+    options: dict[str, Any] = {}  # noqa: RUF012 - never written
+    needs: float = 5.0
+
+    @property
+    def note(self) -> str:
+        """What the shape does not say, as the problem's spec has it."""
+        counted = self.options.get("counted", 1.0)
+        return "" if counted == 1.0 else f"{counted:.0%} counted"
 
 
 def cases(small: bool) -> list[Case]:
     """Ours, then other libraries, which may take the GPU down with them; a million pairs last."""
-    nlls, linears = (SMALL_NLL, SMALL_LINEAR) if small else (NLL_SHAPES, LINEAR_SHAPES)
+    rows = SMALL_CROSS_ENTROPY if small else CROSS_ENTROPY
+    head = SMALL_LINEAR if small else goals.LINEAR
     pairs, million = (SMALL_CLIP, SMALL_MILLION) if small else (goals.CLIP, goals.MILLION)
-    size = SMALL_MATMUL if small else 8192
-
-    def of_nll(dtype: torch.dtype) -> list[Case]:
-        name = str(dtype)[6:]
-        return [Case(goals.nll_case(s, dtype=name), partial(nll, s, dtype)) for s in nlls]
-
-    def of_linear(others: bool) -> list[Case]:
-        return [Case(goals.linear_case(*s), partial(linear, *s, others)) for s in linears]
-
-    def of_clip(which: str) -> Case:
-        return Case(goals.clip_case(pairs), partial(clip, pairs, which))
-
-    theirs = [
-        *(Case(goals.nll_case(s), partial(nll_rivals, s)) for s in nlls),
-        *of_linear(True),
-        of_clip("others"),
+    ours = [
+        *(Case("cross_entropy", shape) for shape in rows),
+        Case("linear_cross_entropy", head),
+        Case("linear_cross_entropy", head, options={"counted": goals.MASKED_SHARE}),
+        Case("clip_loss", pairs),
     ]
     return [
-        *of_nll(torch.bfloat16),
-        *of_linear(False),
-        of_clip("torch"),
-        Case(f"matmul {size} bfloat16", partial(matmul, size), way="torch"),
-        *of_nll(torch.float32),
-        *(case._replace(way="others") for case in theirs),
-        Case(goals.clip_case(million), partial(clip, million, "once"), MILLION_SECONDS),
+        *ours,
+        *(Case("cross_entropy", shape, "float32") for shape in rows),
+        *(case._replace(who="others") for case in ours),
+        Case("clip_loss", million, who="once", options={"check": False}, needs=MILLION_SECONDS),
     ]
 
 
-def run(case: Case, clock: Clock) -> Rows:
-    if (left := clock.left()) < case.needs:
-        why = f"{max(left, 0):.0f} s left, {case.needs:.0f} needed"
-        row = {"case": case.name, "way": case.way, "skipped": why}
-        print(row, flush=True)
-        yield row
+def groups(case: Case, problem: Problem) -> Iterator[list[Contender]]:
+    """The contenders that are timed in turn. Another library stands beside neglog alone, so that
+    one which fails spoils no other's measurement; one that overwrites, beside neglog in place."""
+    made = load(case.op).contenders(problem)
+    by_name = {contender.name: contender for contender in made}
+    if case.who == "once":
+        yield [by_name["neglog"]]
+    elif case.who == "ours":
+        # A compilation takes seconds: of one dtype.
+        compiled = case.dtype == "bfloat16"
+        yield [
+            contender
+            for contender in made
+            if "large" in contender.suites and (compiled or contender.name != "compile")
+        ]
+    else:
+        for rival in rivals.contenders(problem):
+            yield [by_name["inplace" if rival.overwrites else "neglog"], rival]
+
+
+def run(case: Case, clock: Clock, budget: Budget) -> Iterator[JSON]:
+    """The results of a case, or one that says why there are none."""
+    if (left := budget.left()) < case.needs:
+        why = f"skipped: {max(left, 0):.0f} s left, {case.needs:.0f} needed"
+        yield _left_out(case, why)
         return
     torch.compiler.reset()  # each shape compiles anew, and eight of a function are the most
+    once = case.who == "once"
+    plan = Plan(
+        ROUNDS, strict=False, budget=budget, limit=LONGEST if once else CONTENDER_SECONDS, once=once
+    )
     try:
-        yield from case.run(clock)
+        problem = load(case.op).problem(case.shape, case.dtype, 0, DEVICE, **case.options)
+        for contenders in groups(case, problem):
+            yield report.as_json(measure(problem, contenders, clock, plan))
     except Exception as error:  # in what the case prepares: no memory, say
-        row = {"case": case.name, "way": case.way, "failed": failure(error)}
-        print(row, flush=True)
-        yield row
-    clear()
+        yield _left_out(case, failure(error))
+    clock.clear()
 
 
-def rows_of(chosen: list[Case], clock: Clock) -> Rows:
+def _left_out(case: Case, why: str) -> JSON:
+    name = "others" if case.who == "others" else "neglog"
+    return {
+        "op": case.op, "shape": case.shape, "dtype": case.dtype, "note": case.note,
+        "contenders": [], "left_out": {name: why},
+    }  # fmt: skip
+
+
+def results_of(chosen: list[Case], clock: Clock, budget: Budget) -> Iterator[JSON]:
+    """Of all cases, the last with the seconds that were kept for it."""
     *before, last = chosen
     for case in before:
-        if case.way != "others" or rivals.usable():  # imported here, when ours has been measured
-            yield from run(case, clock)
-    clock.kept = 0.0
-    yield from run(last, clock)
+        # Other libraries are imported here, when ours has been measured.
+        if case.who != "others" or rivals.functions(case.op):
+            yield from run(case, clock, budget)
+    budget.kept = 0.0
+    yield from run(last, clock, budget)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json")
+def facts(device: str) -> JSON:
+    """All that decides how fast it runs."""
+    nvcc = [shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc", "--version"]
+    smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    tools = {
+        "CUDA": torch.version.cuda,
+        "nvcc": _printed(nvcc, r"release ([\d.]+)"),
+        "driver": _printed(smi, r"([\d.]+)"),
+    }
+    return report.environment() | {
+        "device": device, "backend": "cuda", "versions": machine.versions("triton") | tools,
+    }  # fmt: skip
+
+
+def _printed(command: list[str], pattern: str) -> str | None:
+    """What a program prints of itself; None where there is no such program."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(pattern, done.stdout)
+    return found.group(1) if found else None
+
+
+def write(path: Path, about: JSON, results: list[JSON]) -> None:
+    """Everything that is known so far."""
+    files.write_json(path, {
+        "command": "device", **about, "versions": about["versions"] | rivals.versions(),
+        "not importable": rivals.absent(), "results": results,
+        "goals": goals.evaluate(results, goals.CUDA),
+    })  # fmt: skip
+
+
+def print_results(results: list[JSON], device: str, small: bool) -> None:
+    """Table, what is wrong with it, goals."""
+    heading = f"\n{device}, torch {torch.__version__}"
+    print(*terminal.plain(report.long_table(heading, results)), sep="\n")
+    missing = "; ".join(f"{name} ({why})" for name, why in rivals.absent().items())
+    print("not importable:", missing or "none that was tried")
+    for line in report.mismatches(results):
+        print(line)
+    if not small:
+        print(goals.heading(device))
+        print(*goals.lines(goals.evaluate(results, goals.CUDA)), sep="\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """1 where neglog failed or was wrong, 2 where there is nothing to time."""
+    parser = argparse.ArgumentParser("neglog.bench.device", description=str(__doc__).split("\n")[0])
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--small", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     state = next(state for state in dispatch.describe() if state.name == "cuda")
     if not (state.usable and torch.cuda.is_available()):
         why = "torch finds no CUDA device" if state.usable else state.why
-        print(f"bench/device.py: nothing to time: {why}", file=sys.stderr)
+        print(f"neglog.bench.device: nothing to time: {why}", file=sys.stderr)
         return 2
     long = options.seconds is not None and options.seconds >= 3 * MILLION_SECONDS
-    clock = Clock(options.seconds, kept=MILLION_SECONDS if long else 0.0)
-    device, about, rows = torch.cuda.get_device_name(), report.versions(), []
+    budget = Budget(options.seconds, kept=MILLION_SECONDS if long else 0.0)
+    device = torch.cuda.get_device_name()
+    about, results = facts(device), []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cut off: the table is printed
     try:
-        for row in rows_of(cases(options.small), clock):
-            rows.append(row)
+        for result in results_of(cases(options.small), CUDAClock(), budget):
+            results.append(result)
+            print(*terminal.plain(report.long_table("", [result])), sep="\n", flush=True)
             if options.json:  # after each: a later one may be killed
-                report.write(options.json, device, about, rows)
+                write(options.json, about, results)
     finally:
-        report.tell(rows, device, options.small)
-    return int(any("failed" in row and row["way"] == "neglog" for row in rows))
+        print_results(results, device, options.small)
+    return int(any(_neglog_failed(result) for result in results))
+
+
+def _neglog_failed(result: JSON) -> bool:
+    wrong = any(c["mismatch"] for c in result["contenders"] if c["library"] == "neglog")
+    why = result["left_out"]
+    return wrong or any(why.get(name, "").startswith("failed") for name in ("neglog", "inplace"))
 
 
 if __name__ == "__main__":

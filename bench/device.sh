@@ -24,7 +24,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
 capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 case $capability in 90) architecture=90a ;; *) architecture=$capability ;; esac
 
-# Outside $OUT, all of which is sent back. Without the CPU's compiled kernels, whose twins do.
+# Outside $OUT, all of which is sent back. Without the CPU's compiled kernels: Numba's or torch's functions take their place.
 site=$(mktemp -d)
 install() {
     NEGLOG_COMPILE=0 NEGLOG_CUDA=1 ARCHITECTURES=$architecture "$python" -m pip install --quiet \
@@ -51,7 +51,7 @@ tail -n 30 "$out/tests.log"
 # nothing; what it is then at has 20 s.
 seconds=$(at_least $(($(left) - 120)) 60)
 [ "$seconds" -lt 240 ] || seconds=240
-timeout -k 5 $((seconds + 20)) "$python" bench/device.py --seconds "$seconds" \
+timeout -k 5 $((seconds + 20)) "$python" -m neglog.bench.device --seconds "$seconds" \
     --json "$out/device.json" >"$out/bench.log" 2>&1 || status=1
 few="not emulated and (float32 or bfloat16) and not eight"
 few="$few and (in_place or writes_within or bits or close_scores or beside)"

@@ -1,29 +1,25 @@
-"""What a run is held against, computed from its rows alone. The goals were set for an H200."""
+"""The goals that measurements are held against, computed from their JSON alone."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from measure import Row
+from .cases import HEAD, PAIRS, ROWS, Shape, shapes
+from .report import JSON
 
-FORWARD, BOTH, IN_PLACE = "forward", "forward, backward", "in place"
 GIB = 2**30 / 1e6
-LARGE, IMAGES, ODD = (8192, 131072), (32768, 1000), (8192, 50257)
-LINEAR, CLIP, MILLION = (4096, 4096, 128256), (65536, 768), (1_000_000, 768)
-Found = dict[tuple[str, str], Row]
-
-
-def nll_case(shape: tuple[int, int], part: str = "", dtype: str = "bfloat16") -> str:
-    return f"nll {shape[0]} x {shape[1]} {dtype} {part}".rstrip()
-
-
-def linear_case(shape: tuple[int, int, int], share: float) -> str:
-    return f"linear {' x '.join(map(str, shape))} bfloat16, {share:.0%} counted"
-
-
-def clip_case(shape: tuple[int, int]) -> str:
-    return f"clip_loss {shape[0]} x {shape[1]} bfloat16"
+LARGE, IMAGES, ODD, MEDIUM = shapes(
+    ROWS, (8192, 131072), (32768, 1000), (8192, 50257), (8192, 32000)
+)
+(LINEAR,) = shapes(HEAD, (4096, 4096, 128256))
+CLIP, MILLION = shapes(PAIRS, (65536, 768), (1_000_000, 768))
+(TINY,) = shapes(ROWS, (8, 10))
+MASKED_SHARE = 0.15
+Part = str  # "forward", "forward, backward" or "in place"
+FORWARD, BOTH, IN_PLACE = "forward", "forward, backward", "in place"
 
 
 class Value(NamedTuple):
@@ -34,96 +30,159 @@ class Value(NamedTuple):
 
 
 class Goal(NamedTuple):
+    """A bound on a number. A bound of infinity asks only that there is a number."""
+
     what: str
-    value: Callable[[Found], Value]
+    value: Callable[[list[JSON]], Value]
     bound: float
     unit: str
     at_most: bool = False
 
     def met(self, number: float) -> bool:
+        """NaN meets nothing."""
         return number <= self.bound if self.at_most else number >= self.bound
 
 
-def own(found: Found, case: str, *fields: str) -> list[float] | None:
-    """Fields of neglog's row: NaN where it failed, None where it did not run."""
-    row = found.get((case, "neglog"), {})
-    if "failed" in row:
-        return [math.nan] * len(fields)
-    return [row[field] for field in fields] if "ms" in row else None
+class Where(NamedTuple):
+    """Which results a goal speaks of."""
+
+    op: str
+    shape: Shape
+    dtype: str = "bfloat16"
+    note: str = ""
+
+    def __str__(self) -> str:
+        sizes = " x ".join(map(str, self.shape.values()))
+        return f"{self.op} {sizes} {self.dtype}" + (f", {self.note}" if self.note else "")
+
+    def of(self, results: list[JSON]) -> list[JSON]:
+        """Those results."""
+        wanted = (self.op, self.shape, self.dtype, self.note)
+        return [
+            result
+            for result in results
+            if (result["op"], result["shape"], result["dtype"], result["note"]) == wanted
+        ]
 
 
-def of_copy(found: Found, shape: tuple[int, int], part: str) -> Value:
-    """The rate, of the bytes that must move, over that of a copy of the same logits."""
-    rate, copy = own(found, nll_case(shape, part), "GB/s"), found.get((nll_case(shape), "copy"), {})
-    if rate is None or "GB/s" not in copy:
-        return Value(None)
-    return Value(100 * rate[0] / copy["GB/s"])
+class Found(NamedTuple):
+    """A contender's entry and the result that it stands in."""
+
+    contender: JSON
+    result: JSON
 
 
-def against(found: Found, way: str, part: str) -> Value:
-    """The least ratio over the shapes in bfloat16 at which both were measured."""
-    ratios = []
-    for (case, other), row in found.items():
-        if other != way or "ms" not in row or not case.startswith("nll "):
-            continue
-        if case.endswith(f" bfloat16 {part}") and (ms := own(found, case, "ms")):
-            ratios.append((row["ms"] / ms[0], case.split(" bfloat16")[0]))
+def _find(results: list[JSON], where: Where, name: str) -> Found | float | None:
+    """NaN where the contender failed, None where it was not measured."""
+    failed = False
+    for result in where.of(results):
+        for contender in result["contenders"]:
+            if contender["name"] == name:
+                return Found(contender, result)
+        # A case that cannot be prepared says so in neglog's name.
+        why = result["left_out"].get(name, result["left_out"].get("neglog", ""))
+        failed |= why.startswith("failed")
+    return math.nan if failed else None
+
+
+def share_of_copy(results: list[JSON], where: Where, part: Part) -> Value:
+    """The rate of the bytes that must move, over the rate of a copy of the same logits: its 1 read
+    and 1 write against 1 read forward, 2 reads and 1 write with the gradient, 1 and 1 in place."""
+    found = _find(results, where, "inplace" if part == IN_PLACE else "neglog")
+    if not isinstance(found, Found):
+        return Value(found)
+    if part == FORWARD:
+        return Value(50 * found.result["yardstick"]["ms"] / found.contender["forward_ms"])
+    passes = 2 if part == IN_PLACE else 3
+    return Value(50 * passes * found.result["yardstick"]["ms"] / found.contender["total_ms"])
+
+
+def least_ratio(results: list[JSON], other: str, part: Part) -> Value:
+    """The other's time over neglog's, at the bfloat16 shape where it is least."""
+    name = "inplace" if part == IN_PLACE else "neglog"
+    ratios = [
+        (contender["times_faster"][other], " x ".join(map(str, result["shape"].values())))
+        for result in results
+        if (result["op"], result["dtype"]) == ("cross_entropy", "bfloat16")
+        for contender in result["contenders"]
+        if contender["name"] == name and other in contender["times_faster"]
+    ]
     if not ratios:
         return Value(None)
-    least = min(ratios, key=lambda ratio: (not math.isnan(ratio[0]), ratio[0]))
-    return Value(least[0], f"at {least[1]}, the least of {len(ratios)}")
+    least, shape = min(ratios)
+    return Value(least, f"at {shape}, the least of {len(ratios)}")
 
 
-def time_of(found: Found, case: str) -> Value:
-    ms = own(found, case, "ms")
-    return Value(None if ms is None else ms[0])
+def milliseconds(results: list[JSON], where: Where) -> Value:
+    """Of forward and backward."""
+    found = _find(results, where, "neglog")
+    return Value(found.contender["total_ms"] if isinstance(found, Found) else found)
 
 
-def memory_of(found: Found, case: str) -> Value:
-    fields = own(found, case, "peak MB", "gradients MB")
-    return Value(None if fields is None else fields[0] - fields[1])
+def memory_beside_gradients(results: list[JSON], where: Where) -> Value:
+    """The peak less the bytes of the gradients, in MB."""
+    found = _find(results, where, "neglog")
+    if not isinstance(found, Found):
+        return Value(found)
+    peak, gradients = (found.contender[key] for key in ("peak_extra_bytes", "gradient_bytes"))
+    return Value((peak - gradients) / 1e6)
 
 
-def goals() -> list[Goal]:
-    bounds = ((LARGE, (90, 85, 85)), (IMAGES, (75,) * 3), (ODD, (75,) * 3))
-    floors = [
-        Goal(f"{nll_case(shape, part)}, of the copy's rate",
-             partial(of_copy, shape=shape, part=part), bound, "%")
-        for shape, three in bounds
-        for part, bound in zip((FORWARD, BOTH, IN_PLACE), three, strict=True)
-    ]  # fmt: skip
-    others = (
-        ("quack-kernels", BOTH, 1.0), ("quack-kernels", IN_PLACE, 1.0),
-        ("liger-kernel", IN_PLACE, 2.0),  # over its logits is the only way it has
-        ("torch.compile", BOTH, 1.3),
-    )  # fmt: skip
-    ratios = [
-        Goal(f"nll {part}, {way}'s time over neglog's", partial(against, way=way, part=part),
-             bound, "x")
-        for way, part, bound in others
-    ]  # fmt: skip
-    full, masked = (linear_case(LINEAR, share) for share in (1.0, 0.15))
-    return [
-        *floors,
-        *ratios,
-        Goal(full, partial(time_of, case=full), 17.3, "ms", True),
-        Goal(f"{full}, peak less its gradients", partial(memory_of, case=full), GIB, "MB",
-             True),
-        Goal(masked, partial(time_of, case=masked), 3.2, "ms", True),
-        Goal(clip_case(CLIP), partial(time_of, case=clip_case(CLIP)), 44, "ms", True),
-        Goal(f"{clip_case(MILLION)} completes", partial(time_of, case=clip_case(MILLION)),
-             math.inf, "ms", True),
-    ]  # fmt: skip
+def kernel_over_torch(results: list[JSON], where: Where) -> Value:
+    """How many times torch eager's time a call of neglog's kernel takes."""
+    found = _find(results, where, "kernel")
+    if not isinstance(found, Found):
+        return Value(found)
+    return Value(1 / found.contender["times_faster"]["eager"])
 
 
-def evaluate(rows: Iterable[Row]) -> list[Row]:
+def _shares() -> Iterator[Goal]:
+    for shape, bounds in ((LARGE, (90, 85, 85)), (IMAGES, (75,) * 3), (ODD, (75,) * 3)):
+        where = Where("cross_entropy", shape)
+        for part, bound in zip((FORWARD, BOTH, IN_PLACE), bounds, strict=True):
+            value = partial(share_of_copy, where=where, part=part)
+            yield Goal(f"{where} {part}, of the copy's rate", value, bound, "%")
+
+
+def _ratios() -> Iterator[Goal]:
+    for name, part, bound in (
+        ("quack-kernels", BOTH, 1.0),
+        ("quack-kernels", IN_PLACE, 1.0),
+        ("liger-kernel", IN_PLACE, 2.0),  # it always overwrites its logits
+        ("compile", BOTH, 1.3),
+    ):
+        value = partial(least_ratio, other=name, part=part)
+        yield Goal(f"cross_entropy {part}, {name}'s time over neglog's", value, bound, "x")
+
+
+def _times() -> Iterator[Goal]:
+    full = Where("linear_cross_entropy", LINEAR)
+    masked = full._replace(note=f"{MASKED_SHARE:.0%} counted")
+    clip, million = Where("clip_loss", CLIP), Where("clip_loss", MILLION)
+    yield Goal(str(full), partial(milliseconds, where=full), 17.3, "ms", True)
+    yield Goal(f"{full}, peak less its gradients",
+               partial(memory_beside_gradients, where=full), GIB, "MB", True)  # fmt: skip
+    yield Goal(str(masked), partial(milliseconds, where=masked), 3.2, "ms", True)
+    yield Goal(str(clip), partial(milliseconds, where=clip), 44, "ms", True)
+    yield Goal(f"{million} completes", partial(milliseconds, where=million), math.inf, "ms", True)
+
+
+# Set for an H200.
+CUDA = (*_shares(), *_ratios(), *_times())
+_TINY = Where("cross_entropy", TINY, "float32")
+SMALL = (
+    Goal(f"{_TINY}, a kernel call's time over torch's", partial(kernel_over_torch, where=_TINY),
+         1.6, "x", True),
+)  # fmt: skip
+
+
+def evaluate(results: list[JSON], goals: Iterable[Goal]) -> list[JSON]:
     """met is None where nothing was measured; False, with measured None, where neglog failed."""
-    found = {(row["case"], row["way"]): row for row in rows if "way" in row}
-    results = []
-    for goal in goals():
-        number, note = goal.value(found)
+    judged = []
+    for goal in goals:
+        number, note = goal.value(results)
         failed = number is not None and math.isnan(number)
-        results.append({
+        judged.append({
             "goal": goal.what,
             "bound": goal.bound if math.isfinite(goal.bound) else None,
             "unit": goal.unit,
@@ -132,19 +191,24 @@ def evaluate(rows: Iterable[Row]) -> list[Row]:
             "met": None if number is None else goal.met(number),
             "note": "failed" if failed else note,
         })  # fmt: skip
-    return results
+    return judged
 
 
-def lines(results: Iterable[Row], device: str) -> Iterable[str]:
-    yield f"Goals on {device}" + (
-        "" if "H200" in device else ": the milliseconds were set for an H200, which this is not"
-    )
-    for result in results:
-        said = {True: "met", False: "not met", None: "not measured"}[result["met"]]
+def lines(judged: Iterable[JSON]) -> Iterator[str]:
+    """A line for each goal."""
+    for goal in judged:
+        verdict = {True: "met", False: "not met", None: "not measured"}[goal["met"]]
         number, bound = (
-            "" if result[key] is None else f"{result[key]:.4g} {result['unit']}"
+            "" if goal[key] is None else f"{goal[key]:.4g} {goal['unit']}"
             for key in ("measured", "bound")
         )
-        goal = f"{'<=' if result['at most'] else '>='} {bound}" if bound else ""
-        note = f" ({result['note']})" if result["note"] else ""
-        yield f"{result['goal']:<72} {number:>12} {goal:>11}  {said}{note}"
+        limit = f"{'<=' if goal['at most'] else '>='} {bound}" if bound else ""
+        note = f" ({goal['note']})" if goal["note"] else ""
+        yield f"{goal['goal']:<72} {number:>12} {limit:>11}  {verdict}{note}"
+
+
+def heading(device: str) -> str:
+    """The goals' own device is named where this one is another."""
+    if "H200" in device:
+        return f"Goals on {device}"
+    return f"Goals on {device}: the milliseconds were set for an H200, which this is not"

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = (
     "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "kernels",
-    "python",
+    "python", "bench", "examples",
 )  # fmt: skip
 # An editable install of the tree would lend its compiled modules to the one that has none.
 CODE = """
@@ -20,6 +20,8 @@ sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in rep
 import numpy, neglog
 from neglog import kernels
 print(neglog.__file__)
+import neglog.bench.run, neglog.examples.demo
+print(neglog.bench.run.__file__, neglog.examples.demo.__file__)
 print(kernels.isa_level(), kernels.available("cython").why)
 for _ in range(2):
     print(kernels.nll_forward(numpy.zeros((2, 4), "f"), [0, 1]).loss)
@@ -65,8 +67,12 @@ def test_install_without_a_compiler(tmp_path, environment, said):
         env=os.environ | {"PYTHONPATH": str(target)},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    where, level, *losses = ran.stdout.splitlines()
+    where, beside, level, *losses = ran.stdout.splitlines()
     assert where.startswith(str(target))
+    assert [file.startswith(str(target / "neglog")) for file in beside.split()] == [True, True]
+    # Numbers and scripts for developers stay in the repository.
+    assert not list(target.rglob("results"))
+    assert not list(target.rglob("tools"))
     assert level == "None not built: neglog was installed without a C++ compiler"
     assert losses == ["[1.3862944 1.3862944]"] * 2
     assert ran.stderr.count("no compiled kernels can run here, so Numba compiles") == 1

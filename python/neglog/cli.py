@@ -1,5 +1,8 @@
 """The command line: `neglog info | demo | bench`.
 
+What it runs lies beside the library, in neglog.bench and neglog.examples, and is imported when a
+command asks for it.
+
 Exit codes: 0 done, 1 a measured loss is wrong, 2 what was asked cannot be done.
 """
 
@@ -11,7 +14,6 @@ import sys
 from collections.abc import Sequence
 
 from neglog import __version__
-from neglog.benchmark import Mismatch, Refusal, machine, terminal
 
 Rows = list[tuple[str, str]]
 
@@ -49,6 +51,8 @@ def _matmul_rows() -> Rows:
 
 
 def _torch_rows() -> Rows:
+    from neglog.bench import machine
+
     try:
         import torch
     except ImportError as error:
@@ -61,12 +65,13 @@ def _torch_rows() -> Rows:
 
 def _openmp_rows() -> Rows:
     from neglog import kernels
+    from neglog.bench import machine
 
     if kernels.isa_level():
         kernels.load("nll", "cython")  # brings its runtime into the process
     runtimes = machine.openmp_runtimes()
     if runtimes is None:
-        return [("OpenMP", "cannot tell: no /proc/self/maps here")]
+        return [("OpenMP", "not known: psutil tells it on Linux (pip install 'neglog[bench]')")]
     if len(runtimes) > 1:
         warning = "more than one: their threads compete for the cores"
         return [("OpenMP", warning), *(("", path) for path in runtimes)]
@@ -74,12 +79,16 @@ def _openmp_rows() -> Rows:
 
 
 def _info_rows() -> Rows:
+    from neglog.bench import machine
+
     rows = [("neglog", __version__), ("processor", machine.processor())]
     return rows + _kernel_rows() + _backend_rows() + _torch_rows() + _matmul_rows() + _openmp_rows()
 
 
 def info(options: argparse.Namespace) -> None:
     """Print what is loaded and why; in plain text where rich is not installed."""
+    from neglog.bench import Refusal, terminal
+
     try:
         rows = _info_rows()
     except ValueError as error:  # NEGLOG_ISA names no level: nothing can be loaded
@@ -90,18 +99,23 @@ def info(options: argparse.Namespace) -> None:
         for name, value in rows:
             print(f"{name:<16} {value}")
         return
-    made = terminal.table("neglog: what is loaded, and why")
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    made = Table(title="neglog: what is loaded, and why", title_justify="left", box=SIMPLE)
     made.show_header = False
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in rows:
         made.add_row(escape(name), escape(value))
-    terminal.console("info").print(made)
+    terminal.console().print(made)
 
 
 def _check_environment(command: str) -> None:
     """What NEGLOG_ISA and NEGLOG_BACKEND ask for must exist before anything is measured with it."""
-    terminal.need("torch", command)
+    from neglog.bench import Refusal, terminal
+
+    terminal.need("torch", command, extra=command)
     try:
         from neglog import dispatch
 
@@ -112,41 +126,40 @@ def _check_environment(command: str) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     _check_environment("demo")
-    from neglog.demo.run import run
+    from neglog.examples.demo.run import run
 
     run(options)
 
 
 def _bench(options: argparse.Namespace) -> None:
     _check_environment("bench")
-    from neglog.benchmark.run import run
+    from neglog.bench.run import run
 
     run(options)
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line. Needs neither torch nor rich."""
-    from neglog.benchmark.run import add_arguments as add_bench
-    from neglog.demo import add_arguments as add_demo
+    from neglog.bench.run import add_arguments as add_bench
+    from neglog.examples.demo import add_arguments as add_demo
 
     top = argparse.ArgumentParser("neglog", description="Pretraining losses with native kernels.")
     top.add_argument("--version", action="version", version=f"neglog {__version__}")
     commands = top.add_subparsers(metavar="info | demo | bench", required=True)
-    told = commands.add_parser("info", help="what is loaded, and why")
-    told.set_defaults(run=info)
-    shown = commands.add_parser(
-        "demo", help="train a small model with torch's loss and with neglog"
-    )
-    add_demo(shown)
-    shown.set_defaults(run=_demo)
-    measured = commands.add_parser("bench", help="verify, then time, implementations of one op")
-    add_bench(measured)
-    measured.set_defaults(run=_bench)
+    commands.add_parser("info", help="what is loaded, and why").set_defaults(run=info)
+    demo = commands.add_parser("demo", help="train a small model with torch's loss and with neglog")
+    add_demo(demo)
+    demo.set_defaults(run=_demo)
+    bench = commands.add_parser("bench", help="check, then time, implementations of one loss")
+    add_bench(bench)
+    bench.set_defaults(run=_bench)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    from neglog.bench import Mismatch, Refusal
+
     options = parser().parse_args(arguments)
     try:
         options.run(options)

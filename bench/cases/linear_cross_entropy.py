@@ -1,0 +1,100 @@
+"""linear_cross_entropy: torch eager, torch.compile, torch's own chunks, and neglog's tiles."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import neglog
+from neglog import reference
+
+from ..contender import (
+    Contender,
+    Grads,
+    Problem,
+    Spec,
+    Truth,
+    checked_rows,
+    float64_array,
+    neglog_default,
+    torch_compiled,
+    torch_eager,
+)
+from . import Shape
+from .cross_entropy import IGNORED
+from .pairs import matmul_of_a_tile
+
+MODEL = "3 matmuls of the counted rows x features x vocab, 2 operations each"
+
+
+def problem(
+    shape: Shape, dtype: str, seed: int, device: str = "cpu", counted: float = 1.0
+) -> Problem:
+    """Random input, weight and target, of which a share counts; some gradients are checked."""
+    rows, features, vocab = shape["rows"], shape["features"], shape["vocab"]
+    kind = getattr(torch, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    hidden = torch.randn(rows, features, generator=generator, device=device).to(kind)
+    weight = torch.randn(vocab, features, generator=generator, device=device)
+    weight = weight.div_(features**0.5).to(kind)
+    target = torch.randint(vocab, (rows,), generator=generator, device=device)
+    target[max(1, round(rows * counted)) :] = IGNORED
+    count = int((target != IGNORED).sum())
+    picked = checked_rows(count, device)
+    check_target = torch.full_like(target, IGNORED)
+    check_target[picked] = target[picked]
+    truth, some = _truth(hidden[picked], weight, target[picked])
+
+    def compared(grads: Grads) -> tuple:
+        return float64_array(grads[0][picked]), float64_array(grads[1][some])
+
+    operations = 6 * count * features * vocab
+    of_tile, yardstick = matmul_of_a_tile(hidden, vocab)
+    return Problem(
+        spec=Spec(
+            "linear_cross_entropy", shape, dtype, hidden.nbytes + weight.nbytes,
+            "matmul of a tile", of_tile / operations, operations, "GFLOP/s", MODEL,
+            "" if counted == 1.0 else f"{counted:.0%} counted",
+        ),
+        leaves=(hidden.requires_grad_(), weight.requires_grad_()),
+        fixed=(target,),
+        check_fixed=(check_target,),
+        truth=truth,
+        compared=compared,
+        yardstick=yardstick,
+        by_norm=True,
+    )  # fmt: skip
+
+
+def _truth(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Truth, Tensor]:
+    """Of these rows alone; and the rows of the weight whose gradients it holds."""
+    x, w = hidden.double(), weight.double()
+    # The logits are rounded as every contender's are: from there on the oracle is exact.
+    logits = (x @ w.t()).to(hidden.dtype)
+    oracle = reference.nll(float64_array(logits), target.cpu().numpy())
+    dz = torch.from_numpy(oracle.grad).to(hidden.device)
+    by_hidden, by_weight = dz @ w, dz[:, target].t() @ x
+    grads = float64_array(by_hidden), float64_array(by_weight)
+    return Truth(float(oracle.loss), grads), target
+
+
+def _eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), target)
+
+
+def _chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(hidden, weight, target, options=options)
+
+
+def contenders(problem: Problem) -> list[Contender]:
+    """Logits in memory first; each does the same three matmuls."""
+    found = [torch_eager(_eager, 1), torch_compiled(_eager, 1)]
+    if hasattr(F, "linear_cross_entropy"):  # new in torch 2.13
+        found.append(Contender("chunked", "torch, chunked", _chunked, 1))
+    return [*found, neglog_default(neglog.linear_cross_entropy, 1)]

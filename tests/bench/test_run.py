@@ -1,0 +1,77 @@
+"""`neglog bench`: what it measures, prints and writes, for every loss and both suites."""
+
+import json
+
+import pytest
+
+from neglog.bench import files
+from neglog.bench.cases import OPS
+from neglog.cli import main
+
+# Small enough for a second each. nt_xent's two views must be of equal number.
+SHAPES = {"rows": 64, "vocab": 300, "features": 16}
+
+
+def bench(op, *arguments):
+    sizes = [f"--{name}={SHAPES[name]}" for name in OPS[op].default]
+    return main(["bench", op, *sizes, "--no-compile", "--repeat=2", *arguments])
+
+
+def test_it_checks_measures_and_writes(tmp_path, capsys):
+    table, picture = str(tmp_path / "b.json"), str(tmp_path / "b.png")
+    assert bench("cross_entropy", "--json", table, "--plot", picture) == 0
+    (result,) = json.loads((tmp_path / "b.json").read_text())["results"]
+    names = [contender["name"] for contender in result["contenders"]]
+    assert names[:4] == ["eager", "neglog", "new_memory", "inplace"]
+    printed = capsys.readouterr().out
+    for contender in result["contenders"]:
+        assert len(contender["total_seconds"]) == len(contender["forward_seconds"]) == 2
+        assert 0 <= contender["largest_relative_error"] < 1e-5
+        assert contender["forward_ms"] > 0
+        assert contender["total_ms"] > 0
+        assert contender["label"].strip() in printed
+    assert files.made_by_us(tmp_path / "b.png")
+    assert files.made_by_us(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "cross_entropy"])
+def test_every_loss_is_measured(op, tmp_path, capsys):
+    table, picture = tmp_path / "b.json", tmp_path / "b.png"
+    assert bench(op, "--json", str(table), "--plot", str(picture)) == 0
+    (result,) = json.loads(table.read_text())["results"]
+    assert result["op"] == op
+    assert {"eager", "neglog"} <= {contender["name"] for contender in result["contenders"]}
+    assert result["yardstick"]["rate"] > 0
+
+
+def test_no_line_is_folded_where_there_is_no_terminal(capsys):
+    assert bench("clip_loss") == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "given room" in line]
+    assert row.rstrip().endswith("MB")
+
+
+def test_the_backend_that_ran_is_in_the_table(monkeypatch, capsys):
+    monkeypatch.setattr("neglog.dispatch._forced", "numba")
+    assert bench("linear_cross_entropy") == 0
+    assert "neglog (numba)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def two_small_shapes(monkeypatch):
+    op = OPS["cross_entropy"]
+    shapes = ({"rows": 8, "vocab": 10}, {"rows": 32, "vocab": 100})
+    monkeypatch.setitem(OPS, "cross_entropy", op._replace(small=shapes))
+
+
+# float32 has the goal; the others are the smallest tolerance and the fewest digits.
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_suite_of_small_shapes(dtype, two_small_shapes, tmp_path, capsys):
+    picture = tmp_path / "b.png"
+    command = ["bench", "cross_entropy", "--suite=small", "--repeat=1", f"--dtype={dtype}"]
+    assert main([*command, "--no-compile", "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "rows 32 x vocab 100" in printed
+    assert files.made_by_us(picture)
+    goal = [line for line in printed.splitlines() if "a kernel call's time over torch's" in line]
+    assert len(goal) == (dtype == "float32")
+    assert all("<= 1.6 x" in line and line.rstrip().endswith("met") for line in goal)
