@@ -10,7 +10,6 @@ from torch import Tensor
 
 from neglog import dispatch
 
-from . import Mismatch
 from .contender import Contender, Problem, Truth
 
 # Relative error allowed against float64, and the absolute error below which it does not count (half
@@ -53,14 +52,6 @@ def check(contender: Contender, problem: Problem, leaves: tuple[Tensor, ...]) ->
     return Checked(backends, loss.item(), error, mismatch)
 
 
-def check_strictly(contender: Contender, problem: Problem, leaves: tuple[Tensor, ...]) -> Checked:
-    """The same, but what is wrong is raised as Mismatch."""
-    found = check(contender, problem, leaves)
-    if found.mismatch is not None:
-        raise Mismatch(found.mismatch)
-    return found
-
-
 def _compare(
     contender: Contender, problem: Problem, truth: Truth, loss: Tensor, grads: tuple[Tensor, ...]
 ) -> tuple[float, str | None]:
@@ -72,11 +63,8 @@ def _compare(
             errors.append(
                 _error(got, want, NEGLIGIBLE[dtype]) if by_number else _norm_error(got, want)
             )
-    if any(np.isnan(errors)):
-        worst = float("nan")
-    else:
-        worst = max(errors)
-    if worst <= TOLERANCE[dtype]:  # NaN is no match either
+    worst = float(np.max(errors))  # NaN if one of them is
+    if worst <= TOLERANCE[dtype]:
         return worst, None
     where = "gradient" if errors[0] <= TOLERANCE[dtype] else "loss"
     return worst, (

@@ -21,7 +21,7 @@ from neglog.kernels import memory
 
 from . import Mismatch
 from .budget import Budget, time_limit
-from .check import Checked, check, check_strictly, step
+from .check import Checked, check, step
 from .clocks import Clock
 from .contender import Contender, Problem, Spec
 
@@ -132,8 +132,9 @@ class _Run:
     def check(self, strict: bool) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's remarks would break the live line
-            how = check_strictly if strict else check
-            self.checked = how(self.contender, self.problem, self.leaves())
+            self.checked = check(self.contender, self.problem, self.leaves())
+        if strict and self.checked.mismatch:
+            raise Mismatch(self.checked.mismatch)
 
     def time(self, calls: int) -> None:
         """One round: so many losses alone, then as many with their gradients."""

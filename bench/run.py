@@ -142,14 +142,14 @@ def _measure(
             measured = measure(problem, contenders, clock, plan, status.update)
         results.append(report.as_json(measured))
         if not small:
-            screen.print(terminal.styled(report.large_table(results[-1])))
+            terminal.show(screen, report.large_table(results[-1]))
     return results
 
 
 def _print_small(screen: Any, results: list[JSON]) -> None:
     from . import goals, report
 
-    screen.print(terminal.styled(report.small_table(results)))
+    terminal.show(screen, report.small_table(results))
     found = [goal for goal in goals.evaluate(results, goals.SMALL) if goal["met"] is not None]
     for line in goals.lines(found):
         screen.print(line)

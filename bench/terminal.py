@@ -44,7 +44,16 @@ class Table(NamedTuple):
     emphasis: dict[int, str] = {}  # noqa: RUF012 - never written
 
 
-def styled(table: Table) -> Any:
+def show(screen: Console, table: Table) -> None:
+    """On a terminal with rich's styles, elsewhere as plain lines."""
+    if screen.is_terminal:
+        screen.print(_styled(table))
+        return
+    for line in ("", *plain(table), ""):
+        screen.print(line, markup=False)
+
+
+def _styled(table: Table) -> Any:
     """For rich to print: the first column to the left, the others to the right."""
     box = importlib.import_module("rich.box").SIMPLE_HEAD
     made: Any = importlib.import_module("rich.table").Table(
@@ -58,7 +67,7 @@ def styled(table: Table) -> Any:
 
 
 def plain(table: Table) -> Iterator[str]:
-    """The same as lines of text, where there is no rich."""
+    """The table as lines of text, which need no rich."""
     lines = [table.columns, *table.rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     yield table.title

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -68,7 +68,7 @@ def _train_both(screen: Console, task: Task, options: argparse.Namespace) -> tup
     return runs
 
 
-def _table(task: Task, runs: tuple[Run, Run]) -> Any:
+def _table(task: Task, runs: tuple[Run, Run]) -> terminal.Table:
     title = f"Same seed, same batches, {len(runs[0].losses)} steps in turn; medians"
     columns = (
         "loss", "ms in the loss", "ms a step", "share", "peak memory", "last loss", task.metric,
@@ -81,12 +81,12 @@ def _table(task: Task, runs: tuple[Run, Run]) -> Any:
             f"{numbers['share']:.0%}", terminal.megabytes(run.extra), f"{run.losses[-1]:.4f}",
             task.metric_format.format(run.score),
         ))  # fmt: skip
-    return terminal.styled(terminal.Table(title, columns, rows, {1: "bold"}))
+    return terminal.Table(title, columns, rows, {1: "bold"})
 
 
 def _conclude(screen: Console, task: Task, runs: tuple[Run, Run], seed: int) -> None:
     first, second = (facts(run)["loss_ms"] for run in runs)
-    screen.print(_table(task, runs))
+    terminal.show(screen, _table(task, runs))
     screen.print(
         f"The loss, its matmuls and the gradients: {first:.1f} ms a step, and "
         f"{second:.1f}; {first / second:.1f} times as fast.\n"

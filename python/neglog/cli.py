@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from neglog import __version__
 
@@ -86,20 +87,19 @@ def _info_rows() -> Rows:
 
 
 def info(options: argparse.Namespace) -> None:
-    """Print what is loaded and why; in plain text where rich is not installed."""
+    """Print what is loaded and why; in plain lines where there is no terminal or no rich."""
     from neglog.bench import Refusal, terminal
 
     try:
         rows = _info_rows()
     except ValueError as error:  # NEGLOG_ISA names no level: nothing can be loaded
         raise Refusal(str(error)) from error
-    try:
-        from rich.markup import escape
-    except ImportError:
+    if not (sys.stdout.isatty() and find_spec("rich")):
         for name, value in rows:
             print(f"{name:<16} {value}")
         return
     from rich.box import SIMPLE
+    from rich.markup import escape
     from rich.table import Table
 
     made = Table(title="neglog: what is loaded, and why", title_justify="left", box=SIMPLE)
