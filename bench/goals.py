@@ -129,8 +129,8 @@ def memory_beside_gradients(results: list[JSON], where: Where) -> Value:
 
 
 def kernel_over_torch(results: list[JSON], where: Where) -> Value:
-    """How many times torch eager's time a call of neglog's kernel takes."""
-    found = _find(results, where, "kernel")
+    """How many times torch eager's time a call of neglog takes."""
+    found = _find(results, where, "neglog")
     if not isinstance(found, Found):
         return Value(found)
     return Value(1 / found.contender["times_faster"]["eager"])

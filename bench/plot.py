@@ -74,9 +74,8 @@ def small_figure(results: list[JSON], subtitle: str) -> Any:
         values = [result["contenders"][number]["total_ms"] * 1e3 for result in results]
         places = [line + (number - (many - 1) / 2) * thick for line in range(len(names))]
         (color,) = _colors([contender])
-        alpha = 0.55 if contender["name"] == "kernel" else 1.0
-        axes.barh(places, values, height=0.9 * thick, color=color, alpha=alpha,
-                  label=contender["label"].strip())  # fmt: skip
+        label = contender["label"].strip()
+        axes.barh(places, values, height=0.9 * thick, color=color, label=label)
         for place, value in zip(places, values, strict=True):
             axes.text(value, place, f"  {value:,.1f} us", va="center", fontsize=9)
     axes.set_yticks(range(len(names)), names, color=INK)

@@ -24,7 +24,7 @@ def environment() -> JSON:
         "processor": machine.processor(),
         "cores": machine.cores(),
         "threads": torch.get_num_threads(),
-        "backend": dispatch.forced() or dispatch.kernel_backend() or "torch",
+        "backend": dispatch.demanded() or dispatch.best("cpu") or "torch",
         "isa": kernels.isa_level(),
         "versions": machine.versions(),
     }

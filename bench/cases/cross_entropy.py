@@ -75,9 +75,10 @@ def problem_of(
 
 def kernel_of(problem: Problem) -> str | None:
     """The kernel backend for the problem's device; None where torch's functions take its place."""
-    if dispatch.forced() == "torch":
+    demanded = dispatch.demanded()
+    if demanded == "torch":
         return None
-    return dispatch.forced() or dispatch.kernel_backend(problem.leaves[0])
+    return demanded or dispatch.best(problem.leaves[0].device.type)
 
 
 def _in_place(logits: Tensor, target: Tensor) -> Tensor:
@@ -99,16 +100,8 @@ def contenders(problem: Problem) -> list[Contender]:
     if kernel is None:
         return found
     if kernel != "cuda":
-
-        def by_kernel(logits: Tensor, target: Tensor) -> Tensor:
-            return neglog.cross_entropy(logits, target, backend=kernel)
-
-        found += [
-            Contender("kernel", f"  backend={kernel}", by_kernel, OUT_OF_PLACE, "neglog",
-                      backend=kernel, suites=("small",)),
-            Contender("new_memory", "  in new memory", own, OUT_OF_PLACE, "neglog",
-                      drops_memory=True),
-        ]  # fmt: skip
+        new = "  in new memory"
+        found.append(Contender("new_memory", new, own, OUT_OF_PLACE, "neglog", drops_memory=True))
     found.append(Contender("inplace", "  in place", _in_place, IN_PLACE, "neglog", overwrites=True))
     numba = next(state for state in dispatch.describe() if state.name == "numba")
     if numba.usable and kernel == "cython":

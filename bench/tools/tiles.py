@@ -22,7 +22,7 @@ from neglog.bench.cases import load
 from neglog.bench.clocks import Clock, CUDAClock
 from neglog.bench.contender import Contender, Problem
 from neglog.bench.measure import Plan, measure
-from neglog.ops import pairs as pairs_op
+from neglog.ops.pairs import schedule
 
 DEVICE = "cuda"
 SIDES = (4096, 5632, 8192, 11264, 16384)
@@ -32,12 +32,12 @@ WORKSPACES = (256, 512, 1024, 2048)
 
 @contextmanager
 def tiles_of(height: int, width: int) -> Iterator[None]:
-    before = pairs_op.CUDA_TILE_BYTES, pairs_op.CUDA_WIDTH
-    pairs_op.CUDA_TILE_BYTES, pairs_op.CUDA_WIDTH = height * width * 2, width
+    before = schedule.CUDA_TILE_BYTES, schedule.CUDA_WIDTH
+    schedule.CUDA_TILE_BYTES, schedule.CUDA_WIDTH = height * width * 2, width
     try:
         yield
     finally:
-        pairs_op.CUDA_TILE_BYTES, pairs_op.CUDA_WIDTH = before
+        schedule.CUDA_TILE_BYTES, schedule.CUDA_WIDTH = before
 
 
 def measured(problem: Problem, name: str, loss: Callable, clock: Clock, budget: Budget) -> None:

@@ -119,7 +119,7 @@ def _check_environment(command: str) -> None:
     try:
         from neglog import dispatch
 
-        dispatch.forced()
+        dispatch.demanded()
     except (ValueError, RuntimeError) as error:
         raise Refusal(str(error)) from error
 

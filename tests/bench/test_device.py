@@ -321,7 +321,7 @@ def test_tiles_are_tried_and_what_was_is_set_back(monkeypatch, capsys):
     monkeypatch.setattr(goals, "LINEAR", linear)
     tiles = runpy.run_path(str(TOOLS / "tiles.py"))
     tiles["clip"].__globals__["DEVICE"] = "cpu"
-    op = tiles["pairs_op"]
+    op = tiles["schedule"]
     before = op.CUDA_TILE_BYTES, op.CUDA_WIDTH
     tiles["clip"](SetClock(), Budget())
     tiles["linear"](SetClock(), Budget())
