@@ -21,8 +21,8 @@ def main() -> None:
     for step in range(51):
         logits = x @ weight
         result = kernels.nll_forward(logits, target, stats=True)
-        # For a mean, each row's loss has a gradient of 1 / total_weight.
         assert result.correct is not None  # as stats=True asks
+        # For a mean, each row's loss has a gradient of 1 / total_weight.
         grad = kernels.nll_backward(1 / result.total_weight, result, logits, target)
         weight -= 20 * x.T @ grad
         if step % 10 == 0:

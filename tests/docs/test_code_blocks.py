@@ -6,6 +6,7 @@ A stranger copies a block and runs it. So a block that no longer runs is a fault
 import re
 import shlex
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,9 @@ def python(arguments: list[str]) -> str | None:
         "neglog": neglog, "pip": pip, "venv": anything, "pytest": pytest_paths,
     }  # fmt: skip
     module, *rest = arguments[1:]
-    return modules[module](rest) if module in modules else f"unknown module {module!r}"
+    if module in modules:
+        return modules[module](rest)
+    return None if find_spec(module) else f"unknown module {module!r}"
 
 
 def pytest_paths(arguments: list[str]) -> str | None:

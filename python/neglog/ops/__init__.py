@@ -1,1 +1,1 @@
-"""torch.library ops: schema, fake, CPU implementation and autograd formula, one file a stem."""
+"""The torch.library ops, a folder a family: schema, implementations, formula, autograd."""

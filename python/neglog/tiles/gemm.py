@@ -28,14 +28,14 @@ from neglog.tiles import plan
 
 COLUMNS = 4096  # of a oneDNN tile
 PROBE_ROWS, PROBE_FEATURES, PROBE_VOCAB = 512, 768, 2 * COLUMNS
-# What the way that is not certain must take at most of the other's time. On Zen 3 the two are level
-# in the probe, and oneDNN a fifth slower in a tile of 32000 columns.
+# The share of BLAS's time that oneDNN must stay below. On Zen 3 the two are level in the probe, and
+# oneDNN a fifth slower in a tile of 32000 columns.
 MARGIN = 0.9
 # Of 16-bit numbers: small, as the slowest CPU seen takes 0.1 s for these three products.
 PROBE_SMALL = (128, 256, 1024)
 WIDENED_BYTES = 8 << 20  # of 16-bit numbers, what is widened at a time
-# Multiplications below which the clock is not asked: both ways take less than a millisecond, and
-# the measurement itself takes half a second.
+# Multiplications below which BLAS runs unmeasured: either takes less than a millisecond, and the
+# measurement half a second.
 SMALL_PRODUCT = 1 << 26
 
 
@@ -102,20 +102,20 @@ def describe() -> str:
         f"{str(dtype)[6:]} {'in float32' if float32_is_faster(dtype) else 'torch.mm'}"
         for dtype in (torch.bfloat16, torch.float16)
     ]
-    ways = f"float32 logits {names[fastest_linear()]}, gradient {names[fastest_add_outer()]}"
-    return ", ".join([ways, *short])
+    long = f"float32 logits {names[fastest_linear()]}, gradient {names[fastest_add_outer()]}"
+    return ", ".join([long, *short])
 
 
 def _may_use_onednn(x: Tensor, logits: Tensor) -> bool:
-    """Whether a product of x (n, D) that makes or takes logits (n, V) is left to the clock."""
+    """Whether a product of x (n, D) that makes or takes logits (n, V) is made by what measured fastest."""
     if x.dtype != torch.float32 or not x.is_cpu or logits.numel() * x.shape[1] < SMALL_PRODUCT:
         return False
-    # A choice by the clock may be another in the next process, and with it the last bits.
+    # A choice by measurement may differ in the next process, and with it the last bits.
     fixed = os.environ.get("NEGLOG_MATMUL") == "blas"
     return not fixed and not torch.are_deterministic_algorithms_enabled()
 
 
-# The ways
+# By BLAS, by oneDNN, and in a wider dtype
 
 
 def linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -195,7 +195,7 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def fastest_linear() -> Callable[..., None]:
-    """The way to make logits that ran fastest when it was tried."""
+    """What makes logits fastest here, by a measurement."""
     x, weight = _random(PROBE_ROWS, PROBE_FEATURES), _random(PROBE_VOCAB, PROBE_FEATURES)
     out = torch.empty(PROBE_ROWS, PROBE_VOCAB)
     return _faster((linear_by_blas, linear_by_onednn), (x, weight, None, out), out)
@@ -203,7 +203,7 @@ def fastest_linear() -> Callable[..., None]:
 
 @cache
 def fastest_add_outer() -> Callable[..., None]:
-    """The way to add to a weight's gradient that ran fastest when it was tried."""
+    """What adds to a weight's gradient fastest here, by a measurement."""
     s, x = _random(PROBE_ROWS, PROBE_VOCAB), _random(PROBE_ROWS, PROBE_FEATURES)
     out = torch.zeros(PROBE_VOCAB, PROBE_FEATURES)
     return _faster((add_outer_by_blas, add_outer_by_onednn), (s, x, out, True), out)
@@ -241,9 +241,9 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _faster(ways: tuple[Any, Any], arguments: tuple, out: Tensor) -> Any:
-    """The second way if it is right and clearly faster; the first is known to be right."""
-    certain, other = ways
+def _faster(candidates: tuple[Any, Any], arguments: tuple, out: Tensor) -> Any:
+    """The second if it is right and clearly faster; the first is known to be right."""
+    certain, other = candidates
     with torch.no_grad():
         certain(*arguments)
         expected = out.clone()
@@ -253,17 +253,17 @@ def _faster(ways: tuple[Any, Any], arguments: tuple, out: Tensor) -> Any:
             return certain
         if not torch.allclose(out, expected, rtol=1e-4, atol=1e-3):
             return certain
-        times = _times(tuple(partial(way, *arguments) for way in ways), 3)
+        times = _times(tuple(partial(run, *arguments) for run in candidates), 3)
     of_certain, of_other = times.values()
     return other if of_other < MARGIN * of_certain else certain
 
 
-def _times(ways: tuple[Any, ...], rounds: int) -> dict[Any, float]:
+def _times(runs: tuple[Any, ...], rounds: int) -> dict[Any, float]:
     """The shortest time of each, taken in turn."""
-    times = dict.fromkeys(ways, float("inf"))
+    times = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
-        for way in ways:
+        for run in runs:
             start = perf_counter()
-            way()
-            times[way] = min(times[way], perf_counter() - start)
+            run()
+            times[run] = min(times[run], perf_counter() - start)
     return times

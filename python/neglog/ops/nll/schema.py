@@ -15,6 +15,7 @@ run, so that a graph exported on one machine runs on another.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class Options(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Any) -> Options:
-        return cls(*(getattr(arguments, name) for name in cls._fields))
+        return cls(*attrgetter(*cls._fields)(arguments))
 
 
 def empty_stats(logits: Tensor, stats: bool) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ known as soon as the tile is: 3 matmuls in all.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +111,7 @@ class Pairs(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Any) -> Pairs:
-        return cls(*(getattr(arguments, name) for name in cls._fields))
+        return cls(*attrgetter(*cls._fields)(arguments))
 
     @property
     def real(self) -> torch.dtype:
@@ -146,11 +147,12 @@ class Pairs(NamedTuple):
         """Whether no score can be too large, or too small, for e^score."""
         if not self.query.numel() or not self.key.numel():
             return False
-        of_query, of_key = (x.to(self.real).norm(dim=1).amax() for x in (self.query, self.key))
+        real = self.real
+        of_query, of_key = (x.to(real).norm(dim=1).amax() for x in (self.query, self.key))
         bound = self.scale.abs().amax() * of_query * of_key
         if self.bias is not None:
             bound = bound + self.bias.abs().where(self.bias != -torch.inf, 0).amax()
-        return bool(bound <= BOUNDED[self.real])
+        return bool(bound <= BOUNDED[real])
 
 
 class Marginal(NamedTuple):
