@@ -78,12 +78,18 @@ def _divisor(kernel: Any, given: tuple, num_items: Tensor | None) -> float:
     return total if num_items is None else float(num_items)
 
 
+def _begin(op: str, a: Any) -> tuple[Any, Tensor, tuple, tuple]:
+    """The kernels, rows with adjacent columns, the kernels' first arguments, and what these point
+    into."""
+    kernel = load_kernel(op, a.backend)
+    rows = adjacent_columns(a.logits)
+    target, weight = _ready(a.target, a.weight)
+    return kernel, rows, problem(rows, target, weight, a), (target, weight)
+
+
 def forward(a: Any) -> Outputs:
     """Loss and statistics of rows."""
-    kernel = load_kernel("nll", a.backend)
-    logits = adjacent_columns(a.logits)
-    target, weight = _ready(a.target, a.weight)
-    given = problem(logits, target, weight, a)
+    kernel, logits, given, _alive = _begin("nll", a)
     divisor = _divisor(kernel, given, a.num_items)
     real = real_dtype(logits.dtype)
     row_loss, lse, lse_low = (torch.empty(len(logits), dtype=real) for _ in range(3))
@@ -98,14 +104,12 @@ def forward(a: Any) -> Outputs:
 
 def backward(a: Any, divisor: float) -> Tensor:
     """The gradient of the logits, in new memory."""
-    kernel = load_kernel("nll_backward", a.backend)
-    logits = adjacent_columns(a.logits)
-    target, weight = _ready(a.target, a.weight)
+    kernel, logits, given, _alive = _begin("nll_backward", a)
     grad_lse = None if a.grad_lse is None else a.grad_lse.contiguous()
     lse, lse_low = a.lse.contiguous(), a.lse_low.contiguous()
     out = new_memory(logits.shape, logits)
     kernel.backward(
-        *problem(logits, target, weight, a), lse.data_ptr(), lse_low.data_ptr(),
+        *given, lse.data_ptr(), lse_low.data_ptr(),
         a.grad_loss.data_ptr(), a.grad_loss.stride(0) if a.grad_loss.dim() else 0,
         quotient(1.0, divisor) if a.reduction == MEAN else 1.0,
         address(grad_lse), out.data_ptr(), logits.shape[1], threads_for(logits),
@@ -115,10 +119,7 @@ def backward(a: Any, divisor: float) -> Tensor:
 
 def forward_in_place(a: Any) -> Outputs:
     """Loss and statistics of rows, and their gradient in place of the logits."""
-    kernel = load_kernel("nll_", a.backend)
-    rows = adjacent_columns(a.logits)
-    target, weight = _ready(a.target, a.weight)
-    given = problem(rows, target, weight, a)
+    kernel, rows, given, _alive = _begin("nll_", a)
     divisor = _divisor(kernel, given, a.num_items)
     real = real_dtype(rows.dtype)
     row_loss, lse = (torch.empty(len(rows), dtype=real) for _ in range(2))
