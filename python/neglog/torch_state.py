@@ -50,6 +50,12 @@ def one_upstream(grad: Tensor) -> bool:
     return not torch._C._functorch.is_legacy_batchedtensor(grad) and not transforming()
 
 
+def batched(arguments: tuple) -> bool:
+    """Whether a gradient among them is a batch of gradients, as with is_grads_batched=True."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return any(isinstance(x, Tensor) and is_batched(x) for x in arguments)
+
+
 def readable(x: Tensor) -> bool:
     """Whether its numbers can be read without waiting for a device or breaking a graph."""
     return x.is_cpu and type(x) in PLAIN and not compiling() and not transforming()

@@ -107,7 +107,7 @@ def describe() -> str:
 
 
 def _may_use_onednn(x: Tensor, logits: Tensor) -> bool:
-    """Whether a product of x (n, D) that makes or takes logits (n, V) is made by what measured fastest."""
+    """Whether oneDNN may make a product of x (n, D) that makes or takes logits (n, V)."""
     if x.dtype != torch.float32 or not x.is_cpu or logits.numel() * x.shape[1] < SMALL_PRODUCT:
         return False
     # A choice by measurement may differ in the next process, and with it the last bits.

@@ -129,5 +129,5 @@ def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 for _device, _kind in ROWS.items():
-    schema.forward.implement(_device.upper(), partial(forward, _kind))
-    schema.backward.implement(_device.upper(), partial(backward, _kind))
+    schema.forward.implement(_device, partial(forward, _kind))
+    schema.backward.implement(_device, partial(backward, _kind))

@@ -173,6 +173,6 @@ def _in_place(a: Any) -> tuple[Tensor, ...]:
     return out.loss(a.reduction), out.lse, out.total_weight(), out.correct, out.entropy
 
 
-schema.forward.implement("CPU", _forward)
-schema.backward.implement("CPU", lambda a: backward(a, float(a.total_weight)))
-schema.in_place.implement("CPU", _in_place)
+schema.forward.implement("cpu", _forward)
+schema.backward.implement("cpu", lambda a: backward(a, float(a.total_weight)))
+schema.in_place.implement("cpu", _in_place)

@@ -21,7 +21,7 @@ from neglog.ops.pairs.schema import Marginal, Pairs, Upstream
 from neglog.ops.pairs.states import States
 from neglog.tiles import gemm, plan
 
-TILES: dict[str, Any] = {"CPU": CpuTiles, "CUDA": CudaTiles}
+TILES: dict[str, Any] = {"cpu": CpuTiles, "cuda": CudaTiles}
 # Bytes of a tile, if the workspace allows it, and its columns. On the CPU half of that, which the
 # last cache holds, is no faster, and slower on a busy machine: each tile waits for all threads half
 # a dozen times. On CUDA, not measured yet: what fills the device, and little more than its cache.
