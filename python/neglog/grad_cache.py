@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+Encoder: TypeAlias = Callable[[Any], Tensor]
 
 
 def cached_step(
-    encode: Callable[[Any], Tensor] | Sequence[Callable[[Any], Tensor]],
-    inputs: Sequence[Any],
-    loss: Callable[..., Tensor],
-    *,
-    chunk_size: int = 64,
-    backward: Callable[[Tensor], Any] = Tensor.backward,
-) -> Tensor:
+    encode: Encoder | Sequence[Encoder] | torch.nn.ModuleList, inputs: Sequence[Any],
+    loss: Callable[..., Tensor], *, chunk_size: int = 64,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+) -> Tensor:  # fmt: skip
     """Loss of the whole batch, and its gradients added to every `.grad`; the optimizer comes next.
 
         loss = neglog.cached_step(encoder, (first, second), neglog.info_nce)
@@ -57,28 +57,28 @@ def cached_step(
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     encoders = _encoders(encode, len(inputs))
+    parts = [_split(given, chunk_size) for given in inputs]
     chunks = [
-        _Chunk(encoder, part)
-        for encoder, given in zip(encoders, inputs, strict=True)
-        for part in _split(given, chunk_size)
+        [_Chunk(encoder, part) for part in some]
+        for encoder, some in zip(encoders, parts, strict=True)
     ]
-    counts = [max(1, -(-_rows(given) // chunk_size)) for given in inputs]
-    embeddings = _joined([chunk.first() for chunk in chunks], counts)
+    # Leaves that gather the gradient of each input's embeddings.
+    embeddings = [torch.cat([chunk.first() for chunk in some]).requires_grad_() for some in chunks]
     value = loss(*embeddings)
     if not isinstance(value, Tensor) or value.dim() > 0:
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"loss: expected a function that returns a Tensor of shape [], got {got}")
     backward(value)
-    gradients = [
-        part for embedding in embeddings for part in _gradient(embedding).split(chunk_size)
-    ]
-    for index, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True)):
-        later = any(other.encode is chunk.encode for other in chunks[index + 1 :])
+    runs = [chunk for some in chunks for chunk in some]
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in embeddings]
+    gradients = [part for grad in grads for part in grad.split(chunk_size)]
+    for index, (chunk, gradient) in enumerate(zip(runs, gradients, strict=True)):
+        later = any(other.encode is chunk.encode for other in runs[index + 1 :])
         chunk.second(gradient, synchronise=not later)
     return value.detach()
 
 
-def _encoders(encode: Any, count: int) -> list[Callable[[Any], Tensor]]:
+def _encoders(encode: Any, count: int) -> list[Encoder]:
     """One for each input."""
     alone = callable(encode) and not isinstance(encode, torch.nn.ModuleList)
     if not alone and not isinstance(encode, Sequence | torch.nn.ModuleList):
@@ -89,109 +89,78 @@ def _encoders(encode: Any, count: int) -> list[Callable[[Any], Tensor]]:
     return encoders
 
 
-class _Random(NamedTuple):
-    """Where the generators stood."""
-
-    cpu: Tensor
-    devices: list[int]
-    cuda: list[Tensor]
-
-    @classmethod
-    def now(cls) -> _Random:
-        # All of them: the encoder may move its input to any.
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        states = [torch.cuda.get_rng_state(device) for device in devices]
-        return cls(torch.get_rng_state(), devices, states)
-
-    def set(self) -> None:
-        torch.set_rng_state(self.cpu)
-        for device, state in zip(self.devices, self.cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
-
-
 class _Chunk:
-    """Some rows of one input, and the random numbers their first run drew."""
+    """Some rows of one input, and the state of the generators before their first run."""
 
-    def __init__(self, encode: Callable[[Any], Tensor], part: Any) -> None:
-        self.encode = encode
-        self.part = part
+    def __init__(self, encode: Encoder, part: Any) -> None:
+        self.encode, self.part = encode, part
 
     def first(self) -> Tensor:
-        self.random = _Random.now()
+        # Of all devices, as the encoder may move its input to any: get_device_states of
+        # torch.utils.checkpoint takes the state of the input's device alone.
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.cpu = torch.get_rng_state()
         with torch.no_grad():
             made = self.encode(self.part)
         if not isinstance(made, Tensor):
             raise TypeError(f"encode: expected a Tensor of embeddings, got {type(made).__name__}")
         if not made.dtype.is_floating_point:
             raise RuntimeError(f"encode: expected floating-point embeddings, got {made.dtype}")
-        if made.dim() < 1 or len(made) != _rows(self.part):
-            raise RuntimeError(
-                f"encode: expected {_rows(self.part)} embeddings, got {list(made.shape)}"
-            )
+        rows = len(_tensors(self.part)[0])
+        if made.dim() < 1 or len(made) != rows:
+            raise RuntimeError(f"encode: expected {rows} embeddings, got {list(made.shape)}")
         return made
 
     def second(self, gradient: Tensor, synchronise: bool) -> None:
-        apart: AbstractContextManager = nullcontext()
-        if not synchronise and hasattr(self.encode, "no_sync"):
-            apart = self.encode.no_sync()
-        with torch.random.fork_rng(devices=self.random.devices), apart:
-            self.random.set()
+        apart = nullcontext() if synchronise else getattr(self.encode, "no_sync", nullcontext)()
+        with torch.random.fork_rng(devices=range(len(self.cuda))), apart:
+            torch.set_rng_state(self.cpu)
+            torch.cuda.set_rng_state_all(self.cuda)
             made = self.encode(self.part)
             if made.requires_grad:  # a frozen tower has nothing to learn
                 made.backward(gradient)
 
 
-def _joined(parts: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """Leaves that gather the gradient of each input's embeddings."""
-    leaves, start = [], 0
-    for count in counts:
-        leaves.append(torch.cat(parts[start : start + count]).requires_grad_())
-        start += count
-    return leaves
-
-
-def _gradient(embedding: Tensor) -> Tensor:
-    return torch.zeros_like(embedding) if embedding.grad is None else embedding.grad
+def _leaves(given: Any) -> Iterator[Any]:
+    for leaf in tree_leaves(given):
+        if isinstance(leaf, Mapping):  # of a type that torch does not know, such as BatchEncoding
+            yield from _leaves(dict(leaf))
+        else:
+            yield leaf
 
 
 def _tensors(given: Any) -> list[Tensor]:
-    if isinstance(given, Tensor):
-        return [given]
-    if isinstance(given, Mapping):
-        given = list(given.values())
-    if isinstance(given, list | tuple) and given:
-        return [tensor for part in given for tensor in _tensors(part)]
-    raise TypeError(
-        f"inputs: expected tensors, or dicts or lists of them, got {type(given).__name__}"
-    )
-
-
-def _rows(given: Any) -> int:
-    return len(_tensors(given)[0])
+    leaves = list(_leaves(given)) or [given]
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            got = type(leaf).__name__
+            raise TypeError(f"inputs: expected tensors, or dicts or lists of them, got {got}")
+    return leaves
 
 
 def _split(given: Any, size: int) -> list[Any]:
     """Parts of up to `size` rows, each built as the whole is."""
-    rows = _rows(given)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(given)):
+    tensors = _tensors(given)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError(
             "inputs: expected tensors that require no grad, as the encoder runs twice; detach() "
             "them, or let the encoder make them"
         )
-    if any(tensor.dim() < 1 or len(tensor) != rows for tensor in _tensors(given)):
-        shapes = [list(tensor.shape) for tensor in _tensors(given)]
+    if any(tensor.dim() < 1 or len(tensor) != len(tensors[0]) for tensor in tensors):
+        shapes = [list(tensor.shape) for tensor in tensors]
         raise ValueError(f"inputs: expected tensors with one number of rows, got shapes {shapes}")
-    return [_part(given, slice(start, start + size)) for start in range(0, max(1, rows), size)]
+    starts = range(0, max(1, len(tensors[0])), size)
+    return [_rows_of(given, slice(start, start + size)) for start in starts]
 
 
-def _part(given: Any, rows: slice) -> Any:
-    if isinstance(given, Tensor):
-        return given[rows]
-    if isinstance(given, Mapping):
-        parts = {name: _part(value, rows) for name, value in given.items()}
+def _rows_of(given: Any, rows: slice) -> Any:
+    def part(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf[rows]
+        parts = _rows_of(dict(leaf), rows)
         try:  # a tokenizer's BatchEncoding has names for its entries, which an encoder may use
-            return type(given)(parts)  # type: ignore[call-arg]
-        except TypeError:  # as of a defaultdict, which is not made of its entries
+            return type(leaf)(parts)
+        except TypeError:  # a type that is not made of its entries
             return parts
-    listed = [_part(value, rows) for value in given]
-    return type(given)(*listed) if hasattr(given, "_fields") else type(given)(listed)
+
+    return tree_map(part, given)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.modules.loss import _WeightedLoss
 
+from neglog.losses._result import LossStats
 from neglog.losses.clip import clip_loss, siglip_loss
 from neglog.losses.cross_entropy import cross_entropy, masked_cross_entropy
 from neglog.losses.info_nce import info_nce
@@ -17,190 +20,67 @@ from neglog.losses.linear_cross_entropy import linear_cross_entropy
 from neglog.losses.nt_xent import dcl, nt_xent
 from neglog.losses.sup_con import sup_con
 
+__all__ = [
+    "CLIPLoss", "CrossEntropyLoss", "DCLLoss", "InfoNCELoss", "LinearCrossEntropyLoss",
+    "MaskedCrossEntropyLoss", "NTXentLoss", "Queue", "SigLIPLoss", "SupConLoss",
+]  # fmt: skip
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """torch.nn.CrossEntropyLoss by neglog.cross_entropy; takes its further options by keyword.
 
-    Shapes, dtypes and errors as in `neglog.cross_entropy`.
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _named(function: Callable[..., Any], *excluded: str) -> dict[str, Parameter]:
+    """The parameters with a name of their own, which *args and **kwargs have not."""
+    parameters = signature(function).parameters.items()
+    several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return {name: x for name, x in parameters if name not in excluded and x.kind not in several}
+
+
+class _Loss(torch.nn.Module):
+    """A loss as a module: the constructor takes the arguments that `forward` does not.
+
+    Those of the torch module that the class extends come first, then the function's others. Each is
+    an attribute, so that a Parameter is one of the module; class weights are a buffer.
     """
 
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        size_average: bool | None = None,
-        ignore_index: int = -100,
-        reduce: bool | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        *,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        inplace_backward: bool = False,
-        return_stats: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.logit_scale = logit_scale
-        self.softcap = softcap
-        self.z_loss = z_loss
-        self.inplace_backward = inplace_backward
-        self.return_stats = return_stats
-        self.backend = backend
+    _constructor: ClassVar[Signature]
+    _of_torch: ClassVar[set[str]]  # the arguments that torch's constructor takes
+    _options: ClassVar[list[str]]  # the arguments of the function that are attributes
+    __signature__: ClassVar[Signature]
 
-    def _options(self, num_items: int | Tensor | None) -> dict[str, Any]:
-        return {
-            "weight": self.weight, "reduction": self.reduction,
-            "label_smoothing": self.label_smoothing, "logit_scale": self.logit_scale,
-            "softcap": self.softcap, "z_loss": self.z_loss, "num_items": num_items,
-            "inplace_backward": self.inplace_backward, "return_stats": self.return_stats,
-            "backend": self.backend,
-        }  # fmt: skip
+    def __init_subclass__(cls, function: Any = None, own: tuple[str, ...] = ()) -> None:
+        """own: arguments of `function` that are no attributes."""
+        if function is not None:
+            base: Any = cls.__bases__[-1]
+            of_torch = _named(base.__init__, "self")
+            options = _named(function, *own, *_named(cls.forward))
+            cls._of_torch, cls._options = set(of_torch), list(options)
+            cls._constructor = Signature(list({**of_torch, **options}.values()))
+            cls.__signature__ = cls._constructor
+        elif own_init := vars(cls).get("__init__"):  # a user's subclass
+            cls.__signature__ = Signature(list(signature(own_init).parameters.values())[1:])
 
-    def forward(self, input: Tensor, target: Tensor, num_items: int | Tensor | None = None) -> Any:
-        options = self._options(num_items)
-        return cross_entropy(input, target, ignore_index=self.ignore_index, **options)
-
-    def extra_repr(self) -> str:
-        return (
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
-            f"label_smoothing={self.label_smoothing}, logit_scale={self.logit_scale}, "
-            f"softcap={self.softcap}, z_loss={self.z_loss}, "
-            f"inplace_backward={self.inplace_backward}, return_stats={self.return_stats}, "
-            f"backend={self.backend!r}"
-        )
-
-
-class MaskedCrossEntropyLoss(CrossEntropyLoss):
-    """neglog.masked_cross_entropy as a module, called with input (..., C), target, mask (...)."""
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        **options: Any,
-    ) -> None:
-        """options: the further ones of `CrossEntropyLoss`."""
-        for name in ("ignore_index", "size_average", "reduce"):
-            if name in options:
-                raise TypeError(f"{name}: expected none, as the mask says what counts")
-        super().__init__(weight, reduction=reduction, label_smoothing=label_smoothing, **options)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr().partition(", ")[2]  # without ignore_index
-
-    def forward(  # type: ignore[override]
-        self, input: Tensor, target: Tensor, mask: Tensor, num_items: int | Tensor | None = None
-    ) -> Any:
-        return masked_cross_entropy(input, target, mask, **self._options(num_items))
-
-
-class _Head(torch.nn.modules.loss._WeightedLoss):
-    """What torch.nn.LinearCrossEntropyLoss holds, for a torch that has none: before 2.13."""
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        out_features: tuple[int, ...] = (),
-        bias: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        weight: Tensor | None = None,
-        reduction: str = "mean",
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        if weight is not None and weight.shape != (num_classes,):
-            raise RuntimeError(f"weight: expected ({num_classes},), got {tuple(weight.shape)}")
-        if not 0 <= label_smoothing <= 1:
-            raise RuntimeError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
-        super().__init__(weight, reduction=reduction)
-        self.num_classes, self.out_features = num_classes, out_features
-        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
-        rows = num_classes * math.prod(out_features)
-        self.linear = torch.nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
-
-    def extra_repr(self) -> str:
-        names = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
-
-_Torchs: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _Head)
-
-
-class LinearCrossEntropyLoss(_Torchs):
-    """torch.nn.LinearCrossEntropyLoss by neglog.linear_cross_entropy; its parameter is `linear`.
-
-    Called with input (..., in_features) and target; `mask` and `num_items` by keyword.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        shift: bool = False,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        return_stats: bool = False,
-        backend: str | None = None,
-        options: Any = None,
-        **torch_options: Any,
-    ) -> None:
-        super().__init__(in_features, num_classes, **torch_options)
-        self.options = options
-        self.further: dict[str, Any] = {
-            "shift": shift, "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss,
-            "return_stats": return_stats, "backend": backend,
-        }  # fmt: skip
-
-    def extra_repr(self) -> str:
-        further = (f"{name}={value!r}" for name, value in self.further.items())
-        return ", ".join([super().extra_repr(), *further])
-
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        *,
-        mask: Tensor | None = None,
-        num_items: int | Tensor | None = None,
-    ) -> Any:
-        classes = (self.num_classes, *self.out_features)
-        bias = self.linear.bias
-        return linear_cross_entropy(
-            input,
-            self.linear.weight.view(*classes, self.linear.in_features),
-            target,
-            linear_bias=None if bias is None else bias.view(classes),
-            weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            options=self.options,
-            mask=mask,
-            num_items=num_items,
-            **self.further,
-        )
-
-
-class _ContrastiveLoss(torch.nn.Module):
-    """A module that keeps the options of a contrastive loss."""
-
-    def __init__(self, function: Any, **options: Any) -> None:
-        super().__init__()
-        taken = inspect.signature(function).parameters
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         for name in options:
-            if name not in taken:
+            if name not in self._constructor.parameters:
                 raise TypeError(f"{type(self).__name__}: got an unexpected argument {name!r}")
-        self.options = options
+        try:
+            bound = self._constructor.bind(*arguments, **options)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}: {error}") from None
+        bound.apply_defaults()
+        super().__init__(**{name: bound.arguments.pop(name) for name in self._of_torch})
+        if "weight" in bound.arguments:
+            self.register_buffer("weight", bound.arguments.pop("weight"))
+        for name, value in bound.arguments.items():
+            setattr(self, name, value)
+
+    def _given(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._options}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        group = self.options.get("group")
+        group = getattr(self, "group", None)
         if group is not None:  # cannot be copied, and the copy belongs to the same processes
             memo[id(group)] = group
         made = memo[id(self)] = type(self).__new__(type(self))
@@ -208,114 +88,139 @@ class _ContrastiveLoss(torch.nn.Module):
         return made
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        shown = {name: getattr(self, name, self) for name in self._constructor.parameters}
+        hidden = (Tensor, torch.nn.Module)
+        return ", ".join(f"{name}={x!r}" for name, x in shown.items() if not isinstance(x, hidden))
 
 
-class InfoNCELoss(_ContrastiveLoss):
+class CrossEntropyLoss(
+    _Loss, torch.nn.CrossEntropyLoss, function=cross_entropy, own=("size_average", "reduce")
+):
+    """torch.nn.CrossEntropyLoss by neglog.cross_entropy; takes its further options by keyword.
+
+    Shapes, dtypes and errors as in `neglog.cross_entropy`.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, target: Tensor, num_items: int | Tensor | None = None
+    ) -> Tensor | LossStats:
+        return cross_entropy(input, target, num_items=num_items, **self._given())
+
+
+class MaskedCrossEntropyLoss(_Loss, function=masked_cross_entropy):
+    """neglog.masked_cross_entropy as a module, called with input (..., C), target, mask (...)."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        for name in ("ignore_index", "size_average", "reduce"):
+            if name in options:
+                raise TypeError(f"{name}: expected none, as the mask says what counts")
+        super().__init__(*arguments, **options)
+
+    def forward(
+        self, input: Tensor, target: Tensor, mask: Tensor, num_items: int | Tensor | None = None
+    ) -> Tensor | LossStats:
+        return masked_cross_entropy(input, target, mask, num_items=num_items, **self._given())
+
+
+class _Head(_WeightedLoss):
+    """What torch.nn.LinearCrossEntropyLoss holds, for a torch that has none: before 2.13."""
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, out_features: tuple[int, ...] = (),
+        bias: bool = False, device: Any = None, dtype: torch.dtype | None = None,
+        reduction: str = "mean", weight: Tensor | None = None, ignore_index: int | None = None,
+        label_smoothing: float = 0.0, options: Any = None,
+    ) -> None:  # fmt: skip
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"weight: expected ({num_classes},), got {tuple(weight.shape)}")
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
+        super().__init__(weight, reduction=reduction)
+        self.num_classes, self.out_features = num_classes, out_features
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.options = options
+        rows = num_classes * math.prod(out_features)
+        self.linear = torch.nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+
+
+if TYPE_CHECKING:
+    _TorchHead = _Head
+else:
+    _TorchHead = getattr(torch.nn, "LinearCrossEntropyLoss", _Head)
+
+
+class LinearCrossEntropyLoss(
+    _Loss, _TorchHead, function=linear_cross_entropy, own=("linear_weight", "linear_bias")
+):
+    """torch.nn.LinearCrossEntropyLoss by neglog.linear_cross_entropy; its parameter is `linear`.
+
+    Called with input (..., in_features) and target; `mask` and `num_items` by keyword.
+    """
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, mask: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor | LossStats:  # fmt: skip
+        classes, head = (self.num_classes, *self.out_features), self.linear
+        weight = head.weight.view(*classes, head.in_features)
+        bias = None if head.bias is None else head.bias.view(classes)
+        return linear_cross_entropy(
+            input, weight, target, linear_bias=bias, mask=mask, num_items=num_items, **self._given()
+        )
+
+
+class InfoNCELoss(_Loss, function=info_nce):
     """neglog.info_nce as a module, called with query, positive_key and perhaps negative_keys.
 
     Its options may also be given to the call, where they come first.
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.1,
-        reduction: str = "mean",
-        negative_mode: str = "unpaired",
-        **options: Any,
-    ) -> None:
-        super().__init__(info_nce, reduction=reduction, negative_mode=negative_mode, **options)
-        self.temperature = temperature  # a Parameter becomes one of this module
-
     def forward(
-        self,
-        query: Tensor,
-        positive_key: Tensor,
-        negative_keys: Tensor | None = None,
+        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None,
         **options: Any,
-    ) -> Any:
-        options = {"temperature": self.temperature, **self.options, **options}
-        return info_nce(query, positive_key, negative_keys, **options)
+    ) -> Tensor | LossStats:  # fmt: skip
+        return info_nce(query, positive_key, negative_keys, **{**self._given(), **options})
 
 
-class CLIPLoss(_ContrastiveLoss):
+class CLIPLoss(_Loss, function=clip_loss):
     """neglog.clip_loss as a module, called as open_clip's ClipLoss."""
 
-    def __init__(
-        self, *, group: Any = None, options: Any = None, backend: str | None = None
-    ) -> None:
-        super().__init__(clip_loss, group=group, options=options, backend=backend)
-
     def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: float | Tensor,
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
-    ) -> Tensor:
-        return clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+    ) -> Tensor:  # fmt: skip
+        return clip_loss(image_features, text_features, logit_scale, logit_bias, **self._given())
 
 
-class SigLIPLoss(_ContrastiveLoss):
+class SigLIPLoss(_Loss, function=siglip_loss):
     """neglog.siglip_loss as a module, called as open_clip's SigLipLoss."""
 
-    def __init__(
-        self, *, group: Any = None, options: Any = None, backend: str | None = None
-    ) -> None:
-        super().__init__(siglip_loss, group=group, options=options, backend=backend)
-
     def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: float | Tensor,
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
         logit_bias: float | Tensor,
-    ) -> Tensor:
-        return siglip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+    ) -> Tensor:  # fmt: skip
+        return siglip_loss(image_features, text_features, logit_scale, logit_bias, **self._given())
 
 
-class _TwoViewLoss(_ContrastiveLoss):
-    def __init__(
-        self, function: Any, temperature: float | Tensor, reduction: str, options: Any
-    ) -> None:
-        super().__init__(function, reduction=reduction, **options)
-        self.temperature = temperature
-
-
-class NTXentLoss(_TwoViewLoss):
+class NTXentLoss(_Loss, function=nt_xent):
     """neglog.nt_xent as a module, called with two views z_i, z_j."""
 
-    def __init__(
-        self, temperature: float | Tensor = 0.5, reduction: str = "mean", **options: Any
-    ) -> None:
-        super().__init__(nt_xent, temperature, reduction, options)
-
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
-        return nt_xent(z_i, z_j, self.temperature, **self.options)
+        return nt_xent(z_i, z_j, **self._given())
 
 
-class DCLLoss(_TwoViewLoss):
+class DCLLoss(_Loss, function=dcl):
     """neglog.dcl as a module, called with two views z_i, z_j."""
 
-    def __init__(
-        self, temperature: float | Tensor = 0.1, reduction: str = "mean", **options: Any
-    ) -> None:
-        super().__init__(dcl, temperature, reduction, options)
-
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
-        return dcl(z_i, z_j, self.temperature, **self.options)
+        return dcl(z_i, z_j, **self._given())
 
 
-class SupConLoss(_TwoViewLoss):
+class SupConLoss(_Loss, function=sup_con):
     """neglog.sup_con as a module, called with features and labels."""
 
-    def __init__(
-        self, temperature: float | Tensor = 0.1, reduction: str = "mean", **options: Any
-    ) -> None:
-        super().__init__(sup_con, temperature, reduction, options)
-
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return sup_con(features, labels, self.temperature, **self.options)
+        return sup_con(features, labels, **self._given())
 
 
 class Queue(torch.nn.Module):

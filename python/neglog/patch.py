@@ -34,7 +34,7 @@ class patch_torch:
                 "patch_torch: expected torch.nn.functional.cross_entropy to be torch's own, "
                 f"got {current.__module__}.{current.__qualname__}"
             )
-        torch.nn.functional.cross_entropy = cross_entropy
+        torch.nn.functional.cross_entropy = cross_entropy  # type: ignore[assignment]
         patch_torch._active += 1
         self._undone = False
 

@@ -52,6 +52,6 @@ def reduce_and_cast(loss: Tensor, reduction: str, like: Tensor) -> Tensor:
     return value if under_autocast(like) else value.to(like.dtype)
 
 
-def public(result: LossStats, return_stats: bool) -> Any:
+def public(result: LossStats, return_stats: bool) -> Tensor | LossStats:
     """What the user asked for: the loss, or all."""
     return result if return_stats else result.loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,19 +12,18 @@ from neglog.checks import check_embeddings, check_same_rows, check_scalar
 from neglog.distributed import gathered
 from neglog.losses._pairs import compare, embeddings, number, pairs_of, workspace_of
 from neglog.losses._result import reduce_and_cast
+from neglog.losses._types import Backend, WorkspaceOptions
 from neglog.ops.pairs import autograd, formula
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def clip_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: float | Tensor,
-    logit_bias: float | Tensor | None = None,
-    *,
-    group: Any = None,
-    options: Any = None,
-    backend: str | None = None,
-) -> Tensor:
+    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None, *, group: ProcessGroup | None = None,
+    options: WorkspaceOptions | None = None, backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
     """The mean of cross-entropy from images to texts and from texts to images.
 
     Args:
@@ -63,15 +62,10 @@ def _of_processes(
 
 
 def siglip_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: float | Tensor,
-    logit_bias: float | Tensor,
-    *,
-    group: Any = None,
-    options: Any = None,
-    backend: str | None = None,
-) -> Tensor:
+    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
+    logit_bias: float | Tensor, *, group: ProcessGroup | None = None,
+    options: WorkspaceOptions | None = None, backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
     """-log sigmoid of each pair's score, negated where image and text do not belong; sum over / N.
 
     Arguments as `clip_loss`; logit_bias is added to the scores and receives a gradient.

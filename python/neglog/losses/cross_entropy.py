@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from neglog.checks import (
 )
 from neglog.losses._result import LossStats, change_rows, public, without_stats
 from neglog.losses._rows import RowOptions, loss_of_rows, torch_loss
+from neglog.losses._types import Backend, Reduction
 from neglog.ops.dtypes import real_dtype
 from neglog.torch_state import under_autocast
 
@@ -30,24 +31,41 @@ from neglog.torch_state import under_autocast
 MASKED = -(2**63)
 
 
+@overload
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    num_items: int | Tensor | None = None,
-    inplace_backward: bool = False,
-    return_stats: bool = False,
-    backend: str | None = None,
-) -> Any:
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
+    label_smoothing: float = 0.0, *,
+    logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
+    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    return_stats: Literal[False] = False, backend: Backend | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
+    label_smoothing: float = 0.0, *,
+    logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
+    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    return_stats: Literal[True], backend: Backend | None = None,
+) -> LossStats: ...  # fmt: skip
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
+    label_smoothing: float = 0.0, *,
+    logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
+    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    return_stats: bool, backend: Backend | None = None,
+) -> Tensor | LossStats: ...  # fmt: skip
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
+    label_smoothing: float = 0.0, *,
+    logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
+    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    return_stats: bool = False, backend: Backend | None = None,
+) -> Tensor | LossStats:  # fmt: skip
     """Cross-entropy between logits and targets: torch.nn.functional.cross_entropy, fused.
 
     The first eight arguments mean what they mean in torch, and the result has torch's shape and
@@ -93,7 +111,7 @@ def cross_entropy(
             return_stats=return_stats, backend=backend,
         )  # fmt: skip
     if size_average is not None or reduce is not None:
-        reduction = torch_reduction.legacy_get_string(size_average, reduce)
+        reduction = cast(Reduction, torch_reduction.legacy_get_string(size_average, reduce))
     if reduction == "elementwise_mean":
         torch_reduction.get_enum(reduction)  # torch's warning that the name is deprecated
         reduction = "mean"
@@ -139,22 +157,37 @@ def with_probabilities(
     return to_rows(input.to(common)), to_rows(target.to(common))
 
 
+@overload
 def masked_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    num_items: int | Tensor | None = None,
-    inplace_backward: bool = False,
-    return_stats: bool = False,
-    backend: str | None = None,
-) -> Any:
+    input: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None,
+    reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
+    logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
+    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    return_stats: Literal[False] = False, backend: Backend | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def masked_cross_entropy(
+    input: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None,
+    reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
+    logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
+    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    return_stats: Literal[True], backend: Backend | None = None,
+) -> LossStats: ...  # fmt: skip
+@overload
+def masked_cross_entropy(
+    input: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None,
+    reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
+    logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
+    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    return_stats: bool, backend: Backend | None = None,
+) -> Tensor | LossStats: ...  # fmt: skip
+def masked_cross_entropy(
+    input: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None,
+    reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
+    logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
+    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    return_stats: bool = False, backend: Backend | None = None,
+) -> Tensor | LossStats:  # fmt: skip
     """Cross-entropy of the positions that a mask counts: the loss of masked language models.
 
     Only their logits are read; the gradient of all others is exactly zero. Their targets may be

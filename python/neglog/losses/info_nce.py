@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from neglog.losses._pairs import (
 )
 from neglog.losses._result import LossStats, reduce_and_cast, without_stats
 from neglog.losses._rows import RowOptions, torch_cross_entropy
+from neglog.losses._types import Backend, NegativeMode, Reduction, WorkspaceOptions
 from neglog.losses.linear_cross_entropy import loss_by_tiles
 from neglog.ops.pairs.formula import correct_and_entropy
 from neglog.ops.pairs.schema import Pairs
@@ -42,23 +43,45 @@ OWN_NEGATIVES = "each query's own negatives are more numbers than their scores"
 NEGATIVE_MODES = ("unpaired", "paired", "in_batch")
 
 
+@overload
 def info_nce(
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Tensor | None = None,
-    temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
-    negative_mode: str = "unpaired",
-    *,
-    symmetric: bool = False,
-    normalize: bool = True,
-    exclude: Tensor | None = None,
-    hard_negative_weight: float | Tensor = 0.0,
-    label_smoothing: float = 0.0,
-    return_stats: bool = False,
-    options: Any = None,
-    backend: str | None = None,
-) -> Any:
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1, reduction: Reduction = "mean",
+    negative_mode: NegativeMode = "unpaired", *,
+    symmetric: bool = False, normalize: bool = True, exclude: Tensor | None = None,
+    hard_negative_weight: float | Tensor = 0.0, label_smoothing: float = 0.0,
+    return_stats: Literal[False] = False, options: WorkspaceOptions | None = None,
+    backend: Backend | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def info_nce(
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1, reduction: Reduction = "mean",
+    negative_mode: NegativeMode = "unpaired", *,
+    symmetric: bool = False, normalize: bool = True, exclude: Tensor | None = None,
+    hard_negative_weight: float | Tensor = 0.0, label_smoothing: float = 0.0,
+    return_stats: Literal[True], options: WorkspaceOptions | None = None,
+    backend: Backend | None = None,
+) -> LossStats: ...  # fmt: skip
+@overload
+def info_nce(
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1, reduction: Reduction = "mean",
+    negative_mode: NegativeMode = "unpaired", *,
+    symmetric: bool = False, normalize: bool = True, exclude: Tensor | None = None,
+    hard_negative_weight: float | Tensor = 0.0, label_smoothing: float = 0.0,
+    return_stats: bool, options: WorkspaceOptions | None = None,
+    backend: Backend | None = None,
+) -> Tensor | LossStats: ...  # fmt: skip
+def info_nce(
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1, reduction: Reduction = "mean",
+    negative_mode: NegativeMode = "unpaired", *,
+    symmetric: bool = False, normalize: bool = True, exclude: Tensor | None = None,
+    hard_negative_weight: float | Tensor = 0.0, label_smoothing: float = 0.0,
+    return_stats: bool = False, options: WorkspaceOptions | None = None,
+    backend: Backend | None = None,
+) -> Tensor | LossStats:  # fmt: skip
     """Each query against its positive key, among negatives: cross-entropy of their similarities.
 
     Args:

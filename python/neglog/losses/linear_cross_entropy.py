@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,35 +23,54 @@ from neglog.checks import (
 )
 from neglog.losses._result import LossStats, change_rows, public
 from neglog.losses._rows import RowOptions, loss_of_rows
+from neglog.losses._types import Backend, Reduction, TileOptions
 from neglog.losses.cross_entropy import masked_rows, to_indices, with_probabilities
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.linear_nll.autograd import cast, linear_nll
 from neglog.tiles import plan
 from neglog.torch_state import autocast_dtype, under_autocast
 
+if TYPE_CHECKING:
+    from torch.nn import LinearCrossEntropyOptions
+
 TORCH_OPTIONS: Any = getattr(torch.nn, "LinearCrossEntropyOptions", ())  # new in torch 2.13
 
 
+@overload
 def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    options: Any = None,
-    mask: Tensor | None = None,
-    shift: bool = False,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    num_items: int | Tensor | None = None,
-    return_stats: bool = False,
-    backend: str | None = None,
-) -> Any:
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, reduction: Reduction = "mean", ignore_index: int | None = None,
+    label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
+    mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
+    return_stats: Literal[False] = False, backend: Backend | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, reduction: Reduction = "mean", ignore_index: int | None = None,
+    label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
+    mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
+    return_stats: Literal[True], backend: Backend | None = None,
+) -> LossStats: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, reduction: Reduction = "mean", ignore_index: int | None = None,
+    label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
+    mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
+    return_stats: bool, backend: Backend | None = None,
+) -> Tensor | LossStats: ...  # fmt: skip
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, reduction: Reduction = "mean", ignore_index: int | None = None,
+    label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
+    mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
+    return_stats: bool = False, backend: Backend | None = None,
+) -> Tensor | LossStats:  # fmt: skip
     """cross_entropy(linear(input, linear_weight, linear_bias), target), without its logits.
 
     Rows of logits are made, turned into their gradient and used up a tile at a time, in a workspace

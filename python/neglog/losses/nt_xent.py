@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,18 +9,13 @@ from neglog import route
 from neglog.checks import check_embeddings, check_reduction, check_same_rows, check_temperature
 from neglog.losses._pairs import compare, dots, embeddings, pairs_of, scale_of, workspace_of
 from neglog.losses._result import reduce_and_cast
+from neglog.losses._types import Backend, Reduction, WorkspaceOptions
 
 
 def nt_xent(
-    z_i: Tensor,
-    z_j: Tensor,
-    temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
-    *,
-    normalize: bool = True,
-    options: Any = None,
-    backend: str | None = None,
-) -> Tensor:
+    z_i: Tensor, z_j: Tensor, temperature: float | Tensor = 0.5, reduction: Reduction = "mean", *,
+    normalize: bool = True, options: WorkspaceOptions | None = None, backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
     """SimCLR's loss: each of the 2N views against its other view, among all but itself.
 
     Args:
@@ -44,15 +37,9 @@ def nt_xent(
 
 
 def dcl(
-    z_i: Tensor,
-    z_j: Tensor,
-    temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
-    *,
-    normalize: bool = True,
-    options: Any = None,
-    backend: str | None = None,
-) -> Tensor:
+    z_i: Tensor, z_j: Tensor, temperature: float | Tensor = 0.1, reduction: Reduction = "mean", *,
+    normalize: bool = True, options: WorkspaceOptions | None = None, backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
     """`nt_xent` decoupled: the positive is not among what it is held against.
 
     Arguments as `nt_xent`. The loss may be below 0.
@@ -69,7 +56,7 @@ def dcl(
 
 def _two_views(
     z_i: Tensor, z_j: Tensor, temperature: float | Tensor, reduction: str, normalize: bool,
-    options: Any, backend: str | None,
+    options: WorkspaceOptions | None, backend: str | None,
 ) -> tuple[route.Route, Tensor]:  # fmt: skip
     """Where to compare, and both views as one (2N, D)."""
     check_embeddings(z_i=z_i, z_j=z_j)

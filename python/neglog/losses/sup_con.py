@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,19 +11,15 @@ from neglog import route
 from neglog.checks import check_embeddings, check_groups, check_reduction, check_temperature
 from neglog.losses._pairs import compare, embeddings, pairs_of, scale_of, workspace_of
 from neglog.losses._result import reduce_and_cast
+from neglog.losses._types import Backend, Reduction, WorkspaceOptions
 from neglog.ops.dtypes import real_dtype
 
 
 def sup_con(
-    features: Tensor,
-    labels: Tensor,
-    temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
-    *,
-    normalize: bool = True,
-    options: Any = None,
-    backend: str | None = None,
-) -> Tensor:
+    features: Tensor, labels: Tensor, temperature: float | Tensor = 0.1,
+    reduction: Reduction = "mean", *, normalize: bool = True,
+    options: WorkspaceOptions | None = None, backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
     """Supervised contrastive loss: -log p of a row's label mates, averaged over them.
 
     Args:

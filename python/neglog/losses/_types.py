@@ -1,0 +1,17 @@
+"""The types of arguments that take one of a few values."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, TypedDict
+
+Reduction: TypeAlias = Literal["none", "mean", "sum"]
+NegativeMode: TypeAlias = Literal["unpaired", "paired", "in_batch"]
+Backend: TypeAlias = Literal["cython", "numba", "cuda", "torch"]
+
+
+class WorkspaceOptions(TypedDict, total=False):
+    workspace_mb: float
+
+
+class TileOptions(WorkspaceOptions, total=False):
+    filter_eps: float | Literal["auto"]
