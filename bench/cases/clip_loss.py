@@ -52,8 +52,8 @@ def _one_matrix(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 def _all_scores_kept(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    room = {"workspace_mb": len(image) ** 2 * image.itemsize / 2**20 + 1}
-    return neglog.clip_loss(image, text, scale, options=room)
+    room = len(image) ** 2 * image.itemsize / 2**20 + 1
+    return neglog.clip_loss(image, text, scale, options={"workspace_mb": room})
 
 
 def contenders(problem: Problem) -> list[Contender]:

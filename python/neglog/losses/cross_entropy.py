@@ -94,7 +94,7 @@ def cross_entropy(
             backward, but one after it gets wrong numbers. Without a gradient to compute, with a
             target that requires grad, under torch.compile and torch.func, nothing is overwritten.
         return_stats: return LossStats(loss, logsumexp, correct, entropy) instead of the loss.
-        backend: "cython", "numba" or "torch"; None lets neglog.dispatch choose.
+        backend: "cython", "numba", "cuda" or "torch"; None lets neglog.route choose.
 
     Raises:
         IndexError: a target is out of range, and its value and row are named; input is a scalar.

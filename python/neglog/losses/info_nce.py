@@ -109,7 +109,7 @@ def info_nce(
         options: {"workspace_mb": number}, the budget for similarities; otherwise
             NEGLOG_WORKSPACE_MB, else 256. If all fit in it they are kept for the backward: 3
             matmuls where there are otherwise 4.
-        backend: "cython", "numba" or "torch"; None chooses.
+        backend: "cython", "numba", "cuda" or "torch"; None lets neglog.route choose.
 
     Raises:
         RuntimeError for shapes, dtypes and devices that do not fit, ValueError for values,
