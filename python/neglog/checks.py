@@ -328,8 +328,9 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
-def check_embeddings(**named: Any) -> None:
-    """Embeddings (N, D) that are to be compared: one dtype, one device, one D, the first's."""
+def check_embeddings(same_rows: bool = True, /, **named: Any) -> None:
+    """Embeddings (N, D) that are to be compared: of the first's dtype, device, D and, with
+    same_rows, N."""
     (first_name, first), *_ = named.items()
     for name, x in named.items():
         if not isinstance(x, Tensor):
@@ -340,22 +341,27 @@ def check_embeddings(**named: Any) -> None:
             raise RuntimeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
         if x.device != first.device:
             raise RuntimeError(f"{name}: expected device {first.device}, got {x.device}")
-        if not _multiplies(x, first):
+        if x.dtype != first.dtype and not _multiplies(x, first):
             raise RuntimeError(f"{name}: expected dtype {first.dtype}, got {x.dtype}")
         if x.shape[1] != first.shape[1]:
             raise RuntimeError(
                 f"{name}: expected {first.shape[1]} features, those of {first_name}, "
                 f"got {_shape(x)}"
             )
-
-
-def check_same_rows(**named: Tensor) -> None:
-    (first_name, first), *_ = named.items()
-    for name, x in named.items():
-        if x.shape[0] != first.shape[0]:
+        if same_rows and x.shape[0] != first.shape[0]:
             raise RuntimeError(
                 f"{name}: expected {first.shape[0]} rows, those of {first_name}, got {_shape(x)}"
             )
+
+
+def check_comparison(
+    temperature: Any, reduction: Any, per_sample: bool = False, **named: Any
+) -> None:
+    """What every loss of embeddings takes; per_sample: a temperature for each row too."""
+    check_embeddings(**named)
+    check_reduction(reduction)
+    (first, *_) = named.values()
+    check_temperature(temperature, first.shape[0], per_sample)
 
 
 def check_reduction(reduction: Any) -> None:
@@ -394,13 +400,13 @@ def check_scalar(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number or a Tensor, got {type(value).__name__}")
 
 
-def check_groups(name: str, groups: Any, rows: int, device: torch.device) -> None:
-    """Ids or labels (N,), integers."""
+def check_groups(name: str, groups: Any, like: Tensor) -> None:
+    """Ids or labels (N,), integers, of the rows of `like`."""
     if not isinstance(groups, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(groups).__name__}")
-    if _shape(groups) != [rows]:
-        raise RuntimeError(f"{name}: expected shape [{rows}], got {_shape(groups)}")
+    if groups.dim() != 1 or groups.shape[0] != like.shape[0]:
+        raise RuntimeError(f"{name}: expected shape [{like.shape[0]}], got {_shape(groups)}")
     if groups.dtype.is_floating_point or groups.dtype.is_complex or groups.dtype == torch.bool:
         raise RuntimeError(f"{name}: expected integers, got {groups.dtype}")
-    if groups.device != device:
-        raise RuntimeError(f"{name}: expected device {device}, got {groups.device}")
+    if groups.device != like.device:
+        raise RuntimeError(f"{name}: expected device {like.device}, got {groups.device}")

@@ -44,6 +44,10 @@ class Route(NamedTuple):
     workspace: int
     demanded: str
 
+    def for_op(self) -> tuple[int, torch.dtype, str]:
+        """The arguments workspace, tile_dtype and backend of an op."""
+        return self.workspace, self.tile_dtype, self.demanded
+
     def __str__(self) -> str:
         how = "in memory"
         if self.tiled:

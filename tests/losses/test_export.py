@@ -34,7 +34,9 @@ CALLS = {
     "info_nce, exclude": (
         lambda x, ids: neglog.info_nce(x, 2 * x, exclude=ids), (X, LABELS),
     ),
-    "clip_loss": (lambda x, y: neglog.clip_loss(x, y, 3.0, options={"workspace_mb": 0.5}), (X, 2 * X)),
+    "clip_loss": (
+        lambda x, y: neglog.clip_loss(x, y, 3.0, options={"workspace_mb": 0.5}), (X, 2 * X),
+    ),
     "siglip_loss": (lambda x, y: neglog.siglip_loss(x, y, 3.0, -1.0), (X, 2 * X)),
     "nt_xent": (lambda x, y: neglog.nt_xent(x, y), (X, 2 * X)),
     "dcl": (lambda x, y: neglog.dcl(x, y), (X, 2 * X)),

@@ -23,8 +23,9 @@ DEFAULT_WORKSPACE_MB = 256
 
 
 class Compared(NamedTuple):
-    """By row, (N,), or column, (M,): what the op gives; see neglog.ops.pairs.schema."""
+    """The pairs, and what the op gives by row, (N,), or column, (M,): neglog.ops.pairs.schema."""
 
+    pairs: Pairs
     row_loss: Tensor
     column_loss: Tensor
     row_lse: Tensor
@@ -66,25 +67,24 @@ def scale_of(temperature: float | Tensor, like: Tensor) -> Tensor:
     return temperature.to(like.device, real_dtype(like.dtype)).reciprocal()
 
 
-def pairs_of(
+def compare(
     where: Route, query: Tensor, key: Tensor, scale: Tensor, *,
     bias: Tensor | None = None, positive: Tensor | None = None, excluded: Tensor | None = None,
     query_group: Tensor | None = None, key_group: Tensor | None = None, columns: bool = False,
     symmetric: bool = False,
-) -> Pairs:  # fmt: skip
-    return Pairs(
+) -> Compared:  # fmt: skip
+    """Every query with every key; the arguments are those of neglog.ops.pairs.schema."""
+    pairs = Pairs(
         query, key, scale, bias, positive, excluded, query_group, key_group, columns, symmetric,
-        where.workspace, where.tile_dtype, where.demanded,
+        *where.for_op(),
     )  # fmt: skip
-
-
-def compare(where: Route, pairs: Pairs) -> Compared:
     if where.backend == "torch":
         dispatch.ran("pairs", "torch")
-        return Compared(*formula.pairs(pairs))
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in pairs[:3])
-    keep = route.keeps(where, pairs.query.shape[0], pairs.key.shape[0], learns)
-    return Compared(*autograd.forward(*pairs, keep)[: len(Compared._fields)])
+        return Compared(pairs, *formula.pairs(pairs))
+    learns = query.requires_grad or key.requires_grad or scale.requires_grad
+    learns = learns and torch.is_grad_enabled()
+    keep = route.keeps(where, query.shape[0], key.shape[0], learns)
+    return Compared(pairs, *autograd.forward(*pairs, keep)[:5])
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from neglog import dispatch, route
-from neglog.checks import check_embeddings, check_same_rows, check_scalar
+from neglog.checks import check_embeddings, check_scalar
 from neglog.distributed import gathered
-from neglog.losses._pairs import compare, embeddings, number, pairs_of, workspace_of
+from neglog.losses._pairs import compare, embeddings, number, workspace_of
 from neglog.losses._result import reduce_and_cast
 from neglog.losses._types import Backend, WorkspaceOptions
 from neglog.ops.pairs import autograd, formula
@@ -47,7 +47,7 @@ def clip_loss(
         ]
         return reduce_and_cast((losses[0] + losses[1]) / 2, "mean", image_features)
     rows = torch.arange(image.shape[0], device=image.device)
-    compared = compare(where, pairs_of(where, image, text, scale, positive=rows, columns=True))
+    compared = compare(where, image, text, scale, positive=rows, columns=True)
     loss = (compared.row_loss + compared.column_loss) / 2
     return reduce_and_cast(loss, "mean", image_features)
 
@@ -58,7 +58,7 @@ def _of_processes(
     """Losses of this process's queries against the keys of all processes."""
     keys, first = gathered(key, group)
     positive = torch.arange(query.shape[0], device=query.device) + first
-    return compare(where, pairs_of(where, query, keys, scale, positive=positive)).row_loss
+    return compare(where, query, keys, scale, positive=positive).row_loss
 
 
 def siglip_loss(
@@ -85,14 +85,12 @@ def siglip_loss(
         total = formula.sigmoid(*inputs, positive)
     else:
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
-        tiles = (where.workspace, where.tile_dtype, where.demanded)
-        total = autograd.sigmoid(*inputs, positive, *tiles, wanted).loss
+        total = autograd.sigmoid(*inputs, positive, *where.for_op(), wanted).loss
     return reduce_and_cast(total / image.shape[0], "sum", image_features)
 
 
 def _check(image: Any, text: Any, logit_scale: Any, logit_bias: Any) -> None:
     check_embeddings(image_features=image, text_features=text)
-    check_same_rows(image_features=image, text_features=text)
     check_scalar("logit_scale", logit_scale)
     if logit_bias is not None:
         check_scalar("logit_bias", logit_bias)

@@ -10,13 +10,11 @@ from torch.nn import functional as F
 
 from neglog import dispatch, route
 from neglog.checks import (
+    check_comparison,
     check_embeddings,
     check_groups,
-    check_reduction,
-    check_same_rows,
     check_scalar,
     check_smoothing,
-    check_temperature,
     number_on,
 )
 from neglog.losses._pairs import (
@@ -24,7 +22,6 @@ from neglog.losses._pairs import (
     compare,
     dots,
     embeddings,
-    pairs_of,
     scale_of,
     with_stats,
     workspace_of,
@@ -34,7 +31,6 @@ from neglog.losses._rows import RowOptions, torch_cross_entropy
 from neglog.losses._types import Backend, NegativeMode, Reduction, WorkspaceOptions
 from neglog.losses.linear_cross_entropy import loss_by_tiles
 from neglog.ops.pairs.formula import correct_and_entropy
-from neglog.ops.pairs.schema import Pairs
 from neglog.tiles import plan
 
 ROW_BYTES = plan.DEFAULT_WORKSPACE_MB << 20
@@ -117,11 +113,18 @@ def info_nce(
 
     Source: arXiv:1807.03748; the arguments are those of info-nce-pytorch.
     """
-    _check(query, positive_key, temperature, reduction, label_smoothing)
-    _check_negatives(query, negative_keys, negative_mode, symmetric, hard_negative_weight)
-    _check_exclude(exclude, query, negative_keys, negative_mode, label_smoothing)
+    named = {"query": query, "positive_key": positive_key}
+    check_comparison(temperature, reduction, per_sample=True, **named)
+    check_smoothing(label_smoothing)
+    if negative_mode not in NEGATIVE_MODES:
+        expected = f"one of {NEGATIVE_MODES}"
+        raise ValueError(f"negative_mode: expected {expected}, got {negative_mode!r}")
+    if negative_keys is not None:
+        _check_negatives(query, negative_keys, negative_mode, symmetric, hard_negative_weight)
+    if exclude is not None:
+        _check_exclude(exclude, query, negative_keys, negative_mode, label_smoothing)
     paired = negative_keys is not None and negative_mode == "paired"
-    z, key = (embeddings(x, normalize) for x in (query, positive_key))
+    z, key = embeddings(query, normalize), embeddings(positive_key, normalize)
     further = None if negative_keys is None else embeddings(negative_keys, normalize)
     where = route.choose(
         z, key, backend=backend, workspace=workspace_of(options),
@@ -133,20 +136,13 @@ def info_nce(
         loss = _by_rows(where, z, key, temperature, reduction, label_smoothing)
         return reduce_and_cast(loss, "none", query)
     if further is None or negative_mode == "in_batch":
-        keys = key if further is None else torch.cat([key, further])
-        count = 0 if further is None else further.shape[0]
-        bias = _bias(hard_negative_weight, key.shape[0], count, scale)
-        own, of_keys = _groups(exclude, count)
-        rows = torch.arange(z.shape[0], device=z.device)
-        pairs = pairs_of(
-            where, z, keys, scale, bias=bias, positive=rows, query_group=own, key_group=of_keys,
-            columns=symmetric,
+        result = _in_batch(
+            where, z, key, further, scale, hard_negative_weight, exclude, label_smoothing,
+            symmetric, return_stats,
         )  # fmt: skip
-        result = _in_batch(where, pairs, label_smoothing, symmetric, return_stats)
     elif negative_mode == "unpaired":
         bias = _bias(hard_negative_weight, 0, further.shape[0], scale)
-        pairs = pairs_of(where, z, further, scale, bias=bias)
-        result = _of_queue(where, pairs, key, label_smoothing, return_stats)
+        result = _of_queue(where, z, key, further, scale, bias, label_smoothing, return_stats)
     else:
         result = _of_own_negatives(
             z, key, further, scale, hard_negative_weight, label_smoothing, return_stats
@@ -159,22 +155,10 @@ def info_nce(
 # Checks
 
 
-def _check(
-    query: Any, positive_key: Any, temperature: Any, reduction: Any, label_smoothing: Any
-) -> None:
-    check_embeddings(query=query, positive_key=positive_key)
-    check_same_rows(query=query, positive_key=positive_key)
-    check_reduction(reduction)
-    check_temperature(temperature, query.shape[0], per_sample=True)
-    check_smoothing(label_smoothing)
-
-
 def _check_exclude(
     exclude: Any, query: Tensor, negative_keys: Any, mode: str, label_smoothing: float
 ) -> None:
-    if exclude is None:
-        return
-    check_groups("exclude", exclude, query.shape[0], query.device)
+    check_groups("exclude", exclude, query)
     if label_smoothing or (negative_keys is not None and mode != "in_batch"):
         raise ValueError(
             "exclude: expected none with label_smoothing, 'unpaired' or 'paired' negatives"
@@ -184,14 +168,10 @@ def _check_exclude(
 def _check_negatives(
     query: Tensor, negative_keys: Any, mode: str, symmetric: bool, weight: Any
 ) -> None:
-    if mode not in NEGATIVE_MODES:
-        raise ValueError(f"negative_mode: expected one of {NEGATIVE_MODES}, got {mode!r}")
-    if negative_keys is None:
-        return
     if symmetric:
         raise ValueError("symmetric: expected False with negative_keys, which have no queries")
     if mode != "paired":
-        check_embeddings(query=query, negative_keys=negative_keys)
+        check_embeddings(False, query=query, negative_keys=negative_keys)
     elif not isinstance(negative_keys, Tensor):
         raise TypeError(f"negative_keys: expected a Tensor, got {type(negative_keys).__name__}")
     elif negative_keys.dim() != 3 or negative_keys.shape[::2] != query.shape:
@@ -200,7 +180,7 @@ def _check_negatives(
             f"got {list(negative_keys.shape)}"
         )
     else:
-        check_embeddings(query=query, negative_keys=negative_keys.flatten(0, 1))
+        check_embeddings(False, query=query, negative_keys=negative_keys.flatten(0, 1))
     if isinstance(weight, Tensor):
         _check_weight(weight, negative_keys, mode)
     else:
@@ -264,20 +244,31 @@ def _by_rows(
 
 
 def _in_batch(
-    where: route.Route, pairs: Pairs, smoothing: float, symmetric: bool, stats: bool
-) -> LossStats:
-    """Queries against their positives, which are the first keys, and the further keys."""
-    compared = compare(where, pairs)
+    where: route.Route, query: Tensor, key: Tensor, further: Tensor | None, scale: Tensor,
+    weight: float | Tensor, exclude: Tensor | None, smoothing: float, symmetric: bool, stats: bool,
+) -> LossStats:  # fmt: skip
+    """Queries against their positives and, besides, further keys that belong to nobody."""
+    rows = torch.arange(query.shape[0], device=query.device)
+    keys, bias, own, of_keys = key, None, exclude, exclude
+    if further is not None:
+        keys = torch.cat([key, further])
+        bias = _bias(weight, key.shape[0], further.shape[0], scale)
+    if exclude is not None:
+        own, of_keys = _groups(exclude, keys.shape[0] - key.shape[0])
+    compared = compare(
+        where, query, keys, scale, bias=bias, positive=rows, query_group=own, key_group=of_keys,
+        columns=symmetric,
+    )  # fmt: skip
     loss = compared.row_loss
     if smoothing:
-        mean_key, mean_bias, _ = _mean_of_kept(pairs.key, pairs.bias, pairs.scale)
-        mean_score = pairs.scale * dots(pairs.query, mean_key) + mean_bias
+        mean_key, mean_bias, _ = _mean_of_kept(keys, bias, scale)
+        mean_score = scale * dots(query, mean_key) + mean_bias
         loss = torch.lerp(loss, compared.row_lse - mean_score, smoothing)
     if symmetric:
-        loss = (loss + _column_loss(pairs, compared, smoothing)) / 2
+        loss = (loss + _column_loss(compared, smoothing)) / 2
     if not stats:
         return without_stats(loss)
-    return with_stats(where, loss, pairs, compared.row_lse, compared.positive_score)
+    return with_stats(where, loss, compared.pairs, compared.row_lse, compared.positive_score)
 
 
 def _mean_of_kept(
@@ -293,18 +284,17 @@ def _mean_of_kept(
     return total / number, torch.where(kept, bias, 0).sum() / number, kept.sum()
 
 
-def _groups(exclude: Tensor | None, further: int) -> tuple[Tensor | None, Tensor | None]:
+def _groups(exclude: Tensor, further: int) -> tuple[Tensor, Tensor]:
     """Of the queries, and of the keys, the `further` ones of which are in nobody's."""
-    if exclude is None:
-        return None, None
     own = exclude.long()
     return own, own if not further else torch.cat([own, own.new_full((further,), NO_GROUP)])
 
 
-def _column_loss(pairs: Pairs, compared: Compared, smoothing: float) -> Tensor:
+def _column_loss(compared: Compared, smoothing: float) -> Tensor:
     """Each key against all queries."""
     if not smoothing:
         return compared.column_loss
+    pairs = compared.pairs
     query, scale = pairs.query, pairs.scale
     of_row = scale[:, None] if scale.dim() else scale
     mean_query = (query * of_row).mean(0, keepdim=True, dtype=scale.dtype)
@@ -313,19 +303,20 @@ def _column_loss(pairs: Pairs, compared: Compared, smoothing: float) -> Tensor:
 
 
 def _of_queue(
-    where: route.Route, pairs: Pairs, key: Tensor, smoothing: float, stats: bool
-) -> LossStats:
+    where: route.Route, query: Tensor, key: Tensor, negatives: Tensor, scale: Tensor,
+    bias: Tensor | None, smoothing: float, stats: bool,
+) -> LossStats:  # fmt: skip
     """Queries against their positive and keys that belong to nobody."""
-    compared, scale = compare(where, pairs), pairs.scale
-    score = scale * dots(pairs.query, key)
+    compared = compare(where, query, negatives, scale, bias=bias)
+    score = scale * dots(query, key)
     # -log(e^s / (e^s + e^lse)); beyond 40 softplus is its argument to the last digit of a double.
     loss = F.softplus(compared.row_lse - score, threshold=40)
     lse = loss + score
     if smoothing:
-        mean_key, mean_bias, kept = _mean_of_kept(pairs.key, pairs.bias, scale)
-        others = kept * (scale * dots(pairs.query, mean_key) + mean_bias)
+        mean_key, mean_bias, kept = _mean_of_kept(negatives, bias, scale)
+        others = kept * (scale * dots(query, mean_key) + mean_bias)
         loss = torch.lerp(loss, lse - (others + score) / (kept + 1), smoothing)
-    return with_stats(where, loss, pairs, lse, score) if stats else without_stats(loss)
+    return with_stats(where, loss, compared.pairs, lse, score) if stats else without_stats(loss)
 
 
 def _of_own_negatives(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from neglog import route
-from neglog.checks import check_embeddings, check_reduction, check_same_rows, check_temperature
-from neglog.losses._pairs import compare, dots, embeddings, pairs_of, scale_of, workspace_of
+from neglog.checks import check_comparison
+from neglog.losses._pairs import compare, dots, embeddings, scale_of, workspace_of
 from neglog.losses._result import reduce_and_cast
 from neglog.losses._types import Backend, Reduction, WorkspaceOptions
 
@@ -31,9 +31,10 @@ def nt_xent(
     where, z = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
     rows = torch.arange(z.shape[0], device=z.device)
     positive = rows.roll(z_i.shape[0])
-    scale = scale_of(temperature, z)
-    pairs = pairs_of(where, z, z, scale, positive=positive, excluded=rows, symmetric=True)
-    return reduce_and_cast(compare(where, pairs).row_loss, reduction, z_i)
+    compared = compare(
+        where, z, z, scale_of(temperature, z), positive=positive, excluded=rows, symmetric=True
+    )
+    return reduce_and_cast(compared.row_loss, reduction, z_i)
 
 
 def dcl(
@@ -48,10 +49,10 @@ def dcl(
     """
     where, z = _two_views(z_i, z_j, temperature, reduction, normalize, options, backend)
     scale = scale_of(temperature, z)
-    group = torch.arange(z_i.shape[0], device=z.device).repeat(2)
-    pairs = pairs_of(where, z, z, scale, query_group=group, key_group=group, symmetric=True)
     score = dots(z, z.roll(z_i.shape[0], 0)) * scale
-    return reduce_and_cast(compare(where, pairs).row_lse - score, reduction, z_i)
+    group = torch.arange(z_i.shape[0], device=z.device).repeat(2)
+    compared = compare(where, z, z, scale, query_group=group, key_group=group, symmetric=True)
+    return reduce_and_cast(compared.row_lse - score, reduction, z_i)
 
 
 def _two_views(
@@ -59,9 +60,6 @@ def _two_views(
     options: WorkspaceOptions | None, backend: str | None,
 ) -> tuple[route.Route, Tensor]:  # fmt: skip
     """Where to compare, and both views as one (2N, D)."""
-    check_embeddings(z_i=z_i, z_j=z_j)
-    check_same_rows(z_i=z_i, z_j=z_j)
-    check_reduction(reduction)
-    check_temperature(temperature, z_i.shape[0], per_sample=False)
+    check_comparison(temperature, reduction, z_i=z_i, z_j=z_j)
     z = embeddings(torch.cat([z_i, z_j]), normalize)
     return route.choose(z, backend=backend, workspace=workspace_of(options)), z

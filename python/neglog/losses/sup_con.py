@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from neglog import route
-from neglog.checks import check_embeddings, check_groups, check_reduction, check_temperature
-from neglog.losses._pairs import compare, embeddings, pairs_of, scale_of, workspace_of
+from neglog.checks import check_comparison, check_groups
+from neglog.losses._pairs import compare, embeddings, scale_of, workspace_of
 from neglog.losses._result import reduce_and_cast
 from neglog.losses._types import Backend, Reduction, WorkspaceOptions
 from neglog.ops.dtypes import real_dtype
@@ -31,10 +31,8 @@ def sup_con(
 
     Source: arXiv:2004.11362, its L_out.
     """
-    check_embeddings(features=features)
-    check_groups("labels", labels, features.shape[0], features.device)
-    check_reduction(reduction)
-    check_temperature(temperature, features.shape[0], per_sample=False)
+    check_comparison(temperature, reduction, features=features)
+    check_groups("labels", labels, features)
     z = embeddings(features, normalize)
     where = route.choose(z, backend=backend, workspace=workspace_of(options))
     scale = scale_of(temperature, z)
@@ -44,8 +42,7 @@ def sup_con(
     # log-sum-exp was made of. With more mates than one the loss is log 2 or more.
     only = mates.number == 1
     positive = torch.where(only, mates.first, rows)
-    pairs = pairs_of(where, z, z, scale, positive=positive, excluded=rows, symmetric=True)
-    compared = compare(where, pairs)
+    compared = compare(where, z, z, scale, positive=positive, excluded=rows, symmetric=True)
     of_many = compared.row_lse - scale * mates.mean_score(z)
     loss = torch.where(only, compared.row_loss, torch.where(mates.number > 0, of_many, 0))
     if reduction == "mean":

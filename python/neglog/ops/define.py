@@ -1,7 +1,7 @@
 """An op from one declaration: its schema, implementations, shapes, derivative, and forms.
 
     forward = Op("nll(Tensor logits, Tensor target, ...) -> (Tensor loss, Tensor lse, ...)")
-    forward.implement("CPU", function)      # function(arguments) -> results
+    forward.implement("cpu", function)      # function(arguments) -> results
     forward.shapes(function)                # the same for tensors that have no memory
     forward.differentiable(setup, backward)
 

@@ -41,7 +41,7 @@ def log_sum_exp(z: Tensor, dim: int) -> Tensor:
     return lse.masked_fill(empty, -torch.inf)
 
 
-def pairs(pairs: Pairs) -> tuple[Tensor, ...]:
+def pairs(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """row_loss, column_loss, row_lse, column_lse and score, as the op."""
     plain, z = scores(pairs)
     nothing = z.new_empty(0)
