@@ -9,8 +9,7 @@ import torch
 from torch.library import opcheck
 
 import neglog
-from neglog import dispatch
-from neglog.ops.pairs import schema
+from neglog import dispatch, route
 from neglog.ops.pairs.schema import Pairs
 from tests import contrastive_formulas as formulas
 from tests.contrastive_formulas import (
@@ -160,13 +159,13 @@ def test_kept_similarities_make_what_new_ones_make(monkeypatch, backend, name, d
     inputs, options = form(name, rows=150, keys=140, dtype=dtype)
     if dtype == torch.bfloat16 and "exclude" not in options:
         inputs = (*inputs[:3], inputs[3].detach().float().requires_grad_())
-    kept = []
-    op = schema.forward.registered
-    monkeypatch.setattr(
-        schema.forward,
-        "registered",
-        lambda *given: kept.append(schema.forward.Arguments(*given).keep) or op(*given),
-    )
+    kept, keeps = [], route.keeps
+
+    def spy(*arguments):
+        kept.append(keeps(*arguments))
+        return kept[-1]
+
+    monkeypatch.setattr(route, "keeps", spy)
     results = []
     for workspace in (8, 0.01):
         loss = neglog.info_nce(

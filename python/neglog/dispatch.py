@@ -147,6 +147,6 @@ def record() -> Iterator[list[str]]:
 
 
 def ran(op: str, backend: str) -> None:
-    """Note for `record()` that an op ran by a backend."""
+    """Note for `record()` that an op ran by a backend; "" is the best of the CPU's."""
     for recorder in _recorders:
-        recorder.append(f"{op}:{backend}")
+        recorder.append(f"{op}:{backend or _BEST_ON_CPU}")

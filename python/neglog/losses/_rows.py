@@ -63,10 +63,36 @@ def loss_of_rows(
     The loss has torch's dtype: that of the logits, or under autocast float32 for 16-bit ones.
     Without return_stats only it has a meaning.
     """
-    result = _by_formula_or_kernel(where, logits, target, weight, options)
+    if where.backend == "torch" and not options.extends_torch():
+        return without_stats(torch_loss(logits, target, weight, options))
+    num_items = options.num_items
+    if weight is not None:
+        weight = weight.to(real_dtype(logits.dtype))
+    if num_items is not None:
+        num_items = number_on(num_items, real_dtype(logits.dtype), logits.device).reshape(())
+    given = (logits, target, weight, num_items, options.for_op(), options.return_stats)
+    if where.backend == "torch":
+        result = _by_formula(*given)
+    elif options.inplace_backward and _may_overwrite(logits, target):
+        result = LossStats(*nll_in_place(*given, where.demanded))
+    else:
+        result = LossStats(*nll(*given, where.demanded))
+    if where.backend == "cuda":  # the others' ops say so themselves
+        dispatch.ran("nll", "cuda")
     if result.loss.dtype == logits.dtype or under_autocast(logits):
         return result
     return LossStats(result.loss.to(logits.dtype), *result[1:])
+
+
+def _by_formula(
+    logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
+    options: Options, stats: bool,
+) -> LossStats:  # fmt: skip
+    dispatch.ran("nll", "torch")
+    if target.dim() == 1 and not torch_state.compiling():
+        check_range(logits, target, options.ignore_index)
+    loss, lse, _, correct, entropy = formula.nll(logits, target, weight, num_items, options, stats)
+    return LossStats(loss, lse, correct, entropy) if stats else without_stats(loss)
 
 
 def torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> Tensor:
@@ -82,31 +108,6 @@ def torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Ro
         raise
     dispatch.ran("nll", "torch")
     return loss
-
-
-def _by_formula_or_kernel(
-    where: Route, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions
-) -> LossStats:
-    if where.backend == "torch" and not options.extends_torch():
-        return without_stats(torch_loss(logits, target, weight, options))
-    num_items = options.num_items
-    if weight is not None:
-        weight = weight.to(real_dtype(logits.dtype))
-    if num_items is not None:
-        num_items = number_on(num_items, real_dtype(logits.dtype), logits.device).reshape(())
-    given, values = (logits, target, weight, num_items), options.for_op()
-    if where.backend == "torch":
-        dispatch.ran("nll", "torch")
-        if target.dim() == 1 and not torch_state.compiling():
-            check_range(logits, target, options.ignore_index)
-        loss, lse, _, correct, entropy = formula.nll(*given, values, options.return_stats)
-        stats = LossStats(loss, lse, correct, entropy)
-        return stats if options.return_stats else without_stats(loss)
-    if where.backend == "cuda":  # the others' ops say so themselves
-        dispatch.ran("nll", "cuda")
-    in_place = options.inplace_backward and _may_overwrite(logits, target)
-    run = nll_in_place if in_place else nll
-    return LossStats(*run(*given, values, options.return_stats, where.demanded))
 
 
 def _may_overwrite(logits: Tensor, target: Tensor) -> bool:

@@ -133,8 +133,8 @@ class EagerLinearNLL(Function):
         wanted, dtypes = ctx.needs_input_grad[:3], [None if x is None else x.dtype for x in head]
         formed, ctx.formed = ctx.formed, None
         # With create_graph the gradients have a graph of their own.
-        alone = grad_lse is None and not torch.is_grad_enabled() and not torch_state.traced(head[0])
-        if alone and ctx.options.reduction != NONE and torch_state.one_upstream(grad_loss):
+        alone = grad_lse is None and torch_state.plain_upstream(grad_loss)
+        if alone and ctx.options.reduction != NONE:
             if formed is None:
                 formed = _formed(head, ctx.dtype, (target, weight, num_items, *ctx.rest))[-3:]
             given = scaled_in_place(

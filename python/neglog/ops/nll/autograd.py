@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from neglog import torch_state
+from neglog import dispatch, torch_state
 from neglog.ops.define import library, save, saved, second_derivative
 from neglog.ops.dtypes import divides_late
 from neglog.ops.nll import cpu, formula, schema
@@ -48,10 +48,11 @@ def nll(
     options: Options, stats: bool, backend: str,
 ) -> Rows:  # fmt: skip
     """Loss and statistics. Arguments as the op neglog::nll."""
-    if torch_state.traced(logits) or torch_state.transforming() or not logits.is_cpu:
+    if not torch_state.eager_on_cpu(logits):
         given = (logits, target, weight, num_items, *options, stats, backend)
         return Rows.of(schema.forward(*given), stats)
-    found = EagerNLL.apply(logits, target, weight, num_items, (options, stats, backend))
+    rest = (options, stats, backend)
+    found = torch_state.apply(EagerNLL, logits, target, weight, num_items, rest)
     return Rows(*found) if stats else Rows(found)
 
 
@@ -145,7 +146,6 @@ class EagerNLL(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         logits, target, weight, num_items, (options, stats, backend) = inputs
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, weight, num_items)
         ctx.options, ctx.backend = options, backend
         small = logits.numel() <= cpu.GRAIN and options.reduction != NONE and not stats
@@ -159,6 +159,7 @@ class EagerNLL(Function):
         loss = out.loss(options.reduction)
         if not stats:
             return loss
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out.correct, out.entropy)
         # A copy: what the user does to it must not reach the backward.
         return loss, out.lse.clone(), out.correct, out.entropy
@@ -169,13 +170,10 @@ class EagerNLL(Function):
             return None, None, None, None, None
         # A batch of upstreams has no memory: the dispatcher takes it apart. With create_graph the
         # gradient has a graph of its own.
-        plain = (
-            grad_loss is not None and not ctx.needs_input_grad[1] and not torch.is_grad_enabled()
-            and not torch_state.tracing() and torch_state.one_upstream(grad_loss)
-        )  # fmt: skip
+        plain = torch_state.plain_upstream(grad_loss) and not ctx.needs_input_grad[1]
         formed, ctx.formed = ctx.formed, None
         if plain and formed is not None and float(grad_loss) == 1.0:
-            cpu.note("nll_backward", ctx.backend)
+            dispatch.ran("nll_backward", ctx.backend)
             return formed, None, None, None, None
         return *_eager_gradients(ctx, grad_loss, grad_lse, plain), None, None, None
 

@@ -40,14 +40,9 @@ class Outputs(NamedTuple):
         return torch.scalar_tensor(self.divisor, dtype=self.row_loss.dtype)
 
 
-def note(op: str, backend: str) -> None:
-    """For `dispatch.record()`."""
-    dispatch.ran(op, backend or dispatch.best("cpu") or "none")
-
-
 def load_kernel(op: str, backend: str) -> Any:
-    """The kernels of a backend, "" for the best; the call is noted."""
-    note(op, backend)
+    """The kernels of a backend, "" for the best; the call is noted for `dispatch.record()`."""
+    dispatch.ran(op, backend)
     return kernels.load("nll", backend or None)
 
 

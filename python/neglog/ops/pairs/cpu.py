@@ -36,7 +36,7 @@ class CpuTiles:
     def __init__(self, op: str, pairs: Pairs, bounded: bool | None = None) -> None:
         self.pairs = pairs
         self.bounded = pairs.bounded() if bounded is None else bounded
-        dispatch.ran(op, pairs.backend or dispatch.best("cpu") or "none")
+        dispatch.ran(op, pairs.backend)
         self._kernel: Any = kernels.load("pairs", pairs.backend or None)
         self._threads = allowed(torch.get_num_threads())
 
