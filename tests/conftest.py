@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neglog import dispatch, kernels
-from tests.cuda_devices import device, dtype  # noqa: F401 - fixtures, by name
+from tests.support.cuda_devices import device, dtype  # noqa: F401 - fixtures, by name
 from tests.support.nll_cases import OPTIONS
 
 # Every line of it needs a GPU with the kernels on it; bench/device.sh runs it there.

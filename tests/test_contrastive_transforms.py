@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import neglog
 from neglog import dispatch
-from tests.backends import BACKENDS
+from tests.support.backends import BACKENDS
 
 LOSSES = {
     "info_nce": lambda x, y: neglog.info_nce(x, y, 0.2 * torch.ones(3, 5), symmetric=False),

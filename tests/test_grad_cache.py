@@ -9,7 +9,7 @@ from torch import nn
 
 import neglog
 from neglog import dispatch
-from tests.contrastive_formulas import BACKENDS, normal, pair
+from tests.support.contrastive_formulas import BACKENDS, normal, pair
 
 
 @pytest.fixture(params=BACKENDS)

@@ -17,7 +17,7 @@ from neglog.ops.pairs import schedule, schema
 from neglog.ops.pairs.cuda import CudaTiles
 from neglog.ops.pairs.schema import Pairs
 from neglog.tiles import gemm
-from tests import emulated
+from tests.support import emulated
 from tests.support.bits import normal
 
 NONE, MEAN, SUM = 0, 1, 2

@@ -1,4 +1,4 @@
-"""The backends that run here for tensors in the CPU's memory; tests/test_cuda.py has the others."""
+"""The backends that run here for tensors in the CPU's memory; tests/csrc has the others."""
 
 from neglog import dispatch
 

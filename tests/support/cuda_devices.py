@@ -9,7 +9,7 @@ from neglog import dispatch
 from neglog.ops.linear_nll import cuda as linear_cuda
 from neglog.ops.pairs.cuda import CudaTiles
 from neglog.tiles import gemm
-from tests import emulated
+from tests.support import emulated
 
 ON_GPU = dispatch.best("cuda") if torch.cuda.is_available() else None
 DEVICES = [*(["emulated"] if emulated.AVAILABLE else []), *(["cuda"] if ON_GPU else [])]

@@ -5,7 +5,7 @@ import torch
 
 import neglog
 from neglog import dispatch
-from tests.contrastive_formulas import BACKENDS
+from tests.support.contrastive_formulas import BACKENDS
 
 Q, K, NEG = torch.ones(3, 4), torch.ones(3, 4), torch.ones(5, 4)
 OWN = torch.ones(3, 5, 4)

@@ -11,7 +11,7 @@ from torch.library import opcheck
 import neglog
 import neglog.losses.cross_entropy  # defines the ops
 from neglog import dispatch
-from tests.backends import KERNELS
+from tests.support.backends import KERNELS
 
 
 @pytest.fixture(params=KERNELS)

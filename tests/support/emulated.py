@@ -15,7 +15,7 @@ import torch
 from neglog.ops.nll import schema as nll
 from neglog.ops.pairs import schema as pairs
 
-SOURCES = Path(__file__).parents[1] / "csrc"
+SOURCES = Path(__file__).parents[2] / "csrc"
 AVAILABLE = shutil.which(os.environ.get("CXX", "g++")) is not None
 _definitions = torch.library.Library("neglog_emulated", "DEF")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import neglog
-from tests.backends import KERNELS
+from tests.support.backends import KERNELS
 
 
 def trained(rows=2048, features=32, vocab=4096, dtype=torch.float64):

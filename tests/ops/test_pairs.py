@@ -11,8 +11,8 @@ from torch.library import opcheck
 import neglog
 from neglog import dispatch, route
 from neglog.ops.pairs.schema import Pairs
-from tests import contrastive_formulas as formulas
-from tests.contrastive_formulas import (
+from tests.support import contrastive_formulas as formulas
+from tests.support.contrastive_formulas import (
     BACKENDS,
     KERNELS,
     LOSSES,
@@ -23,7 +23,7 @@ from tests.contrastive_formulas import (
     learned,
     normal,
 )  # fmt: skip
-from tests.test_contrastive import FORMS, form
+from tests.losses.test_contrastive import FORMS, form
 
 
 @pytest.fixture(params=BACKENDS)

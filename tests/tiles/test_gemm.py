@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 import neglog
 from neglog.ops.linear_nll.tiles import Gradients, Head, Tiles
 from neglog.tiles import gemm
-from tests.backends import KERNELS
+from tests.support.backends import KERNELS
 
 SHORT = [torch.bfloat16, torch.float16]
 

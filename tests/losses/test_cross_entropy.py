@@ -9,7 +9,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import neglog
 from neglog import dispatch, reference
-from tests.backends import BACKENDS, KERNELS
+from tests.support.backends import BACKENDS, KERNELS
 from tests.support.nll_cases import OPTIONS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -14,7 +14,7 @@ from neglog.ops.pairs import formula, schedule, schema
 from neglog.ops.pairs.cpu import CpuTiles
 from neglog.ops.pairs.cuda import CudaTiles
 from neglog.ops.pairs.schema import Pairs
-from tests.cuda_devices import GRADIENT, LOSS, normal, off, real_of
+from tests.support.cuda_devices import GRADIENT, LOSS, normal, off, real_of
 
 NONE, MEAN, SUM = 0, 1, 2
 INF, NAN = float("inf"), float("nan")

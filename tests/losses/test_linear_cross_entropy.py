@@ -12,7 +12,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import neglog
 from neglog import dispatch
 from neglog.tiles import gemm, plan
-from tests.backends import BACKENDS, KERNELS
+from tests.support.backends import BACKENDS, KERNELS
 
 OPINFO = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
 

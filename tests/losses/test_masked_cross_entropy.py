@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import neglog
 from neglog import dispatch
-from tests.backends import BACKENDS
+from tests.support.backends import BACKENDS
 
 
 @pytest.fixture(params=BACKENDS)

@@ -7,7 +7,7 @@ others take two, in another kernel: to differ in the last bits shows that both r
 import pytest
 import torch
 
-from tests.cuda_devices import GRADIENT, LOSS, normal, off, real_of
+from tests.support.cuda_devices import GRADIENT, LOSS, normal, off, real_of
 
 INF, NAN = float("inf"), float("nan")
 COLUMNS = {

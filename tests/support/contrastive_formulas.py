@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from tests.backends import BACKENDS, KERNELS  # noqa: F401 - for those who import the formulas
+from tests.support.backends import BACKENDS, KERNELS  # noqa: F401 - for those who import the formulas
 
 TILES = {"workspace_mb": 0.1}  # many of them, none of which is kept
 INF = float("inf")

@@ -8,8 +8,8 @@ from pytorch_metric_learning import losses as metric_learning
 
 import neglog
 from neglog import dispatch
-from tests import contrastive_formulas as formulas
-from tests.contrastive_formulas import (
+from tests.support import contrastive_formulas as formulas
+from tests.support.contrastive_formulas import (
     BACKENDS,
     INF,
     KERNELS,
