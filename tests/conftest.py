@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from neglog import dispatch, kernels
+from tests.support.backends import BACKENDS, KERNELS
 from tests.support.cuda_devices import device, dtype  # noqa: F401 - fixtures, by name
 from tests.support.nll_cases import OPTIONS
 
 # Every line of it needs a GPU with the kernels on it; bench/device.sh runs it there.
-collect_ignore = [] if dispatch.best("cuda") and torch.cuda.is_available() else ["test_gpu.py"]
+ON_GPU = dispatch.best("cuda") and torch.cuda.is_available()
+collect_ignore = [] if ON_GPU else ["csrc/test_gpu.py"]
 COMPILED = [build.name for build in kernels.isa_builds() if build.usable]
-BACKENDS = [name for name in kernels.BACKENDS if kernels.available(name).usable]
 
 
 def clear_caches() -> None:
@@ -23,7 +24,7 @@ def clear_caches() -> None:
         function.cache_clear()
 
 
-@pytest.fixture(params=[*COMPILED, *(["numba"] if "numba" in BACKENDS else [])])
+@pytest.fixture(params=[*COMPILED, *(["numba"] if "numba" in KERNELS else [])])
 def every_build(request, monkeypatch) -> Iterator[str]:
     """Each ISA level that runs here, and the Numba version: the name of its backend.
 
@@ -42,10 +43,28 @@ def every_build(request, monkeypatch) -> Iterator[str]:
     clear_caches()
 
 
+@pytest.fixture(params=KERNELS)
+def kernel_backend(request) -> Iterator[str]:
+    """The best compiled build, and the Numba version, demanded. For what the sources decide: what
+    an option does, derivatives, memory, threads."""
+    with dispatch.use(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=BACKENDS)
-def kernel_backend(request) -> str:
-    """The best compiled build, and the Numba version. For what the sources decide: all the rest."""
-    return request.param
+def backend(request) -> Iterator[str]:
+    """These two and torch, demanded. Where the formula in torch's ops is a third answer: the losses
+    over embeddings, options that torch has not, and what composes several ops."""
+    with dispatch.use(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "numba"])
+def compiled_or_torch(request) -> Iterator[str]:
+    """The best compiled build, or the formula. For Python above the ops, where Numba's backend is
+    a word that is handed down."""
+    with dispatch.use(request.param):
+        yield request.param
 
 
 @pytest.fixture

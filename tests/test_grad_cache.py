@@ -1,4 +1,4 @@
-"""cached_step, Queue and the modules."""
+"""cached_step: the gradient of a large batch, by parts."""
 
 from collections import UserDict, defaultdict
 from typing import NamedTuple
@@ -8,14 +8,7 @@ import torch
 from torch import nn
 
 import neglog
-from neglog import dispatch
-from tests.support.contrastive_formulas import BACKENDS, normal, pair
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with dispatch.use(request.param):
-        yield request.param
+from tests.support.contrastive_cases import normal
 
 
 def encoder(dropout=0.0, seed=0):
@@ -41,9 +34,10 @@ def whole(encode, inputs, loss):
     return value.detach()
 
 
+# One row, whole chunks, and a rest; chunks of one row, of several, of all, and of more.
 @pytest.mark.parametrize("rows", [1, 12, 13])
 @pytest.mark.parametrize("chunk_size", [1, 4, 12, 64])
-def test_the_gradient_is_that_of_the_whole_batch(backend, rows, chunk_size):
+def test_the_gradient_is_that_of_the_whole_batch(rows, chunk_size):
     encode = encoder()
     inputs = (normal(rows, 6), normal(rows, 6, seed=1))
     results = [
@@ -275,104 +269,3 @@ def test_a_mapping_keeps_its_type():
     bare = tuple(defaultdict(list, x) for x in inputs)
     found = neglog.cached_step(lambda x: encode(x["ids"]), bare, neglog.info_nce, chunk_size=4)
     torch.testing.assert_close(found, expected)
-
-
-# Queue
-
-
-@pytest.mark.parametrize("sizes", [[4, 4, 4], [4, 3, 1, 0, 4], [10], [3, 25, 2], [20, 20]])
-def test_the_queue_holds_the_last(sizes):
-    queue = neglog.nn.Queue(10, 2)
-    pushed = torch.empty(0, 2)
-    assert queue().shape == (0, 2)
-    for seed, size in enumerate(sizes):
-        batch = normal(size, 2, seed=seed, dtype=torch.float32)
-        queue.push(batch.requires_grad_())
-        pushed = torch.cat([pushed, batch.detach()])[-10:]
-        assert len(queue) == len(pushed)
-        assert {tuple(row) for row in queue().tolist()} == {tuple(row) for row in pushed.tolist()}
-        assert not queue().requires_grad
-
-
-def test_a_queue_of_negatives(backend):
-    query, key = pair(8, 4)
-    queue = neglog.nn.Queue(6, 4, dtype=torch.float64)
-    torch.testing.assert_close(neglog.info_nce(query, key, queue()), (query * 0).sum())
-    queue.push(normal(5, 4))
-    loss = neglog.info_nce(query, key, queue())
-    expected = neglog.info_nce(query, key, normal(5, 4))
-    queue.push(key)  # before the backward
-    torch.testing.assert_close(loss, expected)
-    grads = [torch.autograd.grad(x, query)[0] for x in (loss, expected)]
-    torch.testing.assert_close(*grads)
-
-
-def test_the_queue_is_saved(tmp_path):
-    queue, other = neglog.nn.Queue(5, 3), neglog.nn.Queue(5, 3)
-    for seed in range(3):
-        queue.push(normal(3, 3, seed=seed))
-    torch.save(queue.state_dict(), tmp_path / "queue.pt")
-    other.load_state_dict(torch.load(tmp_path / "queue.pt"))
-    for each in (queue, other):
-        each.push(normal(1, 3, seed=9))
-    assert torch.equal(queue(), other())
-    assert len(other) == 5
-    assert repr(other) == "Queue(size=5, dim=3)"
-
-
-def test_bad_queues():
-    with pytest.raises(ValueError, match="Queue: expected size and dim of at least 1, got 0 and 3"):
-        neglog.nn.Queue(0, 3)
-    queue = neglog.nn.Queue(4, 3)
-    for keys in (torch.zeros(2, 5), torch.zeros(3)):
-        with pytest.raises(RuntimeError, match=r"keys: expected shape \(N, 3\), got"):
-            queue.push(keys)
-
-
-# Modules
-
-A, B = (x.detach() for x in pair(20, 5))
-LABELS = torch.arange(20) % 4
-MODULES = {
-    "InfoNCELoss": (
-        neglog.nn.InfoNCELoss(0.2, "sum", symmetric=True), (A, B),
-        lambda: neglog.info_nce(A, B, temperature=0.2, reduction="sum", symmetric=True),
-    ),
-    "InfoNCELoss, negatives": (
-        neglog.nn.InfoNCELoss(0.2, negative_mode="in_batch"), (A, B, A + 1),
-        lambda: neglog.info_nce(A, B, A + 1, 0.2, negative_mode="in_batch"),
-    ),
-    "CLIPLoss": (neglog.nn.CLIPLoss(options={"workspace_mb": 1}), (A, B, 3.0),
-                 lambda: neglog.clip_loss(A, B, 3.0)),
-    "SigLIPLoss": (neglog.nn.SigLIPLoss(), (A, B, 3.0, -1.0),
-                   lambda: neglog.siglip_loss(A, B, 3.0, -1.0)),
-    "NTXentLoss": (neglog.nn.NTXentLoss(0.3, "none"), (A, B),
-                   lambda: neglog.nt_xent(A, B, 0.3, "none")),
-    "DCLLoss": (neglog.nn.DCLLoss(normalize=False), (A, B),
-                lambda: neglog.dcl(A, B, normalize=False)),
-    "SupConLoss": (neglog.nn.SupConLoss(0.3), (A, LABELS),
-                   lambda: neglog.sup_con(A, LABELS, 0.3)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("module", "arguments", "function"), MODULES.values(), ids=MODULES.keys())
-def test_modules(backend, module, arguments, function):
-    torch.testing.assert_close(module(*arguments), function())
-
-
-def test_options_at_the_call_come_first():
-    module = neglog.nn.InfoNCELoss(0.2, symmetric=True)
-    ids = torch.arange(20) // 2
-    torch.testing.assert_close(
-        module(A, B, exclude=ids, symmetric=False, temperature=0.5),
-        neglog.info_nce(A, B, temperature=0.5, exclude=ids),
-    )
-
-
-@pytest.mark.parametrize("make", [neglog.nn.InfoNCELoss, neglog.nn.NTXentLoss, neglog.nn.DCLLoss])
-def test_a_temperature_that_is_learned(backend, make):
-    module = make(nn.Parameter(torch.tensor(0.5)))
-    assert [name for name, _ in module.named_parameters()] == ["temperature"]
-    module(A, B).backward()
-    assert module.temperature.grad.isfinite()
-    assert "reduction='mean'" in repr(module)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import neglog
 from neglog import dispatch, kernels, route
@@ -86,6 +87,60 @@ def test_devices(with_cuda):
             route.choose(x, backend="cython")
     with pytest.raises(RuntimeError, match="which its kernels do not run on"):
         route.choose(logits(), backend="cuda")
+
+
+ON_CUDA = {
+    "cross_entropy": (lambda x, key, t: neglog.cross_entropy(x, t), "nll"),
+    "masked_cross_entropy": (lambda x, key, t: neglog.masked_cross_entropy(x, t, t > 5), "nll"),
+    "linear_cross_entropy": (lambda x, key, t: neglog.linear_cross_entropy(x, x, t), "linear_nll"),
+    "info_nce": (lambda x, key, t: neglog.info_nce(x, key, symmetric=True), "pairs"),
+    "info_nce, queue": (lambda x, key, t: neglog.info_nce(x, key, key), "pairs"),
+    "clip_loss": (lambda x, key, t: neglog.clip_loss(x, key, 10.0), "pairs"),
+    "siglip_loss": (lambda x, key, t: neglog.siglip_loss(x, key, 10.0, 1.0), "pairs_sigmoid"),
+    "nt_xent": (lambda x, key, t: neglog.nt_xent(x, key), "pairs"),
+    "dcl": (lambda x, key, t: neglog.dcl(x, key), "pairs"),
+}
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "neglog":
+            self.ops.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("function", ON_CUDA)
+def test_losses_choose_the_cuda_kernels(with_cuda, function):
+    """Shapes alone, so that it can be asked where there is no GPU; no gradients for the same
+    reason."""
+    call, op = ON_CUDA[function]
+    with FakeTensorMode():
+        x, key = (torch.randn(2000, 1000, device="cuda") for _ in range(2))
+        target = torch.randint(0, 1000, (2000,), device="cuda")
+        with Seen() as seen:
+            loss = call(x, key, target)
+    assert seen.ops == [op]
+    assert (loss.shape, loss.device.type) == ((), "cuda")
+
+
+def test_a_backend_for_another_device_is_refused(with_cuda, monkeypatch):
+    x, target = torch.randn(4, 5), torch.arange(4)
+    with pytest.raises(
+        RuntimeError, match="backend='cuda' cannot take this call: logits on device"
+    ):
+        neglog.cross_entropy(x, target, backend="cuda")
+    with FakeTensorMode():
+        on_gpu, labels = torch.randn(4, 5, device="cuda"), torch.zeros(4, device="cuda").long()
+        with pytest.raises(RuntimeError, match=r"backend='cython'.*its kernels run on the CPU"):
+            neglog.cross_entropy(on_gpu, labels, backend="cython")
+    missing = kernels.Build("cuda", False, "not built: for the test")
+    monkeypatch.setitem(dispatch._STATES, "cuda", missing)
+    with pytest.raises(RuntimeError, match=r"(?s)not available here: 'cuda'.*not built: for the"):
+        neglog.clip_loss(x, x, 1.0, backend="cuda")
 
 
 def test_what_a_demanded_backend_cannot_take():

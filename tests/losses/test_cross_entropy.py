@@ -426,61 +426,6 @@ def test_stats(backend):
 # Module and patch
 
 
-def test_module_is_torchs():
-    weight = torch.rand(300)
-    ours = neglog.nn.CrossEntropyLoss(weight, label_smoothing=0.1, ignore_index=3)
-    theirs = torch.nn.CrossEntropyLoss(weight, label_smoothing=0.1, ignore_index=3)
-    logits, target = draw((40, 300), torch.float32, ignored=False)
-    assert isinstance(ours, torch.nn.CrossEntropyLoss)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    torch.testing.assert_close(ours(logits, target), theirs(logits, target))
-    scaled = neglog.nn.CrossEntropyLoss(reduction="sum", z_loss=0.1, softcap=5.0)
-    torch.testing.assert_close(
-        scaled(logits, target, num_items=40),
-        neglog.cross_entropy(logits, target, num_items=40, z_loss=0.1, softcap=5.0),
-    )
-    assert "z_loss=0.1" in repr(scaled)
-
-
-def test_patch_torch_and_back():
-    own = F.cross_entropy
-    logits, target = draw((500, 400), torch.float32)
-    expected = own(logits, target)
-    with dispatch.record() as ran:
-        with neglog.patch_torch():
-            torch.testing.assert_close(torch.nn.CrossEntropyLoss()(logits, target), expected)
-        assert F.cross_entropy is own
-        assert ran == [f"nll:{KERNELS[0]}"]
-        patch = neglog.patch_torch()
-        assert F.cross_entropy is neglog.cross_entropy
-        F.cross_entropy(logits, target)
-        patch.undo()
-        patch.undo()
-    assert F.cross_entropy is own
-    assert len(ran) == 2
-
-
-def test_patches_end_in_any_order():
-    own = F.cross_entropy
-    first, second = neglog.patch_torch(), neglog.patch_torch()
-    first.undo()
-    first.undo()
-    assert F.cross_entropy is neglog.cross_entropy
-    with neglog.patch_torch():
-        second.undo()
-        assert F.cross_entropy is neglog.cross_entropy
-    assert F.cross_entropy is own
-
-
-def test_a_patch_can_be_entered_again():
-    patch = neglog.patch_torch()
-    patch.undo()
-    for _ in range(2):
-        with patch:
-            assert F.cross_entropy is neglog.cross_entropy
-        assert F.cross_entropy is not neglog.cross_entropy
-
-
 def test_the_deprecated_name_of_mean():
     logits, target = draw((500, 400), torch.float32)
     with pytest.warns(UserWarning, match="'elementwise_mean' is deprecated"):
@@ -494,10 +439,3 @@ def test_weights_of_another_dtype_with_probabilities(dtype):
     weight = torch.arange(1, 401, dtype=dtype)
     ours, theirs = (f(logits, target, weight) for f in (neglog.cross_entropy, F.cross_entropy))
     torch.testing.assert_close(ours, theirs)
-
-
-def test_patch_torch_refuses_a_stranger(monkeypatch):
-    monkeypatch.setattr(F, "cross_entropy", F.nll_loss)
-    with pytest.raises(RuntimeError, match=r"patch_torch: .* got torch.nn.functional.nll_loss"):
-        neglog.patch_torch()
-    assert F.cross_entropy is F.nll_loss

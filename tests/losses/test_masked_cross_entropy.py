@@ -130,35 +130,6 @@ def test_in_place(backend):
     torch.testing.assert_close(gradient(loss, logits), expected)
 
 
-def test_module():
-    logits, target, mask = draw(3, 4, 31)
-    module = neglog.nn.MaskedCrossEntropyLoss(reduction="sum", label_smoothing=0.2, z_loss=0.1)
-    expected = neglog.masked_cross_entropy(
-        logits, target, mask, reduction="sum", label_smoothing=0.2, z_loss=0.1
-    )
-    torch.testing.assert_close(module(logits, target, mask), expected)
-
-
-X, T, M = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3) > 0
-BAD = {
-    "mask dtype": (RuntimeError, r"mask: expected dtype torch.bool, got torch.int64", (X, T, T)),
-    "mask shape": (RuntimeError, r"mask: expected shape \[2, 3\] or .* got \[2\]", (X, T, M[:, 0])),
-    "mask list": (TypeError, r"mask: expected a Tensor, got list", (X, T, [True])),
-    "mask device": (RuntimeError, r"mask: expected device cpu, got meta", (X, T, M.to("meta"))),
-    "target shape": (RuntimeError, r"target: expected shape \[2, 3\]", (X, T[0], M)),
-    "target dtype": (RuntimeError, r"target: expected dtype torch.int64", (X, T.int(), M)),
-    "target range": (IndexError, r"target 5 at row 0 is out of range", (X, T + 5, M)),
-    "smoothing": (RuntimeError, r"label_smoothing", (X, T, M, None, "mean", 2.0)),
-    "reduction": (ValueError, r"reduction: expected", (X, T, M, None, "avg")),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("error", "message", "arguments"), BAD.values(), ids=BAD.keys())
-def test_bad_input(backend, error, message, arguments):
-    with pytest.raises(error, match=message):
-        neglog.masked_cross_entropy(*arguments)
-
-
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"z_loss": 0.1}], ids=str)
 def test_what_does_not_count_may_be_nan(backend, options):
@@ -214,10 +185,3 @@ def test_nothing_in_place_and_no_classes():
     assert float(loss) == 0.0
     target = torch.zeros(3, dtype=torch.int64)
     assert float(neglog.masked_cross_entropy(x[:, :0], target, none, reduction="sum")) == 0.0
-
-
-@pytest.mark.parametrize("option", ["ignore_index", "size_average", "reduce"])
-def test_the_module_refuses_what_a_mask_replaces(option):
-    with pytest.raises(TypeError, match=f"{option}: expected none"):
-        neglog.nn.MaskedCrossEntropyLoss(**{option: 0})
-    assert "ignore_index" not in repr(neglog.nn.MaskedCrossEntropyLoss())

@@ -1,7 +1,5 @@
-"""The ops pairs and siglip: derivatives, torch's transformations, bits, memory."""
+"""The ops of pairs: derivatives, opcheck, what is kept, bits, threads, memory."""
 
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -9,44 +7,27 @@ import torch
 from torch.library import opcheck
 
 import neglog
-from neglog import dispatch, route
+from neglog import route
 from neglog.ops.pairs.schema import Pairs
 from tests.support import contrastive_formulas as formulas
-from tests.support.contrastive_formulas import (
-    BACKENDS,
-    KERNELS,
+from tests.support.backends import BEST, NUMBA
+from tests.support.contrastive_cases import (
+    FORMS,
     LOSSES,
     OF_ONE_NUMBER,
     TILES,
     case,
+    form,
     gradients,
     learned,
     normal,
-)  # fmt: skip
-from tests.losses.test_contrastive import FORMS, form
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with dispatch.use(request.param):
-        yield request.param
-
-
-def of_learned(function, arguments):
-    """function of those arguments alone that require grad, and these."""
-    places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.requires_grad]
-
-    def of(*values):
-        given = list(arguments)
-        for place, value in zip(places, values, strict=True):
-            given[place] = value
-        return function(*given)
-
-    return of, learned(arguments)
+    of_learned,
+)
+from tests.support.processes import python
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_derivatives_of_losses(backend, name):
+def test_derivatives_of_losses(kernel_backend, name):
     for reduction in ("none", "mean")[name in OF_ONE_NUMBER :]:
         options = {} if name in OF_ONE_NUMBER else {"reduction": reduction}
         arguments = case(name, 5, 3, temperature=0.5)
@@ -56,16 +37,18 @@ def test_derivatives_of_losses(backend, name):
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
+# All forms, by the best build: test_info_nce.py has each backend's gradients of each.
 @pytest.mark.parametrize("name", FORMS)
-def test_derivatives_of_forms(backend, name):
+def test_derivatives_of_forms(name):
     arguments, options = form(name, "of each row", rows=4, keys=3, features=2)
     function, inputs = of_learned(partial(neglog.info_nce, **options), arguments)
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
+# Log-sum-exps over other keys, over those of the batch too, and without some of these.
 @pytest.mark.parametrize("name", ["queue, weights", "further, weights", "exclude, symmetric"])
-def test_derivatives_of_statistics(backend, name):
+def test_derivatives_of_statistics(name):
     arguments, options = form(name, "of each row", rows=4, keys=3, features=2)
     statistics = partial(neglog.info_nce, return_stats=True, reduction="none", **options)
     function, inputs = of_learned(lambda *given: statistics(*given)[:2], arguments)
@@ -73,9 +56,10 @@ def test_derivatives_of_statistics(backend, name):
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
+# Each input of each loss in turn: which gradients are formed is asked in Python.
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 @pytest.mark.parametrize("name", LOSSES)
-def test_frozen_parts_have_no_gradient(backend, name, frozen):
+def test_frozen_parts_have_no_gradient(name, frozen):
     arguments = list(case(name, 60, 5))
     places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.requires_grad]
     frozen = places[frozen % len(places)]
@@ -86,7 +70,7 @@ def test_frozen_parts_have_no_gradient(backend, name, frozen):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_second_derivative_and_retained_graph(backend, name):
+def test_second_derivative_and_retained_graph(name):
     arguments = case(name, 60, 5)
     inputs = learned(arguments)
     loss = getattr(neglog, name)(*arguments, options=TILES)
@@ -115,6 +99,7 @@ def pairs_of(rows=7, keys=7, features=3, columns=True, temperature=()):
     )  # fmt: skip
 
 
+# What changes the outputs of the op: which are empty, and the shape of the scale's gradient.
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("columns", [False, True])
@@ -135,6 +120,7 @@ def test_opcheck_of_pairs(columns, per_row, keep):
     )  # fmt: skip
 
 
+# Accumulation in the inputs' dtype and in a wider one; all gradients, and half of them.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wanted", [[True] * 4, [False, True, False, True]])
 def test_opcheck_of_siglip(dtype, wanted):
@@ -152,9 +138,16 @@ def test_opcheck_of_siglip(dtype, wanted):
     opcheck(torch.ops.neglog.pairs_sigmoid_backward.default, given, test_utils=utilities)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+# A tile has the dtype of what is kept, or a wider one; Numba's functions are the same in each.
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *((BEST, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+        *((name, torch.float64) for name in NUMBA),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("backend", KERNELS)
 def test_kept_similarities_make_what_new_ones_make(monkeypatch, backend, name, dtype):
     inputs, options = form(name, rows=150, keys=140, dtype=dtype)
     if dtype == torch.bfloat16 and "exclude" not in options:
@@ -178,118 +171,31 @@ def test_kept_similarities_make_what_new_ones_make(monkeypatch, backend, name, d
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
-# torch's transformations
-
-
-@pytest.mark.parametrize(
-    ("backend", "dynamic"), [(None, True), *((name, way) for name in KERNELS for way in (0, 1))]
-)
-@pytest.mark.parametrize("name", LOSSES)
-def test_compiles_whole(name, backend, dynamic):
-    torch.compiler.reset()
-    function = partial(getattr(neglog, name), backend=backend)
-    compiled = torch.compile(function, fullgraph=True, dynamic=bool(dynamic), backend="aot_eager")
-    for rows in (30, 29)[: 1 + dynamic]:
-        arguments = case(name, rows, 8)
-        with dispatch.record() as ran:
-            ours = compiled(*arguments)
-            found = gradients(ours, learned(arguments))
-        assert backend is None or ran[0].endswith(f":{backend}")
-        theirs = function(*arguments)
-        torch.testing.assert_close(ours, theirs)
-        torch.testing.assert_close(found, gradients(theirs, learned(arguments)))
-
-
-@pytest.mark.parametrize("name", ["queue, weights", "paired, own weights", "exclude, further",
-                                  "smoothing, symmetric"])  # fmt: skip
-@pytest.mark.parametrize("stats", [False, True])
-@pytest.mark.parametrize("backend", KERNELS)
-def test_compiles_forms(name, stats, backend):
-    torch.compiler.reset()
-    arguments, options = form(name, "of each row")
-    function = partial(neglog.info_nce, backend=backend, return_stats=stats, **options)
-    ours = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
-    theirs = function(*arguments)
-    torch.testing.assert_close(ours, theirs)
-    losses = (ours.loss, theirs.loss) if stats else (ours, theirs)
-    torch.testing.assert_close(*(gradients(x, learned(arguments)) for x in losses))
-
-
-def test_compiles_to_code():
-    torch.compiler.reset()
-    function = partial(neglog.info_nce, symmetric=True)
-    arguments = case("info_nce", 700, 8, torch.float32)
-    ours, theirs = torch.compile(function, fullgraph=True)(*arguments), function(*arguments)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(*(gradients(x, learned(arguments)) for x in (ours, theirs)))
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_torch_func(backend, name):
-    arguments = case(name, 60, 5)
-    grads = []
-    for home in (neglog, formulas):
-        function, inputs = of_learned(getattr(home, name), arguments)
-        places = tuple(range(len(inputs)))
-        grads.append(torch.func.grad(function, places)(*(x.detach() for x in inputs)))
-    torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_torch_func_twice(backend, name):
-    arguments = case(name, 6, 3)
-    second = []
-    for home in (neglog, formulas):
-        function, inputs = of_learned(getattr(home, name), arguments)
-        inputs = [x.detach() for x in inputs]
-
-        def slope(x, function=function, rest=inputs[1:]):
-            return torch.func.grad(function)(x, *rest).square().sum()
-
-        second.append(torch.func.grad(slope)(inputs[0]))
-    torch.testing.assert_close(*second)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", LOSSES)
-def test_autocast(backend, name, dtype):
-    arguments = case(name, dtype=torch.float32)
-    expected = getattr(formulas, name)(*arguments)
-    with torch.autocast("cpu", dtype):
-        loss = getattr(neglog, name)(*arguments)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
-    found, truth = (gradients(x, learned(arguments)) for x in (loss, expected))
-    for mine, other in zip(found, truth, strict=True):
-        assert mine.dtype == torch.float32
-        assert (mine - other).norm() <= 0.05 * other.norm() + 1e-5
-
-
 # Bits and memory
 
 
+# Similarities that are kept, and that are made twice.
+@pytest.mark.parametrize("workspace", [None, TILES], ids=["kept", "tiles"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_bits_repeat(backend, name):
+def test_bits_repeat(backend, name, workspace):
     arguments = case(name, dtype=torch.float32)
     runs = []
-    for _ in range(2):
-        loss = getattr(neglog, name)(*arguments, options=TILES)
+    for _ in range(4):
+        loss = getattr(neglog, name)(*arguments, options=workspace)
         runs.append((loss, *torch.autograd.grad(loss, learned(arguments))))
-    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+    for other in runs[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_threads_and_workspaces_change_only_roundings(name, backend):
+def test_threads_and_workspaces_change_only_roundings(kernel_backend, name):
     arguments = case(name)
     most = torch.get_num_threads()
     results = []
     try:
         for threads, workspace in ((1, 64), (2, 64), (3, 0.1), (most, 0.3)):
             torch.set_num_threads(threads)
-            loss = getattr(neglog, name)(
-                *arguments, backend=backend, options={"workspace_mb": workspace}
-            )
+            loss = getattr(neglog, name)(*arguments, options={"workspace_mb": workspace})
             results.append((loss, *torch.autograd.grad(loss, learned(arguments))))
     finally:
         torch.set_num_threads(most)
@@ -323,9 +229,6 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_similarities_never_lie_in_memory(backend):
-    made = subprocess.run(
-        [sys.executable, "-c", PEAK, backend], capture_output=True, text=True, check=True
-    )
-    assert int(made.stdout) < 100  # MB; the similarities are 400
+def test_similarities_never_lie_in_memory(kernel_backend):
+    made = python(PEAK, kernel_backend)
+    assert int(made.stdout) < 100, made.stderr  # MB; the similarities are 400

@@ -1,11 +1,8 @@
-"""The contrastive losses as anyone writes them, with all scores in memory; and inputs for them."""
+"""The contrastive losses as anyone writes them, with all scores in memory."""
 
 import torch
 import torch.nn.functional as F
 
-from tests.support.backends import BACKENDS, KERNELS  # noqa: F401 - for those who import the formulas
-
-TILES = {"workspace_mb": 0.1}  # many of them, none of which is kept
 INF = float("inf")
 
 
@@ -90,61 +87,3 @@ def sup_con(features, labels, temperature=0.1, reduction="mean"):
     if reduction == "mean":
         return loss.sum() / (loss > 0).sum().clamp(min=1)
     return reduced(loss, reduction)
-
-
-# Inputs
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def pair(rows=300, features=24, dtype=torch.float64, unit=False):
-    """Embeddings of two views that resemble each other, requiring grad."""
-    first = normal(rows, features)
-    second = first + normal(rows, features, seed=1)
-    if unit:
-        first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
-    return tuple(x.to(dtype).requires_grad_() for x in (first, second))
-
-
-def labels_of(rows):
-    """About four of each, and one that is alone."""
-    labels = torch.arange(rows) * 7919 % max(1, rows // 4)
-    labels[:1] = rows
-    return labels
-
-
-def gradients(loss, inputs, **options):
-    upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
-    return torch.autograd.grad(loss, inputs, upstream, **options)
-
-
-# Every loss by name: neglog's, the formula, and inputs (tensors that require grad, the rest).
-def _number(value, dtype):
-    return torch.tensor(value, dtype=dtype, requires_grad=True)
-
-
-def case(name, rows=300, features=24, dtype=torch.float64, temperature=0.1):
-    """Arguments of the loss `name`: tensors that require grad, but for labels."""
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    tau = _number(temperature, real)
-    if name in ("clip_loss", "siglip_loss"):
-        views = pair(rows, features, dtype, unit=True)
-        scale = _number(1 / temperature, real)
-        bias = (_number(-3.0, real),) if name == "siglip_loss" else ()
-        return (*views, scale, *bias)
-    if name == "sup_con":
-        return pair(rows, features, dtype)[0], labels_of(rows), tau
-    if name == "info_nce":
-        return (*pair(rows, features, dtype), None, tau)
-    return (*pair(rows, features, dtype), tau)
-
-
-LOSSES = ("info_nce", "clip_loss", "siglip_loss", "nt_xent", "dcl", "sup_con")
-OF_ONE_NUMBER = ("clip_loss", "siglip_loss")
-
-
-def learned(arguments):
-    return [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]

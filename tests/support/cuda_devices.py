@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neglog import dispatch
 from neglog.ops.linear_nll import cuda as linear_cuda
@@ -17,6 +18,13 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Largest errors relative to 1 + the largest number: of losses, and of gradients, rounded once.
 LOSS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 GRADIENT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+NONE, MEAN, SUM = 0, 1, 2
+# label_smoothing, logit_scale, softcap, z_loss
+OPTIONS = {
+    "plain": (0.0, 1.0, 0.0, 0.0),
+    "smoothing": (0.1, 1.0, 0.0, 0.0),
+    "all": (0.2, 0.7, 5.0, 0.1),
+}
 
 
 class Device(NamedTuple):
@@ -61,3 +69,12 @@ def off(found, expected):
         return 0.0
     difference = (found - expected)[finite].abs().max()
     return float(difference / (1 + expected[finite].abs().max()))
+
+
+class Waits(TorchDispatchMode):
+    """Refuses what makes the host wait for the device, as a graph that is captured does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), name
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,62 @@
+"""neglog.sup_con alone; test_contrastive.py has what all losses share."""
+
+import pytest
+import torch
+from pytorch_metric_learning import losses as metric_learning
+
+import neglog
+from tests.support import contrastive_formulas as formulas
+from tests.support.contrastive_cases import (
+    gradients,
+    labels_of,
+    pair,
+)
+
+
+@pytest.mark.parametrize("labels", ["some alone", "most alone", "all alone"])
+def test_sup_con_of_pytorch_metric_learning(backend, labels):
+    (z, _), rows = pair(dtype=torch.float32), torch.arange(300)
+    labels = {
+        "some alone": labels_of(300) - 40,
+        "most alone": rows.clamp(min=5),
+        "all alone": rows,
+    }[labels]
+    theirs = metric_learning.SupConLoss(0.2)(z, labels)
+    ours = neglog.sup_con(z, labels, 0.2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    grads = (gradients(loss, (z,)) for loss in (ours, theirs))
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_labels_of_any_integers(backend, dtype):
+    (z, _), labels = pair(60), labels_of(60)
+    expected = formulas.sup_con(z, labels)
+    torch.testing.assert_close(neglog.sup_con(z, labels.to(dtype)), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sup_con_of_sure_pairs(backend, dtype, temperature):
+    """Only mates that are almost the same: losses near 0, of which rounding would be all."""
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.linalg.qr(torch.randn(96, 96, generator=generator))[0][:48]
+    labels = torch.arange(48).repeat(2)
+    z = (centres[labels] + 0.01 * torch.randn(96, 96, generator=generator)).to(dtype)
+    rows = neglog.sup_con(z, labels, temperature, "none")
+    exact = neglog.sup_con(z.double(), labels, temperature, "none", backend="torch")
+    assert bool((rows >= 0).all())
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(rows.double(), exact, rtol=0.2, atol=tolerance)
+    mean = neglog.sup_con(z, labels, temperature)
+    torch.testing.assert_close(mean, rows.mean(), rtol=2e-2, atol=1e-6)
+
+
+def test_sup_con_of_one_long_row(backend):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(40, 6, generator=generator)
+    z[3] *= 1e4
+    labels = torch.arange(40) // 4
+    ours = neglog.sup_con(z, labels, 1e4, "none", normalize=False)
+    exact = neglog.sup_con(z.double(), labels, 1e4, "none", normalize=False)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)

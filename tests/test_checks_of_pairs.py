@@ -1,0 +1,186 @@
+"""What is said where an argument of a contrastive loss is wrong.
+
+Arguments are checked before a backend is chosen, so each case is run once.
+"""
+
+import pytest
+import torch
+
+import neglog
+
+Q, K, NEG = torch.ones(3, 4), torch.ones(3, 4), torch.ones(5, 4)
+OWN = torch.ones(3, 5, 4)
+IDS = torch.arange(3)
+PAIRED = {"negative_mode": "paired"}
+BAD = {
+    "list": (TypeError, "query: expected a Tensor, got list", ([1.0], K), {}),
+    "one dimension": (RuntimeError, r"query: expected shape \(N, D\), got \[4\]", (Q[0], K), {}),
+    "three dimensions": (RuntimeError, r"positive_key: expected shape \(N, D\), got \[3, 5, 4\]",
+                         (Q, OWN), {}),
+    "integers": (RuntimeError, "query: expected a floating-point dtype, got torch.int64",
+                 (Q.long(), K), {}),
+    "dtypes": (RuntimeError, "positive_key: expected dtype torch.float32, got torch.float64",
+               (Q, K.double()), {}),
+    "rows": (RuntimeError, r"positive_key: expected 3 rows, those of query, got \[2, 4\]",
+             (Q, K[:2]), {}),
+    "features": (RuntimeError,
+                 r"positive_key: expected 4 features, those of query, got \[3, 2\]",
+                 (Q, K[:, :2]), {}),
+    "device": (RuntimeError, "positive_key: expected device cpu, got meta", (Q, K.to("meta")), {}),
+    "negatives' features": (RuntimeError, r"negative_keys: expected 4 features.* got \[5, 2\]",
+                            (Q, K, NEG[:, :2]), {}),
+    "negatives' dimensions": (RuntimeError, r"negative_keys: expected shape \(N, D\)",
+                              (Q, K, OWN), {}),
+    "negatives' dtype": (RuntimeError, "negative_keys: expected dtype torch.float32",
+                         (Q, K, OWN.double()), PAIRED),
+    "negatives": (TypeError, "negative_keys: expected a Tensor, got list", (Q, K, [1]), {}),
+    "paired negatives": (TypeError, "negative_keys: expected a Tensor, got list",
+                         (Q, K, [1]), PAIRED),
+    "paired dimensions": (RuntimeError,
+                          r"negative_keys: expected shape \(3, M, 4\) for 'paired', got \[5, 4\]",
+                          (Q, K, NEG), PAIRED),
+    "paired rows": (RuntimeError, r"negative_keys: expected shape \(3, M, 4\).*got \[2, 5, 4\]",
+                    (Q, K, OWN[:2]), PAIRED),
+    "paired features": (RuntimeError, r"negative_keys: expected shape \(3, M, 4\).*got \[3, 5, 2\]",
+                        (Q, K, OWN[..., :2]), PAIRED),
+    "mode": (ValueError, r"negative_mode: expected one of \('unpaired', .*got 'queue'",
+             (Q, K, NEG), {"negative_mode": "queue"}),
+    "mode without negatives": (ValueError, "negative_mode: expected", (Q, K),
+                               {"negative_mode": "queue"}),
+    "symmetric": (ValueError, "symmetric: expected False with negative_keys", (Q, K, NEG),
+                  {"symmetric": True}),
+    "reduction": (ValueError, "reduction: expected 'none', 'mean' or 'sum', got 'avg'", (Q, K),
+                  {"reduction": "avg"}),
+    "smoothing": (RuntimeError, "label_smoothing: expected 0 <= value <= 1, got 2", (Q, K),
+                  {"label_smoothing": 2}),
+    "weight shape": (RuntimeError, r"hard_negative_weight: expected shape \[\] or \[5\], got \[4\]",
+                     (Q, K, NEG), {"hard_negative_weight": torch.ones(4)}),
+    "own weights": (RuntimeError, r"hard_negative_weight: expected .* or \[3, 5\], got \[5, 3\]",
+                    (Q, K, OWN), {**PAIRED, "hard_negative_weight": torch.ones(5, 3)}),
+    "weight gradient": (ValueError, "hard_negative_weight: expected no gradient", (Q, K, NEG),
+                        {"hard_negative_weight": torch.ones(5, requires_grad=True)}),
+    "weight type": (TypeError, "hard_negative_weight: expected a number or a Tensor, got str",
+                    (Q, K, NEG), {"hard_negative_weight": "1"}),
+    "exclude shape": (RuntimeError, r"exclude: expected shape \[3\], got \[2\]", (Q, K),
+                      {"exclude": IDS[:2]}),
+    "exclude dtype": (RuntimeError, "exclude: expected integers, got torch.float32", (Q, K),
+                      {"exclude": IDS.float()}),
+    "exclude type": (TypeError, "exclude: expected a Tensor, got list", (Q, K),
+                     {"exclude": [1, 2, 3]}),
+    "smoothing's type": (TypeError, "label_smoothing: expected a float, got str", (Q, K),
+                         {"label_smoothing": "a"}),
+    "temperature too small": (ValueError, "temperature: expected a number above 0, got 1e-320",
+                              (Q, K), {"temperature": 1e-320}),
+    "temperature inf": (ValueError, "temperature: expected numbers above 0, got inf", (Q, K),
+                        {"temperature": torch.tensor(torch.inf)}),
+    "weight NaN": (ValueError, "hard_negative_weight: expected numbers below inf, got nan",
+                   (Q, K, K), {"hard_negative_weight": float("nan")}),
+    "weight complex": (RuntimeError, "hard_negative_weight: expected a real dtype", (Q, K, K),
+                       {"hard_negative_weight": torch.tensor(1j)}),
+    "exclude, smoothing": (ValueError, "exclude: expected none with label_smoothing", (Q, K),
+                           {"exclude": IDS, "label_smoothing": 0.1}),
+    "exclude, queue": (ValueError, "exclude: expected none with .*'unpaired'", (Q, K, NEG),
+                       {"exclude": IDS}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "arguments", "options"), BAD.values(), ids=BAD.keys())
+def test_info_nce(error, message, arguments, options):
+    with pytest.raises(error, match=message):
+        neglog.info_nce(*arguments, **options)
+
+
+CALLS = {
+    "info_nce": lambda **options: neglog.info_nce(Q, K, **options),
+    "nt_xent": lambda **options: neglog.nt_xent(Q, K, **options),
+    "dcl": lambda **options: neglog.dcl(Q, K, **options),
+    "sup_con": lambda **options: neglog.sup_con(Q, IDS, **options),
+    "clip_loss": lambda **options: neglog.clip_loss(Q, K, 1.0, **options),
+    "siglip_loss": lambda **options: neglog.siglip_loss(Q, K, 1.0, 0.0, **options),
+}
+TEMPERATURES = {
+    "zero": (ValueError, "temperature: expected a number above 0, got 0", 0),
+    "negative": (ValueError, "temperature: expected a number above 0, got -1.5", -1.5),
+    "nan": (ValueError, "temperature: expected a number above 0, got nan", float("nan")),
+    "text": (TypeError, "temperature: expected a number above 0, got str", "1"),
+    "tensor": (ValueError, "temperature: expected numbers above 0, got -1", torch.tensor(-1.0)),
+    "zero tensor": (ValueError, "temperature: expected numbers above 0, got 0", torch.zeros(1)),
+    "shape": (RuntimeError, r"temperature: expected shape .*, got \[2\]", torch.ones(2)),
+    "integers": (RuntimeError, "temperature: expected a floating dtype", torch.tensor(1)),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "value"), TEMPERATURES.values(), ids=TEMPERATURES)
+@pytest.mark.parametrize("name", ["info_nce", "nt_xent", "dcl", "sup_con"])
+def test_temperature(name, error, message, value):
+    with pytest.raises(error, match=message):
+        CALLS[name](temperature=value)
+
+
+def test_temperature_of_each_row():
+    with pytest.raises(ValueError, match="temperature: expected numbers above 0, got 0"):
+        neglog.info_nce(Q, K, temperature=torch.tensor([1.0, 0.0, 1.0]))
+    with pytest.raises(RuntimeError, match=r"temperature: expected shape \[\], got \[3\]"):
+        neglog.nt_xent(Q, K, torch.ones(3))
+
+
+OPTIONS = {
+    "unknown": (TypeError, "options: expected None or {'workspace_mb': number}", {"chunk": 3}),
+    "number": (TypeError, "options: expected None or {'workspace_mb': number}, got 3", 3),
+    "zero": (ValueError, "workspace_mb: expected a number above 0, got 0", {"workspace_mb": 0}),
+    "nan": (ValueError, "workspace_mb: expected", {"workspace_mb": float("nan")}),
+    "endless": (ValueError, "workspace_mb: expected", {"workspace_mb": float("inf")}),
+    "text": (TypeError, "workspace_mb: expected a number above 0, got str", {"workspace_mb": "8"}),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "options"), OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("name", CALLS)
+def test_options(name, error, message, options):
+    with pytest.raises(error, match=message):
+        CALLS[name](options=options)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_backend(name):
+    with pytest.raises(ValueError, match="unknown backend: 'gpu'"):
+        CALLS[name](backend="gpu")
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "dcl", "sup_con"])
+def test_reduction(name):
+    with pytest.raises(ValueError, match="reduction: expected 'none', 'mean' or 'sum', got 'avg'"):
+        CALLS[name](reduction="avg")
+
+
+OTHERS = {
+    "clip rows": (RuntimeError, "text_features: expected 3 rows, those of image_features",
+                  lambda: neglog.clip_loss(Q, K[:2], 1.0)),
+    "siglip integers": (RuntimeError, "image_features: expected a floating-point dtype",
+                        lambda: neglog.siglip_loss(Q.int(), K.int(), 1.0, 0.0)),
+    "scale shape": (RuntimeError, r"logit_scale: expected shape \[\], got \[3\]",
+                    lambda: neglog.clip_loss(Q, K, torch.ones(3))),
+    "scale type": (TypeError, "logit_scale: expected a number or a Tensor, got NoneType",
+                   lambda: neglog.siglip_loss(Q, K, None, 0.0)),
+    "bias shape": (RuntimeError, r"logit_bias: expected shape \[\], got \[1, 1\]",
+                   lambda: neglog.siglip_loss(Q, K, 1.0, torch.ones(1, 1))),
+    "clip bias": (TypeError, "logit_bias: expected a number or a Tensor, got str",
+                  lambda: neglog.clip_loss(Q, K, 1.0, "0")),
+    "views": (RuntimeError, r"z_j: expected 4 features, those of z_i, got \[3, 2\]",
+              lambda: neglog.nt_xent(Q, K[:, :2])),
+    "views' rows": (RuntimeError, r"z_j: expected 3 rows", lambda: neglog.dcl(Q, K[:2])),
+    "labels": (RuntimeError, r"labels: expected shape \[3\], got \[2\]",
+               lambda: neglog.sup_con(Q, IDS[:2])),
+    "labels' dtype": (RuntimeError, "labels: expected integers, got torch.float32",
+                      lambda: neglog.sup_con(Q, IDS.float())),
+    "labels' type": (TypeError, "labels: expected a Tensor, got list",
+                     lambda: neglog.sup_con(Q, [0, 1, 2])),
+    "features": (RuntimeError, r"features: expected shape \(N, D\), got \[3, 5, 4\]",
+                 lambda: neglog.sup_con(OWN, IDS)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "call"), OTHERS.values(), ids=OTHERS.keys())
+def test_other_losses(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
