@@ -1,4 +1,4 @@
-"""The torch.library ops: opcheck, compile, transforms, autocast, and the in-place backward."""
+"""The ops of nll: opcheck, tracers, transforms, autocast, derivatives, threads, memory."""
 
 import copy
 import threading
@@ -11,50 +11,23 @@ from torch.library import opcheck
 import neglog
 import neglog.losses.cross_entropy  # defines the ops
 from neglog import dispatch
-from tests.support.backends import KERNELS
+from tests.support.nll_tensors import forward_arguments, large
 
 
-@pytest.fixture(params=KERNELS)
-def backend(request):
-    with dispatch.use(request.param):
-        yield request.param
-
-
-def large(dtype=torch.float32, rows=200, vocab=1000, seed=3):
-    """Logits that fill several threads."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, vocab, generator=generator, dtype=dtype).mul_(2)
-    target = torch.randint(0, vocab, (rows,), generator=generator)
-    target[7] = -100
-    return logits.requires_grad_(), target
-
-
-def forward_arguments(backend, requires_grad=True, probabilities=False, **changes):
-    logits = torch.randn(6, 40, requires_grad=requires_grad)
-    target = torch.rand(6, 40) if probabilities else torch.randint(0, 40, (6,))
-    arguments = {
-        "logits": logits, "target": target, "weight": None, "num_items": None, "reduction": 1,
-        "ignore_index": -100, "label_smoothing": 0.1, "logit_scale": 1.0, "softcap": 0.0,
-        "z_loss": 0.0, "stats": True, "backend": backend,
-    }  # fmt: skip
-    return tuple({**arguments, **changes}.values())
-
-
+# The backend is an argument that opcheck does not look at. What changes shapes and outputs:
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("weight", [None, torch.rand(40)])
-def test_opcheck_forward(backend, reduction, probabilities, weight):
-    arguments = forward_arguments(
-        backend, probabilities=probabilities, reduction=reduction, weight=weight
-    )
+def test_opcheck_forward(reduction, probabilities, weight):
+    arguments = forward_arguments(probabilities=probabilities, reduction=reduction, weight=weight)
     outcome = opcheck(torch.ops.neglog.nll.default, arguments)
     assert set(outcome.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("reduction", [0, 1])
 @pytest.mark.parametrize("grad_lse", [None, torch.rand(6)])
-def test_opcheck_backward(backend, reduction, grad_lse):
-    logits, target, *rest = forward_arguments(backend, reduction=reduction)
+def test_opcheck_backward(reduction, grad_lse):
+    logits, target, *rest = forward_arguments(reduction=reduction)
     _, lse, low, total, _, _ = torch.ops.neglog.nll.default(logits, target, *rest)
     grad = torch.rand(() if reduction else (6,), requires_grad=True)
     options, name = rest[2:8], rest[-1]
@@ -65,44 +38,52 @@ def test_opcheck_backward(backend, reduction, grad_lse):
     assert set(outcome.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("stats", [False, True])
-def test_compile_fullgraph(backend, dynamic, stats):
-    torch._dynamo.reset()
+def backward_of(function, logits, target):
+    """Loss, gradient and the ops that ran, of a function of logits that are not a leaf."""
+    x = logits.detach().requires_grad_()
+    with dispatch.record() as ran:
+        loss = function(x * 2, target)
+        loss.backward()
+    return (loss.detach(), x.grad), ran
 
-    def loss(x, t):
-        out = neglog.cross_entropy(x * 2, t, label_smoothing=0.1, return_stats=stats)
-        return out.loss + out.logsumexp.mean() if stats else out
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+def loss_of_stats(x, target):
+    stats = neglog.cross_entropy(x, target, label_smoothing=0.1, return_stats=True)
+    return stats.loss + stats.logsumexp.mean()
+
+
+# Rows that are symbols and rows that are constants, by what only traces; the last as code.
+@pytest.mark.parametrize(
+    ("compiler", "dynamic"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)]
+)
+def test_compiles_whole(kernel_backend, compiler, dynamic):
+    torch.compiler.reset()
+    compiled = torch.compile(loss_of_stats, fullgraph=True, dynamic=dynamic, backend=compiler)
     logits, target = large()
     for rows in (200, 199):
-        pair = []
-        for function in (loss, compiled):
-            x = logits[:rows].detach().requires_grad_()
-            with dispatch.record() as ran:
-                value = function(x, target[:rows])
-                value.backward()
-            assert ran == [f"nll:{backend}", f"nll_backward:{backend}"]
-            pair.append((value.detach(), x.grad))
-        torch.testing.assert_close(*pair)
+        given = (logits[:rows], target[:rows])
+        found, ran = backward_of(compiled, *given)
+        assert ran == [f"nll:{kernel_backend}", f"nll_backward:{kernel_backend}"]
+        torch.testing.assert_close(found, backward_of(loss_of_stats, *given)[0])
 
 
-def test_compile_ignored_row_and_in_place_request(backend):
-    torch._dynamo.reset()
+def test_compiles_whole_with_an_in_place_request():
+    """It is no more than a request: a graph keeps the logits, ignored rows or not."""
+    torch.compiler.reset()
     logits, target = large()
     target[::2] = -100
     compiled = torch.compile(
-        lambda x, t: neglog.cross_entropy(x.tanh(), t, inplace_backward=True), fullgraph=True
-    )
+        lambda x, t: neglog.cross_entropy(x.tanh(), t, inplace_backward=True),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
     compiled(logits, target).backward()
     (expected,) = torch.autograd.grad(F.cross_entropy(logits.tanh(), target), logits)
     torch.testing.assert_close(logits.grad, expected)
 
 
-def test_compile_of_few_numbers():
-    torch._dynamo.reset()
-    compiled = torch.compile(neglog.cross_entropy, fullgraph=True)
+def test_few_numbers_compile_whole():
+    torch.compiler.reset()
+    compiled = torch.compile(neglog.cross_entropy, fullgraph=True, backend="aot_eager")
     x, t = torch.randn(4, 9), torch.randint(0, 9, (4,))
     with dispatch.record() as ran:
         torch.testing.assert_close(compiled(x, t), F.cross_entropy(x, t))
@@ -131,29 +112,40 @@ def test_make_fx_sees_the_op():
     torch.testing.assert_close(graph(other), F.cross_entropy(other, target))
 
 
-@pytest.mark.parametrize("mode", ["grad", "jacrev", "jacrev twice", "vmap", "vmap of grad", "jvp"])
-def test_torch_func(backend, mode):
-    x = torch.randn(3, 5, dtype=torch.float64)
-    t = torch.tensor([0, 4, -100])
-    batch = torch.randn(4, 3, 5, dtype=torch.float64)
-    if mode == "jvp":
-        backend = None  # forward mode is torch's alone: the choice is left to the dispatch
-    func = torch.func
-    apply = {
-        "grad": lambda f: func.grad(f)(x),
-        "jacrev": lambda f: func.jacrev(f)(x),
-        "jacrev twice": lambda f: func.jacrev(func.jacrev(f))(x),
-        "vmap": lambda f: func.vmap(f)(batch),
-        "vmap of grad": lambda f: func.vmap(func.grad(f))(batch),
-        "jvp": lambda f: func.jvp(f, (x,), (torch.ones_like(x),)),
-    }[mode]
-    with dispatch.use(backend):
-        ours = apply(lambda x: neglog.cross_entropy(x, t, label_smoothing=0.1))
-    torch.testing.assert_close(ours, apply(lambda x: F.cross_entropy(x, t, label_smoothing=0.1)))
+TRANSFORMS = {
+    "grad": lambda f, x, batch: torch.func.grad(f)(x),
+    "jacrev": lambda f, x, batch: torch.func.jacrev(f)(x),
+    "jacrev twice": lambda f, x, batch: torch.func.jacrev(torch.func.jacrev(f))(x),
+    "vmap": lambda f, x, batch: torch.func.vmap(f)(batch),
+    "vmap of grad": lambda f, x, batch: torch.func.vmap(torch.func.grad(f))(batch),
+}
 
 
+def transformed(function, transform):
+    target = torch.tensor([0, 4, -100])
+    batch = torch.linspace(-3, 4, 60, dtype=torch.float64).sin().view(4, 3, 5)
+    return transform(lambda x: function(x, target, label_smoothing=0.1), batch[0], batch)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_torch_func(kernel_backend, transform):
+    ours = transformed(neglog.cross_entropy, transform)
+    torch.testing.assert_close(ours, transformed(F.cross_entropy, transform))
+
+
+def test_forward_mode_is_torchs():
+    """No kernel has a formula for it, so the choice is left to the route."""
+
+    def jvp(f, x, batch):
+        return torch.func.jvp(f, (x,), (torch.ones_like(x),))
+
+    ours = transformed(neglog.cross_entropy, jvp)
+    torch.testing.assert_close(ours, transformed(F.cross_entropy, jvp))
+
+
+# Those that autocast would change, and float64, which it leaves alone.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_autocast(backend, dtype):
+def test_autocast(kernel_backend, dtype):
     logits, target = large(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = neglog.cross_entropy(logits, target), F.cross_entropy(logits, target)
@@ -164,7 +156,7 @@ def test_autocast(backend, dtype):
     torch.testing.assert_close(*pair, rtol=1e-2, atol=1e-6)
 
 
-def test_retained_graph_and_create_graph(backend):
+def test_retained_graph_and_create_graph(kernel_backend):
     logits, target = large(torch.float64)
     loss = neglog.cross_entropy(logits, target)
     first = torch.autograd.grad(loss, logits, retain_graph=True)[0].clone()
@@ -175,7 +167,7 @@ def test_retained_graph_and_create_graph(backend):
     torch.testing.assert_close(penalty, torch.autograd.grad(own.square().sum(), logits)[0])
 
 
-def test_changing_the_logits_before_backward_is_caught(backend):
+def test_changing_the_logits_before_backward_is_caught(kernel_backend):
     leaf, target = large()
     logits = leaf * 1
     loss = neglog.cross_entropy(logits, target)
@@ -185,7 +177,7 @@ def test_changing_the_logits_before_backward_is_caught(backend):
         loss.backward()
 
 
-def test_changing_the_returned_logsumexp_changes_no_gradient(backend):
+def test_changing_the_returned_logsumexp_changes_no_gradient(kernel_backend):
     logits, target = large()
     stats = neglog.cross_entropy(logits, target, return_stats=True)
     with torch.no_grad():
@@ -196,7 +188,7 @@ def test_changing_the_returned_logsumexp_changes_no_gradient(backend):
     )
 
 
-def test_bits_do_not_depend_on_torchs_threads(backend):
+def test_bits_do_not_depend_on_torchs_threads(kernel_backend):
     logits, target = large(rows=40_000, vocab=7)
     before, outcomes = torch.get_num_threads(), []
     try:
@@ -212,7 +204,7 @@ def test_bits_do_not_depend_on_torchs_threads(backend):
         assert torch.equal(gradient, outcomes[0][1])
 
 
-def test_threads_of_the_user(backend):
+def test_threads_of_the_user(kernel_backend):
     logits, target = large(torch.float64)
     expected = torch.autograd.grad(F.cross_entropy(logits, target), logits)[0]
     results, failures = [], []
@@ -263,10 +255,7 @@ def test_large_gradients_can_be_copied_and_changed():
     assert torch.equal(logits.grad, twin * 2)
 
 
-# In place
-
-
-def test_batched_upstream(backend):
+def test_batched_upstream(kernel_backend):
     logits, target = large()
     loss = neglog.cross_entropy(logits, target, reduction="none")
     upstream = torch.eye(len(target))[[0, 7, 3]]

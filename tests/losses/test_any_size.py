@@ -1,0 +1,97 @@
+"""What a loss over classes means does not depend on how many numbers there are.
+
+tests/test_checks.py shows it for arguments and errors, this file for values.
+"""
+
+import math
+
+import pytest
+import torch
+
+import neglog
+
+# Below and above what nll calls small, and several tiles and threads.
+ROWS = (3, 3000)
+VOCAB = 50
+LOSSES = ("cross_entropy", "masked_cross_entropy", "linear_cross_entropy")
+# An option that torch has not, so that the torch backend takes its formula.
+EXTENDED = {"z_loss": 0.1}
+
+
+def loss_of(name, logits, target, **options):
+    """By each loss the same: linear_cross_entropy gets logits as hidden states of unit weights."""
+    if name == "cross_entropy":
+        return neglog.cross_entropy(logits, target, **options)
+    if name == "masked_cross_entropy":
+        return neglog.masked_cross_entropy(logits, target.clamp(min=0), target != -100, **options)
+    weight = torch.eye(logits.shape[1], dtype=logits.dtype)
+    return neglog.linear_cross_entropy(logits, weight, target, **options)
+
+
+def draw(rows, dtype=torch.float32):
+    """Logits, every third row of which is ignored and NaN."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, VOCAB, generator=generator).to(dtype)
+    target = torch.arange(rows) % VOCAB
+    target[1::3], logits[1::3] = -100, torch.nan
+    return logits.requires_grad_(), target
+
+
+def gradient_is_zero_where_ignored(name, rows, reduction, **options):
+    logits, target = draw(rows)
+    loss = loss_of(name, logits, target, reduction=reduction, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    assert not grad[1::3].any()
+    assert loss.isfinite().all()
+    assert grad[target >= 0].isfinite().all()
+    assert grad[target >= 0].any(1).all()
+
+
+# Each reduction has its own way to a row's upstream.
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("options", [{}, EXTENDED], ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_ignored_row_of_nan_has_no_gradient(kernel_backend, name, rows, options, reduction):
+    gradient_is_zero_where_ignored(name, rows, reduction, **options)
+
+
+# Without an option of ours, torch's own function answers for the torch backend, and with NaN.
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("masked_cross_entropy", {}), *((name, EXTENDED) for name in LOSSES[:2])],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", ROWS)
+def test_nor_by_the_formula(name, rows, options):
+    gradient_is_zero_where_ignored(name, rows, "mean", backend="torch", **options)
+
+
+# float16 ends at 65504, so the sum of 70,000 losses of 2 is out of its range, and of 3 is not.
+@pytest.mark.parametrize("rows", [3, 70_000])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_mean_in_float16_does_not_overflow(kernel_backend, name, rows):
+    logits = torch.zeros(rows, 2, dtype=torch.float16)
+    logits[:, 1] = math.log(math.e**2 - 1)  # beside 0: a loss of 2
+    logits.requires_grad_()
+    target = torch.zeros(rows, dtype=torch.int64)
+    loss = loss_of(name, logits, target)
+    assert loss.dtype == torch.float16
+    assert loss.item() == pytest.approx(2, rel=1e-3)
+    # Each gradient is 0.86 / rows: of 70,000 rows too small for float16 to hold exactly.
+    (grad,) = torch.autograd.grad(loss, logits, torch.tensor(1024.0, dtype=torch.float16))
+    expected = torch.full((rows,), 1024 * (1 - math.exp(-2)) / rows)
+    torch.testing.assert_close(-grad[:, 0].float(), expected, rtol=2e-3, atol=0)
+
+
+# Any logits: a row's loss and gradient are those that it has alone, whatever lies beside it.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", LOSSES[:2])
+def test_a_row_does_not_depend_on_those_beside_it(kernel_backend, name, dtype):
+    found = []
+    for rows in ROWS:
+        logits, target = draw(max(ROWS), dtype)
+        logits = logits.detach()[:rows].clone().requires_grad_()
+        loss = loss_of(name, logits, target[:rows], reduction="none")
+        found.append((loss.detach()[:3], torch.autograd.grad(loss.sum(), logits)[0][:3]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
