@@ -31,6 +31,8 @@ def linear_backward(*arguments):
     return linear_schedule.backward(CudaRows, linear_schema.backward.Arguments(*arguments))
 
 
+# Statistics keep rows apart, a reduction forms gradients in the forward, the filter leaves tiles
+# out.
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

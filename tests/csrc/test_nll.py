@@ -45,6 +45,8 @@ def truth(logits, target, weight, options, **more):
     )  # fmt: skip
 
 
+# Each dtype loads other vectors. Less than one, a rest, a warp's, a block's, and several loads of a
+# block's threads; the options call every function of row.cuh; each kind of target is other code.
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -66,6 +68,7 @@ def test_nll_against_the_oracle(device, dtype, shape, options, probabilities):
     assert off(gradient, expected.grad) <= GRADIENT[dtype]
 
 
+# A mean is divided in the forward, in float16 in the backward; the others never.
 @pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_nll_in_place_and_its_upstream(device, dtype, options, reduction):
@@ -96,6 +99,7 @@ def test_nll_in_place_and_its_upstream(device, dtype, options, reduction):
 ON_CHIP = {"one": 33 << 10, "two": 100 << 10, "four": 250 << 10, "eight": 513 << 10}
 
 
+# Rows at a vector's boundary and past it; blocks in order and in reverse, as a GPU has none.
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("row_bytes", ON_CHIP.values(), ids=ON_CHIP.keys())
@@ -152,6 +156,7 @@ def test_nll_with_an_upstream_for_each_row_and_its_lse(device, dtype, probabilit
     assert off(gradient, expected.grad) <= GRADIENT[dtype]
 
 
+# Within one vector and over several.
 @pytest.mark.parametrize("vocab", [5, 300])
 def test_nll_of_extremes(device, dtype, vocab):
     rows = [[-INF], [INF], [NAN], [1e4], [-1e4], [1e4, -1e4], [-INF, 0.0], [INF, -INF], [NAN, INF]]

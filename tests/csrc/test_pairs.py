@@ -93,6 +93,8 @@ def upstream_of(outputs):
     return [normal(len(x), seed=i).to(x.dtype).to(x.device) for i, x in enumerate(outputs)]
 
 
+# Less than a cell, one and a rest, several; what each optional argument adds; scores that are kept
+# and scores that are made again.
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("shape", [(1, 1), (6, 5), (66, 131), (130, 300)], ids=str)
 @pytest.mark.parametrize("keep", [False, True])
@@ -217,6 +219,7 @@ def test_pairs_refuses_what_it_would_misread(device):
             forward(**wrong)
 
 
+# As above.
 @pytest.mark.parametrize("shape", [(1, 1), (6, 5), (66, 131), (130, 300)], ids=str)
 def test_siglip_against_the_composite(device, dtype, shape, monkeypatch):
     for name in ("WIDTH", "CUDA_WIDTH"):

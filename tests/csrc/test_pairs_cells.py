@@ -76,6 +76,7 @@ def numbers(dtype, device, rows, cells, extra=0, spread=3.0):
     return similarity, scale.to(device), similarity * scale.double()[:, None]
 
 
+# One cell and several, and cells cut off by rows, by columns, by both; sums of rows alone.
 @pytest.mark.parametrize("columns", [True, False])
 @pytest.mark.parametrize("shape", [(64, 1), (128, 2), (68, 1.5), (4, 0.25), (132, 0.5)], ids=str)
 def test_close_scores_against_the_oracle(device, dtype, shape, columns):
@@ -140,6 +141,7 @@ def test_scores_far_apart_are_as_exact(device, dtype, far):
     assert off(made.cpu().where(sound, 0), expected.where(sound, 0)) <= GRADIENT[dtype]
 
 
+# Rests of four rows, on both sides of 64; every rest of the shorter vectors, some of the others.
 @pytest.mark.parametrize("rows", [1, 3, 63, 65, 66])
 @pytest.mark.parametrize("extra", [1, 2, 3, 5, 7])
 def test_cells_cut_off_anywhere(device, dtype, rows, extra):

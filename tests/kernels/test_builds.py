@@ -7,7 +7,7 @@ import pytest
 
 from neglog import kernels
 from neglog.kernels import builds
-from tests.commands import neglog
+from tests.support.processes import python
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_public_names():
 
 def test_importing_loads_no_kernel():
     code = "import sys, json, neglog.kernels; print(json.dumps(sorted(sys.modules)))"
-    modules = json.loads(neglog(code=code).stdout)
+    modules = json.loads(python(code).stdout)
     assert not {"torch", "numba", "numpy", "neglog.kernels.cython"} & set(modules)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ TILE = 97  # columns: several tiles across, not aligned to any vector
 Call = tuple[str, list[Tensor | None]]
 
 
-def calls(folder: Path, dtype: torch.dtype) -> Iterator[Call]:
-    ops = emulated.operators(folder)
+def calls(dtype: torch.dtype) -> Iterator[Call]:
+    ops = emulated.operators()
     CudaTiles.ops = linear_cuda.ops = ops
     gemm.float32_is_faster = lambda dtype: False  # type: ignore[assignment]
     schedule.WIDTH = schedule.CUDA_WIDTH = TILE

@@ -33,13 +33,13 @@ class Device(NamedTuple):
 
 
 @pytest.fixture(params=DEVICES)
-def device(request, tmp_path_factory, monkeypatch):
+def device(request, monkeypatch):
     """Where tensors lie, and the ops that work there; the schedules over them use those too."""
     # A GPU's tiles have the dtype of their operands; so have those they are compared with.
     monkeypatch.setattr(gemm, "float32_is_faster", lambda dtype: False)
     if request.param == "cuda":
         return Device("cuda", torch.ops.neglog)
-    ops = emulated.operators(tmp_path_factory.getbasetemp() / "emulated")
+    ops = emulated.operators()
     monkeypatch.setattr(CudaTiles, "ops", ops)
     monkeypatch.setattr(linear_cuda, "ops", ops)
     return Device("cpu", ops)
