@@ -1,6 +1,9 @@
 # Every target sets up what it needs: a virtual environment, torch, the compiled kernels.
 #
-#   make demo | test | lint | bench | cuda | clean
+#   make demo | test | fast | coverage | lint | bench | cuda | clean
+#
+# test       everything                   fast    the tests of what changed since main
+# coverage   test, and which lines and branches no test reaches
 #
 # PYTHON   the interpreter to begin with            make test PYTHON=python3.12
 # TORCH    what pip is asked for as torch           make demo TORCH=torch==2.10.0
@@ -12,19 +15,29 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNELS := $(wildcard kernels/cython/*.p* kernels/cython/*.hpp)
 
-.PHONY: demo test lint bench cuda examples clean
+.PHONY: demo test fast coverage lint bench cuda examples clean
 
 demo: $(READY)
 	$(BIN)/python -m neglog demo
 
-# Two at a time; without the first variable the threads of each would spin while they wait.
+# Two at a time; without the variable the threads of each would spin while they wait.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(PYTEST)
+
+fast: $(READY)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.support.changed
+
+coverage: $(READY)
+	$(PYTEST) --cov --cov-report=term-missing
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror csrc/*/*.cu csrc/*/*.cuh csrc/*/*.hpp
 
 bench: $(READY)
 	$(BIN)/python -m neglog bench cross_entropy
@@ -47,6 +60,6 @@ $(READY): setup.py pyproject.toml $(KERNELS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find kernels -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
