@@ -4,7 +4,7 @@ python -m neglog.bench.device [--json FILE] [--seconds N] [--small]
 
 --seconds: no case starts after so many; of 180 or more, 60 are kept for the last, a million pairs.
 --small: sizes at which a run says only that everything runs. It needs torch and NumPy alone. What
-is right is the tests' affair: python -m pytest tests/test_cuda.py
+is right is the tests' affair: python -m pytest tests/csrc
 """
 
 from __future__ import annotations

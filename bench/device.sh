@@ -4,7 +4,7 @@
 # compute-sanitizer over small shapes. Table and goals come last; $OUT (build/device by default) gets
 # device.json and the logs. What an earlier step leaves of the 9 minutes the later ones have.
 #
-# Not yet run on a GPU. The same tests run on the CPU, emulated: python -m pytest tests/test_cuda*.py
+# Not yet run on a GPU. The same tests run on the CPU, emulated: python -m pytest tests/csrc
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -43,7 +43,7 @@ seconds=$(at_least $(($(left) - 200)) 60)
 [ "$seconds" -lt 180 ] || seconds=180
 parallel=$("$python" -c 'import xdist; print("-n 4")' 2>/dev/null || true)
 # shellcheck disable=SC2086
-timeout -k 5 "$seconds" "$python" -m pytest -q $parallel tests/test_cuda*.py tests/test_gpu.py \
+timeout -k 5 "$seconds" "$python" -m pytest -q $parallel tests/csrc \
     -k "not emulated" >"$out/tests.log" 2>&1 || status=1
 tail -n 30 "$out/tests.log"
 
@@ -61,7 +61,7 @@ if command -v compute-sanitizer >/dev/null 2>&1; then
         [ "$tool" = memcheck ] || half=$(left)
         timeout -k 5 "$(at_least "$half" 10)" \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-            "$python" -m pytest -q -x tests/test_cuda*.py -p no:cacheprovider \
+            "$python" -m pytest -q -x tests/csrc -p no:cacheprovider \
             -k "$few" \
             >"$out/$tool.log" 2>&1 || grep -q "Device not supported" "$out/$tool.log" || status=1
         echo "$tool: $(grep -m 1 "Device not supported" "$out/$tool.log" || tail -n 1 "$out/$tool.log")"

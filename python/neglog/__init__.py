@@ -14,15 +14,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def _public_names() -> dict[str, str]:
-    """The module of each name that the stub imports; a module itself is imported from neglog."""
+def _public_names() -> dict[str, tuple[str, str]]:
+    """By public name what the stub imports: a module, and the name in it."""
     stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
-    return {
-        alias.name: str(node.module)
-        for node in stub.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+    found: dict[str, tuple[str, str]] = {"dispatch": ("neglog", "availability")}
+    for node in stub.body:
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.name: (str(node.module), alias.name) for alias in node.names}
+    del found["availability"]  # its public name is dispatch
+    return found
 
 
 _HOMES = _public_names()
@@ -32,12 +32,12 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'neglog' has no attribute {name!r}")
-    home = _HOMES[name]
+    home, its_name = _HOMES[name]
     try:
         if home == "neglog":
-            value: Any = importlib.import_module(f"neglog.{name}")
+            value: Any = importlib.import_module(f"neglog.{its_name}")
         else:
-            value = getattr(importlib.import_module(home), name)
+            value = getattr(importlib.import_module(home), its_name)
     except ModuleNotFoundError as error:
         if error.name == "torch":
             raise ImportError(

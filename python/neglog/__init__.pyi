@@ -1,4 +1,4 @@
-from neglog import dispatch as dispatch
+from neglog import availability as _availability
 from neglog import kernels as kernels
 from neglog import nn as nn
 from neglog import reference as reference
@@ -18,3 +18,4 @@ from neglog.route import Route as Route
 from neglog.route import explain as explain
 
 __version__: str
+dispatch = _availability

@@ -31,14 +31,14 @@ def _kernel_rows() -> Rows:
 
 
 def _backend_rows() -> Rows:
-    from neglog import dispatch
+    from neglog import availability
 
     rows = [
         (f"backend {state.name}", state.why if state.usable else f"no: {state.why}")
-        for state in dispatch.describe()
+        for state in availability.describe()
     ]
     asked = os.environ.get("NEGLOG_BACKEND")
-    known = asked in (None, "", *dispatch.BACKENDS)
+    known = asked in (None, "", *availability.BACKENDS)
     rows.append(("NEGLOG_BACKEND", (asked or "not set") + ("" if known else ": unknown backend")))
     return rows
 
@@ -117,9 +117,9 @@ def _check_environment(command: str) -> None:
 
     terminal.need("torch", command, extra=command)
     try:
-        from neglog import dispatch
+        from neglog import availability
 
-        dispatch.demanded()
+        availability.demanded()
     except (ValueError, RuntimeError) as error:
         raise Refusal(str(error)) from error
 

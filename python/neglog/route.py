@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from neglog import dispatch, torch_state
+from neglog import availability, torch_state
 from neglog.tiles import gemm
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -100,7 +100,7 @@ def choose(
     Raises RuntimeError if a backend is demanded that cannot take the call.
     """
     compiling = torch_state.compiling()
-    demanded = dispatch.demanded(backend, compiling)
+    demanded = availability.demanded(backend, compiling)
     # A lookup takes half the time of the questions; torch.compile would trace the cache.
     find = _for_tensor.__wrapped__ if compiling else _for_tensor
     where = find(type(x), x.dtype, x.layout, x.device, demanded)
@@ -142,11 +142,11 @@ def _for_tensor(
         refusal = f"logits of type {kind.__name__}, which decides for itself what an op does"
     elif refusal is None and layout != torch.strided:
         refusal = f"logits of layout {layout}"
-    best = dispatch.best(device.type)
+    best = availability.best(device.type)
     if demanded == "torch" or refusal or best is None:
         why = "it was demanded" if demanded == "torch" else refusal or NO_KERNELS
         return Route("torch", why, False, dtype, 0, "")
-    why = "it was demanded" if demanded else dispatch.state(best).why
+    why = "it was demanded" if demanded else availability.state(best).why
     return Route(demanded or best, why, False, dtype, 0, demanded or "")
 
 
@@ -171,8 +171,8 @@ def _refused_by_device(device: Any, demanded: str | None) -> str | None:
     if device.type == "cuda":
         if demanded in ("cython", "numba"):
             return f"logits on device {device}, and its kernels run on the CPU"
-        usable = dispatch.best("cuda") is not None
-        return None if usable else f"logits on {device}: {dispatch.state('cuda').why}"
+        usable = availability.best("cuda") is not None
+        return None if usable else f"logits on {device}: {availability.state('cuda').why}"
     if device.type not in ("cpu", "meta") or demanded == "cuda":
         return f"logits on device {device}, which its kernels do not run on"
     return None

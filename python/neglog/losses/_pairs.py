@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neglog import dispatch, route
+from neglog import availability, route
 from neglog.losses._result import LossStats
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.pairs import autograd, formula
@@ -79,7 +79,7 @@ def compare(
         *where.for_op(),
     )  # fmt: skip
     if where.backend == "torch":
-        dispatch.ran("pairs", "torch")
+        availability.ran("pairs", "torch")
         return Compared(pairs, *formula.pairs(pairs))
     learns = query.requires_grad or key.requires_grad or scale.requires_grad
     learns = learns and torch.is_grad_enabled()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy  # before any patch
 
-from neglog import dispatch, torch_state
+from neglog import availability, torch_state
 from neglog.checks import check_range, number_on
 from neglog.losses._result import REDUCTIONS, LossStats, without_stats
 from neglog.ops.dtypes import real_dtype
@@ -78,7 +78,7 @@ def loss_of_rows(
     else:
         result = LossStats(*nll(*given, where.demanded))
     if where.backend == "cuda":  # the others' ops say so themselves
-        dispatch.ran("nll", "cuda")
+        availability.ran("nll", "cuda")
     if result.loss.dtype == logits.dtype or under_autocast(logits):
         return result
     return LossStats(result.loss.to(logits.dtype), *result[1:])
@@ -88,7 +88,7 @@ def _by_formula(
     logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
     options: Options, stats: bool,
 ) -> LossStats:  # fmt: skip
-    dispatch.ran("nll", "torch")
+    availability.ran("nll", "torch")
     if target.dim() == 1 and not torch_state.compiling():
         check_range(logits, target, options.ignore_index)
     loss, lse, _, correct, entropy = formula.nll(logits, target, weight, num_items, options, stats)
@@ -106,7 +106,7 @@ def torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Ro
         # Our message names value and row. Where it finds nothing, torch's word stands.
         check_range(input, target, options.ignore_index)
         raise
-    dispatch.ran("nll", "torch")
+    availability.ran("nll", "torch")
     return loss
 
 

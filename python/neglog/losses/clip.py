@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neglog import dispatch, route
+from neglog import availability, route
 from neglog.checks import check_embeddings, check_scalar
 from neglog.distributed import gathered
 from neglog.losses._pairs import compare, embeddings, number, workspace_of
@@ -81,7 +81,7 @@ def siglip_loss(
         positive = positive + first
     inputs = (image, text, number(logit_scale, image), number(logit_bias, image))
     if where.backend == "torch":
-        dispatch.ran("pairs_sigmoid", "torch")
+        availability.ran("pairs_sigmoid", "torch")
         total = formula.sigmoid(*inputs, positive)
     else:
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neglog import dispatch, route
+from neglog import availability, route
 from neglog.checks import (
     check_comparison,
     check_embeddings,
@@ -324,7 +324,7 @@ def _of_own_negatives(
     smoothing: float, stats: bool,
 ) -> LossStats:  # fmt: skip
     """(N, 1 + M) scores: fewer than the negatives' own numbers, so they are made in memory."""
-    dispatch.ran("pairs", "torch")
+    availability.ran("pairs", "torch")
     similarity = torch.bmm(negatives, query.unsqueeze(2)).squeeze(2).to(scale.dtype)
     of_row = scale[:, None] if scale.dim() else scale
     others = similarity * of_row + number_on(weight, scale.dtype, scale.device)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neglog import dispatch, torch_state
+from neglog import availability, torch_state
 from neglog.ops.dtypes import divides_late, real_dtype
 from neglog.ops.linear_nll.tiles import Tile, Tiles
 from neglog.ops.nll.schema import MEAN, NONE, Options
@@ -27,7 +27,7 @@ class CudaRows:
         self.a, self.weight, self.options = a, weight, Options.of(a)
         self.real = real_dtype(a.input.dtype)
         self._found: list[tuple[Tensor, ...]] = []
-        dispatch.ran(op, "cuda")
+        availability.ran(op, "cuda")
 
     @staticmethod
     def compacts(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from neglog import dispatch, torch_state
+from neglog import availability, torch_state
 from neglog.ops.define import library, save, saved, second_derivative
 from neglog.ops.dtypes import divides_late
 from neglog.ops.nll import cpu, formula, schema
@@ -173,7 +173,7 @@ class EagerNLL(Function):
         plain = torch_state.plain_upstream(grad_loss) and not ctx.needs_input_grad[1]
         formed, ctx.formed = ctx.formed, None
         if plain and formed is not None and float(grad_loss) == 1.0:
-            dispatch.ran("nll_backward", ctx.backend)
+            availability.ran("nll_backward", ctx.backend)
             return formed, None, None, None, None
         return *_eager_gradients(ctx, grad_loss, grad_lse, plain), None, None, None
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neglog import dispatch, kernels
+from neglog import availability, kernels
 from neglog.kernels.threads import allowed
 from neglog.ops.dtypes import DTYPE_CODES, divides_late, quotient, real_dtype
 from neglog.ops.memory import address, adjacent_columns, new_memory
@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
 
 def load_kernel(op: str, backend: str) -> Any:
     """The kernels of a backend, "" for the best; the call is noted for `dispatch.record()`."""
-    dispatch.ran(op, backend)
+    availability.ran(op, backend)
     return kernels.load("nll", backend or None)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neglog import dispatch, kernels
+from neglog import availability, kernels
 from neglog.kernels.threads import allowed
 from neglog.ops.dtypes import DTYPE_CODES
 from neglog.ops.memory import address
@@ -36,7 +36,7 @@ class CpuTiles:
     def __init__(self, op: str, pairs: Pairs, bounded: bool | None = None) -> None:
         self.pairs = pairs
         self.bounded = pairs.bounded() if bounded is None else bounded
-        dispatch.ran(op, pairs.backend)
+        availability.ran(op, pairs.backend)
         self._kernel: Any = kernels.load("pairs", pairs.backend or None)
         self._threads = allowed(torch.get_num_threads())
 

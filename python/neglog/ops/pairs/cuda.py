@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neglog import dispatch
+from neglog import availability
 from neglog.ops.pairs.schema import Pairs, Upstream
 from neglog.ops.pairs.states import States
 
@@ -18,7 +18,7 @@ class CudaTiles:
 
     def __init__(self, op: str, pairs: Pairs, bounded: bool | None = None) -> None:
         self.pairs = pairs
-        dispatch.ran(op, "cuda")
+        availability.ran(op, "cuda")
 
     def forward(
         self, similarity: Tensor, down: slice, across: slice, rows: States,

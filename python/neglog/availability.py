@@ -1,4 +1,4 @@
-"""Which backends exist, which can run here, and a record of which ran.
+"""Public as neglog.dispatch: which backends exist, which can run here, and a record of which ran.
 
 "cython"  compiled kernels, for tensors in the CPU's memory
 "numba"   the same kernels, compiled by Numba at their first call
