@@ -218,6 +218,7 @@ ACCEPTED = {
 }
 
 
+# By every backend: what a type is turned into, each does below the checks.
 @pytest.mark.parametrize("accepted", ACCEPTED.values(), ids=ACCEPTED.keys())
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_is_accepted(backend, name, accepted):

@@ -110,6 +110,7 @@ TEMPERATURES = {
 }
 
 
+# Each loss that takes one asks for itself.
 @pytest.mark.parametrize(("error", "message", "value"), TEMPERATURES.values(), ids=TEMPERATURES)
 @pytest.mark.parametrize("name", ["info_nce", "nt_xent", "dcl", "sup_con"])
 def test_temperature(name, error, message, value):
@@ -134,6 +135,7 @@ OPTIONS = {
 }
 
 
+# Each loss that has tiles asks for itself.
 @pytest.mark.parametrize(("error", "message", "options"), OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("name", CALLS)
 def test_options(name, error, message, options):

@@ -18,6 +18,7 @@ def case(rng, probabilities):
     return logits, target
 
 
+# All that torch's function has, in every combination: this is what all other tests rest on.
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])

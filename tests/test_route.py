@@ -58,6 +58,7 @@ TABLE = {
 }  # fmt: skip
 
 
+# Scores that are given, and scores that are made in tiles.
 @pytest.mark.parametrize(("x", "options", "backend", "why"), TABLE.values(), ids=TABLE.keys())
 @pytest.mark.parametrize("workspace", [None, 1 << 20])
 def test_table(x, options, backend, why, workspace):

@@ -137,6 +137,7 @@ def test_bits_repeat(loss):
         assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
 
 
+# Rows of one block's shared memory and of clusters of two to eight; in both sizes of a number.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("vocab", [32000, 50257, 128256, 262144])
 def test_rows_on_chip(dtype, vocab):
@@ -158,6 +159,7 @@ def test_rows_on_chip(dtype, vocab):
     assert not found[~counted].any()
 
 
+# The two products of the linear backward, in both dtypes whose sums are wider than they are.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["add_product", "add_outer"])
 def test_products_add_up_in_float32(name, dtype):

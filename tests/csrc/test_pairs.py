@@ -127,6 +127,7 @@ def test_pairs_against_the_composite(device, dtype, shape, form, keep, monkeypat
             assert off(found, expected) <= 3 * allowed
 
 
+# What each optional argument adds, in each dtype.
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 def test_pairs_is_what_the_cpu_has(device, dtype, form):
     """The same similarities, rounded the same: closer than the oracle can tell in 16 bits."""
@@ -240,6 +241,7 @@ def test_siglip_against_the_composite(device, dtype, shape, monkeypatch):
         assert off(one, other.double()) <= 3 * GRADIENT[dtype]
 
 
+# What each optional argument adds.
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 def test_pairs_never_waits(device, form):
     rows, keys = (130, 130) if form.get("symmetric") else (130, 300)

@@ -133,6 +133,7 @@ def test_logits_of_a_hundred(backend, name):
         assert mine <= 1.2 * other + 2e-6, (ours, theirs)
 
 
+# Each reduction of nothing is another number.
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_empty_batches(backend, name, reduction):

@@ -131,6 +131,7 @@ def test_error_is_within_torchs(kernel_backend, dtype, vocab, probabilities, smo
         ours_is_no_worse(mine, its, right, dtype)
 
 
+# Both signs, of what has 24 and 8 bits for 1e4.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
 def test_large_logits_lose_no_more_than_torch(kernel_backend, dtype, shift):
@@ -173,6 +174,7 @@ def test_sure_targets_keep_their_digits(kernel_backend, vocab):
     assert error(neglog.cross_entropy) <= error(F.cross_entropy) + one_rounding
 
 
+# No rows, no classes, neither; each reduction of nothing is another number.
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_empty_probabilities(kernel_backend, shape, reduction):
@@ -339,6 +341,7 @@ def test_gradient_of_probability_targets():
     torch.testing.assert_close(*pairs)
 
 
+# The target is the wider, the input is half as wide, the target is the narrower.
 @pytest.mark.parametrize(
     ("input_dtype", "target_dtype"),
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float32, torch.half)],
@@ -376,6 +379,7 @@ def test_unequal_upstream_of_each_row(kernel_backend):
     torch.testing.assert_close(*pair)
 
 
+# All that may be a number; a mean and a sum are then the same.
 @pytest.mark.parametrize("num_items", [7, torch.tensor(7), torch.tensor([7.0])])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_num_items(backend, num_items, reduction):
@@ -415,6 +419,7 @@ def test_the_deprecated_name_of_mean():
     torch.testing.assert_close(ours, F.cross_entropy(logits, target))
 
 
+# What torch promotes from below and from above.
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64], ids=str)
 def test_weights_of_another_dtype_with_probabilities(dtype):
     logits, target = draw((500, 400), torch.float32, True)

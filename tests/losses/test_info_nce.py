@@ -20,6 +20,8 @@ from tests.support.contrastive_cases import (
 from tests.support.contrastive_formulas import INF
 
 
+# Every form by every backend: the formula is a third answer, and a temperature of each row takes
+# other code in all three.
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_info_nce(backend, name, temperature):
@@ -35,6 +37,7 @@ def test_forms_of_info_nce(backend, name, temperature):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
+# Every form: each has other keys in its log-sum-exps.
 @pytest.mark.parametrize("name", FORMS)
 def test_statistics(backend, name):
     inputs, options = form(name, "of each row")
@@ -53,6 +56,7 @@ def test_statistics(backend, name):
     torch.testing.assert_close(*grads)
 
 
+# Products of one block of features, and of several.
 @pytest.mark.parametrize("features", [24, 384])
 def test_the_best_key_is_not_beaten_by_its_own_rounding(backend, features):
     query = normal(700, features, dtype=torch.float32)
@@ -61,6 +65,7 @@ def test_the_best_key_is_not_beaten_by_its_own_rounding(backend, features):
     assert stats.correct.all()
 
 
+# All that the other library has.
 @pytest.mark.parametrize("mode", [None, "unpaired", "paired"])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_info_nce_pytorch(backend, mode, reduction):
@@ -76,6 +81,7 @@ def test_info_nce_pytorch(backend, mode, reduction):
     torch.testing.assert_close(*(gradients(x, inputs) for x in losses), rtol=1e-5, atol=1e-5)
 
 
+# Each way that negatives come; smoothing spreads over keys, of which there are none.
 @pytest.mark.parametrize("mode", ["unpaired", "paired", "in_batch"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_no_negatives(backend, mode, smoothing):
@@ -88,6 +94,7 @@ def test_no_negatives(backend, mode, smoothing):
     torch.testing.assert_close(*(gradients(x, learned(inputs)) for x in losses))
 
 
+# Each way that negatives come.
 @pytest.mark.parametrize("mode", ["unpaired", "paired", "in_batch"])
 def test_all_negatives_are_padding(backend, mode):
     name = {"unpaired": "queue", "paired": "paired", "in_batch": "in batch and further"}[mode]
@@ -109,6 +116,7 @@ def test_all_others_are_of_one_group(backend):
     assert all(not g.any() for g in gradients(loss, (query, key)))
 
 
+# float64 is no dtype of training; the others have other smallest norms.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_zero_vectors(backend, dtype):
     query, key = pair(300, dtype=dtype)
@@ -142,6 +150,7 @@ def test_not_contiguous(backend):
     )
 
 
+# Some of the target, half and all of it; each way that negatives come.
 @pytest.mark.parametrize("smoothing", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("mode", ["in_batch", "unpaired", "paired"])
 def test_smoothing_leaves_padding_out(backend, mode, smoothing):
@@ -160,6 +169,7 @@ def test_smoothing_leaves_padding_out(backend, mode, smoothing):
     torch.testing.assert_close(*found)
 
 
+# Each way that negatives come.
 @pytest.mark.parametrize("mode", ["in_batch", "unpaired", "paired"])
 def test_statistics_of_nothing(backend, mode):
     x = torch.zeros(0, 4)

@@ -214,6 +214,7 @@ def test_ignored_rows_may_be_nan(backend):
         torch.testing.assert_close(gradients(loss, (x, w, b)), gradients(expected, (x, w, b)))
 
 
+# Both dtypes that autocast knows.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(compiled_or_torch, dtype):
     x, w, b, target = draw(dtype=torch.float32)
@@ -266,6 +267,7 @@ def test_error_under_autocast_is_within_torchs(dtype, upstream, monkeypatch):
         assert mine <= 1.02 * other, (ours, theirs)
 
 
+# A tile of the operands' dtype, and of float32.
 @pytest.mark.parametrize("wide", [False, True])
 def test_upstreams_are_not_rounded(monkeypatch, wide):
     """A third in bfloat16 is off by 0.2%, and so would be every gradient."""
@@ -280,6 +282,7 @@ def test_upstreams_are_not_rounded(monkeypatch, wide):
         assert abs(float((one.double() * other).sum() / one.double().square().sum()) - 1 / 3) < 1e-4
 
 
+# Both products that may be the faster; a bias of every other number, and of one number.
 @pytest.mark.parametrize("way", ["blas", "onednn"])
 @pytest.mark.parametrize(
     "bias", [torch.linspace(-3, 3, 2000)[::2], torch.tensor([2.0]).expand(1000)]
@@ -294,6 +297,7 @@ def test_a_bias_with_strides(monkeypatch, way, bias):
     assert torch.equal(ours, theirs)
 
 
+# A tile of the operands' dtype, and of float32.
 @pytest.mark.parametrize("wide", [False, True])
 def test_float16_sums_beyond_its_range(monkeypatch, wide):
     """A class that each of 512 rows has, at 200: 102400 before the mean divides it."""

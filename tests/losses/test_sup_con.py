@@ -13,6 +13,7 @@ from tests.support.contrastive_cases import (
 )
 
 
+# Rows without a mate count in no mean: some, most, all.
 @pytest.mark.parametrize("labels", ["some alone", "most alone", "all alone"])
 def test_sup_con_of_pytorch_metric_learning(backend, labels):
     (z, _), rows = pair(dtype=torch.float32), torch.arange(300)
@@ -28,6 +29,7 @@ def test_sup_con_of_pytorch_metric_learning(backend, labels):
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
 
 
+# Narrower, signed, and as wide as the kernels read.
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
 def test_labels_of_any_integers(backend, dtype):
     (z, _), labels = pair(60), labels_of(60)
@@ -35,6 +37,7 @@ def test_labels_of_any_integers(backend, dtype):
     torch.testing.assert_close(neglog.sup_con(z, labels.to(dtype)), expected)
 
 
+# Losses of e^-20 and of e^-100, in all dtypes that training has.
 @pytest.mark.parametrize("temperature", [0.05, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sup_con_of_sure_pairs(backend, dtype, temperature):

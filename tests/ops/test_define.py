@@ -188,6 +188,7 @@ def _pair(a, b):
     return (a * a * b).sum(), (a * b).sum()
 
 
+# Each result with a gradient or without, each input's gradient arriving or not.
 @pytest.mark.parametrize("given", [(0,), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize("arrives", [("a",), ("b",), ("a", "b")], ids=str)
 def test_second_derivative(given, arrives):

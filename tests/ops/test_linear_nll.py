@@ -6,6 +6,7 @@ import torch.utils.checkpoint
 from torch.library import opcheck
 
 import neglog
+import neglog.losses.linear_cross_entropy  # defines the ops
 from tests.support.backends import BEST
 from tests.support.linear_cases import draw, gradients, in_memory, loss_and_gradients, trained
 from tests.support.processes import python
@@ -71,6 +72,7 @@ def test_torch_func(compiled_or_torch):
     torch.testing.assert_close(ours, theirs)
 
 
+# Gradients formed in the backward, and in the forward.
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_derivatives(kernel_backend, reduction):
     *head, target = draw(6, 3, 5)
@@ -199,6 +201,7 @@ def test_bits_repeat(backend):
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
 
 
+# With a mask no size may depend on data while torch traces.
 @pytest.mark.parametrize("mask", [False, True])
 def test_probabilities_compile_whole(compiled_or_torch, mask):
     torch.compiler.reset()
@@ -226,6 +229,7 @@ def test_a_tensor_of_scale_compiles(compiled_or_torch):
     torch.testing.assert_close(compiled(x, w, target, scale), expected)
 
 
+# Gradients formed in the backward, and in the forward.
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_threads_and_workspaces_change_only_roundings(kernel_backend, reduction):
     x, w, b, target = trained(rows=700, vocab=3000)

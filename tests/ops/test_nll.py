@@ -25,6 +25,7 @@ def test_opcheck_forward(reduction, probabilities, weight):
     assert set(outcome.values()) == {"SUCCESS"}
 
 
+# An upstream by row and one for all; a gradient of the log-sum-exps or none.
 @pytest.mark.parametrize("reduction", [0, 1])
 @pytest.mark.parametrize("grad_lse", [None, torch.rand(6)])
 def test_opcheck_backward(reduction, grad_lse):

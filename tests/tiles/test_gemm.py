@@ -23,6 +23,7 @@ def error(found, truth):
     return float((found.detach().double() - truth.detach()).norm() / truth.detach().norm())
 
 
+# Both that torch offers, whichever is the faster here.
 @pytest.mark.parametrize("way", ["blas", "onednn"])
 def test_both_ways_to_multiply(monkeypatch, way):
     for name in ("linear", "add_outer"):
@@ -196,6 +197,7 @@ def test_losses_by_either_tile(monkeypatch, name, dtype, wide, workspace):
         assert one <= 1.2 * other + 1e-6 + lucky
 
 
+# Whichever is the faster, in both dtypes that have a choice.
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_faster_tile_is_chosen(monkeypatch, dtype, wide):
@@ -245,6 +247,7 @@ def test_the_choice_can_be_made_while_torch_traces():
     assert chosen == gemm.tile_dtype(torch.empty(3, 4, dtype=torch.bfloat16))
 
 
+# A tile of the operands' dtype, and of float32.
 @pytest.mark.parametrize("wide", [False, True])
 def test_either_tile_compiles_whole(monkeypatch, wide):
     monkeypatch.setattr(gemm, "float32_is_faster", lambda dtype: wide)
