@@ -121,4 +121,4 @@ def test_a_module_with_a_group_is_copied(group, kind):
     module = kind(group=group)
     made = copy.deepcopy(torch.nn.Sequential(module))[0]
     assert made is not module
-    assert made.options["group"] is group
+    assert made.group is group
