@@ -65,6 +65,8 @@ BAD = {
                       {"exclude": IDS[:2]}),
     "exclude dtype": (RuntimeError, "exclude: expected integers, got torch.float32", (Q, K),
                       {"exclude": IDS.float()}),
+    "exclude device": (RuntimeError, "exclude: expected device cpu, got meta", (Q, K),
+                       {"exclude": IDS.to("meta")}),
     "exclude type": (TypeError, "exclude: expected a Tensor, got list", (Q, K),
                      {"exclude": [1, 2, 3]}),
     "smoothing's type": (TypeError, "label_smoothing: expected a float, got str", (Q, K),

@@ -412,6 +412,18 @@ def test_stats(backend):
     torch.testing.assert_close(*pair)
 
 
+# In torch's table of both names: a mean, a sum, and no reduction.
+@pytest.mark.parametrize("deprecated", [{"size_average": True}, {"size_average": False},
+                                        {"reduce": False}], ids=str)  # fmt: skip
+def test_the_deprecated_arguments(deprecated):
+    logits, target = draw((40, 30), torch.float32)
+    with pytest.warns(UserWarning, match="args will be deprecated"):
+        ours = neglog.cross_entropy(logits, target, **deprecated)
+    with pytest.warns(UserWarning, match="args will be deprecated"):
+        theirs = F.cross_entropy(logits, target, **deprecated)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_the_deprecated_name_of_mean():
     logits, target = draw((500, 400), torch.float32)
     with pytest.warns(UserWarning, match="'elementwise_mean' is deprecated"):

@@ -177,3 +177,15 @@ def test_statistics_of_nothing(backend, mode):
     stats = neglog.info_nce(x, x, negatives, negative_mode=mode, return_stats=True)
     assert stats.loss.isnan()
     assert [part.shape for part in stats[1:]] == [(0,)] * 3
+
+
+# A number is a scale of scores; a tensor scales the queries, and has a gradient.
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_dot_products_as_classes(backend, temperature):
+    """Of rows alone, in more tiles than are kept, keys are classes; the scale goes into them."""
+    inputs, options = form("in batch", temperature)
+    options = {**options, "normalize": False}
+    ours = neglog.info_nce(*inputs, options=TILES, **options)
+    theirs = formulas.info_nce(*inputs, **options)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(gradients(x, learned(inputs)) for x in (ours, theirs)))

@@ -103,6 +103,21 @@ def test_second_derivative_and_retained_graph(kernel_backend):
     torch.testing.assert_close(penalty(neglog.linear_cross_entropy), penalty(in_memory))
 
 
+def test_the_log_sum_exps_alone(kernel_backend):
+    """No gradient of the loss arrives; both derivatives come through the log-sum-exps."""
+    x, w, b, target = draw(60)
+    counted = target != -100
+
+    def derivatives(function):
+        stats = function(x, w, target, linear_bias=b, return_stats=True)
+        lse = stats.logsumexp[counted].square().sum()
+        first = torch.autograd.grad(lse, (x, w, b), create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, w, b))
+
+    found = derivatives(neglog.linear_cross_entropy)
+    torch.testing.assert_close(found, derivatives(in_memory))
+
+
 # Each dtype keeps its sums in another, and float16 alone divides in the backward.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
