@@ -7,9 +7,11 @@
 #
 # PYTHON   the interpreter to begin with            make test PYTHON=python3.12
 # TORCH    what pip is asked for as torch           make demo TORCH=torch==2.10.0
+# BASE     what `fast` compares with                make fast BASE=HEAD
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+BASE ?= main
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -27,7 +29,7 @@ test: $(READY)
 	$(PYTEST)
 
 fast: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.support.changed
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.support.changed $(BASE)
 
 coverage: $(READY)
 	$(PYTEST) --cov --cov-report=term-missing

@@ -75,7 +75,7 @@ def test_linear_nll_is_what_the_cpu_has(device, dtype, options, reduction, stats
         assert off(one, other) <= 3 * GRADIENT[dtype]
 
 
-# As above: each takes its own way past what is asked of a device.
+# As above: each has other code while a graph is captured.
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
 def test_linear_nll_while_a_graph_is_captured(device, dtype, reduction, stats, monkeypatch):

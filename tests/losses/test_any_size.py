@@ -47,7 +47,7 @@ def gradient_is_zero_where_ignored(name, rows, reduction, **options):
     assert grad[target >= 0].any(1).all()
 
 
-# Each reduction has its own way to a row's upstream.
+# Each reduction makes another upstream of a row.
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("options", [{}, EXTENDED], ids=str)
 @pytest.mark.parametrize("rows", ROWS)

@@ -38,7 +38,7 @@ def test_compiles_whole(name, backend, dynamic):
         torch.testing.assert_close(found, gradients(theirs, learned(arguments)))
 
 
-# Each way that negatives come, and each thing that adds to scores; statistics take other outputs.
+# Each source of negatives, and each option that adds to scores; statistics take other outputs.
 @pytest.mark.parametrize("name", ["queue, weights", "paired, own weights", "exclude, further",
                                   "smoothing, symmetric"])  # fmt: skip
 @pytest.mark.parametrize("stats", [False, True])

@@ -159,7 +159,7 @@ def test_confident_bfloat16_gradient(kernel_backend):
 # Sums of one block, and of many.
 @pytest.mark.parametrize("vocab", [50, 1000, 50257])
 def test_sure_targets_keep_their_digits(kernel_backend, vocab):
-    """Terms of e^-10 beside the maximum's 1: each rounds the same way, and so do their sums."""
+    """Terms of e^-10 beside the maximum's 1: each rounds in the same direction, and so do sums."""
     logits = torch.zeros(6, vocab)
     logits[:, 3] = torch.tensor([5.0, 10.0, 12.0, 15.0, 17.0, 18.0])
     logits.requires_grad_()
@@ -200,8 +200,8 @@ def test_bfloat16_gradients_round_to_nearest_even(kernel_backend, logit_scale):
     torch.testing.assert_close(logits.grad[:, 0], expected, rtol=0, atol=0, equal_nan=True)
 
 
-# How options reach kernel and formula, and each reduction's way back; in each dtype they are in
-# tests/kernels.
+# How options reach kernel and formula, and what each reduction does to the upstream. In each dtype
+# they are in tests/kernels.
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])

@@ -81,7 +81,7 @@ def test_info_nce_pytorch(backend, mode, reduction):
     torch.testing.assert_close(*(gradients(x, inputs) for x in losses), rtol=1e-5, atol=1e-5)
 
 
-# Each way that negatives come; smoothing spreads over keys, of which there are none.
+# Each source of negatives; smoothing spreads over keys, of which there are none.
 @pytest.mark.parametrize("mode", ["unpaired", "paired", "in_batch"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_no_negatives(backend, mode, smoothing):
@@ -94,7 +94,7 @@ def test_no_negatives(backend, mode, smoothing):
     torch.testing.assert_close(*(gradients(x, learned(inputs)) for x in losses))
 
 
-# Each way that negatives come.
+# Each source of negatives.
 @pytest.mark.parametrize("mode", ["unpaired", "paired", "in_batch"])
 def test_all_negatives_are_padding(backend, mode):
     name = {"unpaired": "queue", "paired": "paired", "in_batch": "in batch and further"}[mode]
@@ -150,7 +150,7 @@ def test_not_contiguous(backend):
     )
 
 
-# Some of the target, half and all of it; each way that negatives come.
+# Some of the target, half and all of it; each source of negatives.
 @pytest.mark.parametrize("smoothing", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("mode", ["in_batch", "unpaired", "paired"])
 def test_smoothing_leaves_padding_out(backend, mode, smoothing):
@@ -169,7 +169,7 @@ def test_smoothing_leaves_padding_out(backend, mode, smoothing):
     torch.testing.assert_close(*found)
 
 
-# Each way that negatives come.
+# Each source of negatives.
 @pytest.mark.parametrize("mode", ["in_batch", "unpaired", "paired"])
 def test_statistics_of_nothing(backend, mode):
     x = torch.zeros(0, 4)

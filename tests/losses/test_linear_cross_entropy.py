@@ -283,12 +283,12 @@ def test_upstreams_are_not_rounded(monkeypatch, wide):
 
 
 # Both products that may be the faster; a bias of every other number, and of one number.
-@pytest.mark.parametrize("way", ["blas", "onednn"])
+@pytest.mark.parametrize("library", ["blas", "onednn"])
 @pytest.mark.parametrize(
     "bias", [torch.linspace(-3, 3, 2000)[::2], torch.tensor([2.0]).expand(1000)]
 )
-def test_a_bias_with_strides(monkeypatch, way, bias):
-    chosen = getattr(gemm, f"linear_by_{way}")
+def test_a_bias_with_strides(monkeypatch, library, bias):
+    chosen = getattr(gemm, f"linear_by_{library}")
     monkeypatch.setattr(gemm, "fastest_linear", lambda: chosen)
     x, w, _, target = draw(dtype=torch.float32)
     ours, theirs = (

@@ -69,7 +69,7 @@ def test_large_batch_reads_counted_rows_only(compiled_or_torch, dtype):
     assert ours.entropy.shape == ours.correct.shape == mask.shape
 
 
-# Each reduction of nothing is another number; each kind of target leaves in its own way.
+# Each reduction of nothing is another number; indices are marked, distributions are selected.
 @pytest.mark.parametrize(("reduction", "value"), [("mean", torch.nan), ("sum", 0.0), ("none", 0.0)])
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_an_empty_mask(backend, reduction, value, probabilities):
@@ -78,7 +78,7 @@ def test_an_empty_mask(backend, reduction, value, probabilities):
     torch.testing.assert_close(loss, torch.full_like(loss, value), equal_nan=True)
 
 
-# Every way to (3, 4).
+# Every shape that broadcasts to (3, 4).
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 1), (1, 4)], ids=str)
 def test_the_mask_broadcasts(shape):
     logits, target, _ = draw(3, 4, 31)
@@ -159,7 +159,7 @@ def loss_of_probabilities(reduction, stats=True):
     return lambda x, t, m: neglog.masked_cross_entropy(x, t, m, **options)
 
 
-# While torch traces no size may depend on data: a way of its own, above all backends.
+# While torch traces no size may depend on data, so other code runs, above all backends.
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum", "items"])
 def test_probabilities_compile_whole(reduction):
     torch.compiler.reset()

@@ -9,7 +9,7 @@ import torch
 from tests.support.linear_cases import loss_and_gradients, trained
 
 
-# Each reduction bounds the upstream in its own way; little is left out, some, and most.
+# Each reduction has another bound of the upstream; little is left out, some, and most.
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("filter_eps", [1e-6, 1e-3, 0.5])
 def test_what_the_filter_leaves_out_is_within_the_bound(filter_eps, reduction):

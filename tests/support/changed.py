@@ -1,4 +1,4 @@
-"""Run the tests of what changed since main, the first failure ends it: see `make fast`.
+"""Run the tests of what changed since main, up to the first failure: see `make fast`.
 
     python -m tests.support.changed [BASE] [--list]
 
@@ -82,7 +82,7 @@ def named_like(parts: tuple[str, ...]) -> list[str]:
         name = folders.pop()
 
 
-def tests_of(file: str) -> list[str]:
+def find_tests(file: str) -> list[str]:
     """What to run for one changed file."""
     path = PurePosixPath(file)
     parts = path.with_suffix("").parts
@@ -104,7 +104,7 @@ def tests_of(file: str) -> list[str]:
 
 def chosen(files: Iterable[str]) -> list[str]:
     """Each test file once; nothing changed is CORE."""
-    found = {test for file in files for test in tests_of(file) if (ROOT / test).exists()}
+    found = {test for file in files for test in find_tests(file) if (ROOT / test).exists()}
     return sorted(found) or CORE
 
 

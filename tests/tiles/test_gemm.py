@@ -1,4 +1,4 @@
-"""The products of a tile: each way gives the right numbers, and the choice between them."""
+"""The products of a tile: each library gives the right numbers, and the faster is chosen."""
 
 import pytest
 import torch
@@ -24,10 +24,10 @@ def error(found, truth):
 
 
 # Both that torch offers, whichever is the faster here.
-@pytest.mark.parametrize("way", ["blas", "onednn"])
-def test_both_ways_to_multiply(monkeypatch, way):
+@pytest.mark.parametrize("library", ["blas", "onednn"])
+def test_both_libraries(monkeypatch, library):
     for name in ("linear", "add_outer"):
-        chosen = getattr(gemm, f"{name}_by_{way}")
+        chosen = getattr(gemm, f"{name}_by_{library}")
         monkeypatch.setattr(gemm, f"fastest_{name}", lambda chosen=chosen: chosen)
     generator = torch.Generator().manual_seed(0)
     x, w, s = (
@@ -86,7 +86,7 @@ def test_a_wrong_or_missing_product_is_not_chosen():
 
 def test_the_choice_can_be_fixed(monkeypatch):
     def by_onednn():
-        raise AssertionError("asked for the faster way")
+        raise AssertionError("asked for the faster product")
 
     monkeypatch.setattr(gemm, "fastest_linear", by_onednn)
     monkeypatch.setattr(gemm, "SMALL_PRODUCT", 3 * 4 * 5)
@@ -101,7 +101,7 @@ def test_the_choice_can_be_fixed(monkeypatch):
     gemm.linear(x, w, None, out)
     torch.testing.assert_close(out, x @ w.t())
     monkeypatch.delenv("NEGLOG_MATMUL")
-    with pytest.raises(AssertionError, match="the faster way"):
+    with pytest.raises(AssertionError, match="the faster product"):
         gemm.linear(x, w, None, out)
     gemm.linear(x[:2], w, None, out[:2])  # too small to ask
 
@@ -201,8 +201,8 @@ def test_losses_by_either_tile(monkeypatch, name, dtype, wide, workspace):
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_faster_tile_is_chosen(monkeypatch, dtype, wide):
-    def times(ways, rounds):
-        return {way: float(index != wide) for index, way in enumerate(ways)}
+    def times(candidates, rounds):
+        return {one: float(index != wide) for index, one in enumerate(candidates)}
 
     monkeypatch.setattr(gemm, "_times", times)
     gemm.float32_is_faster.cache_clear()
