@@ -63,8 +63,10 @@ _BEST_ON_CPU = next((name for name in kernels.BACKENDS if _STATES[name].usable),
 
 _NAMED = os.environ.get("NEGLOG_BACKEND") or None
 _demanded: ContextVar[str | None] = ContextVar("neglog_backend", default=_NAMED)
-# The same for code that torch.compile traces: it cannot read a ContextVar, but guards a global.
+# The same for code that torch.compile traces: it cannot read a ContextVar, but guards a global. It
+# is the latest demand that has not ended, of any thread.
 _demanded_in_compiled: str | None = _NAMED
+_demands: list[list[str | None]] = [[_NAMED]]
 _recorders: list[list[str]] = []
 
 
@@ -122,13 +124,16 @@ def use(backend: str | None) -> Iterator[None]:
     global _demanded_in_compiled
     if backend is not None:
         check(backend)
-    token, before = _demanded.set(backend), _demanded_in_compiled
+    token, demand = _demanded.set(backend), [backend]
+    _demands.append(demand)
     _demanded_in_compiled = backend
     try:
         yield
     finally:
         _demanded.reset(token)
-        _demanded_in_compiled = before
+        # By identity, and not the last: threads leave in any order.
+        _demands[:] = [other for other in _demands if other is not demand]
+        (_demanded_in_compiled,) = _demands[-1]
 
 
 @contextmanager

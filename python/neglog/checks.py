@@ -200,12 +200,12 @@ def check_linear(
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        if name == "input" and not value.dtype.is_floating_point:
+            raise NotImplementedError(f"input: expected a floating-point dtype, got {value.dtype}")
         if value.device != input.device:
             raise RuntimeError(f"{name}: expected device {input.device}, got {value.device}")
         if name != "target" and not _multiplies(value, input):
             raise RuntimeError(f"{name}: expected dtype {input.dtype}, got {value.dtype}")
-    if not input.dtype.is_floating_point:
-        raise NotImplementedError(f"input: expected a floating-point dtype, got {input.dtype}")
     if input.dim() < 1:
         raise RuntimeError("input: expected shape (..., in_features), got a scalar")
     if linear_weight.dim() < 2:

@@ -44,7 +44,9 @@ class patch_torch:
             return
         self._undone = True
         patch_torch._active -= 1
-        if patch_torch._active == 0:
+        # What somebody else put there since is theirs.
+        ours = torch.nn.functional.cross_entropy is cross_entropy
+        if patch_torch._active == 0 and ours:
             torch.nn.functional.cross_entropy = torch_cross_entropy
 
     def __enter__(self) -> patch_torch:

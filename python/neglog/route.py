@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -71,9 +71,15 @@ def explain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Ro
 
         print(neglog.explain(neglog.cross_entropy, logits, target))
 
-    function: a loss of neglog, or a module of neglog.nn. Raises what the call would raise for its
-    arguments, and TypeError for a function that makes no such decision.
+    function: a loss of neglog, a module of neglog.nn, or a functools.partial of one. Raises what
+    the call's checks of its arguments raise (the values of a target are not read), and TypeError
+    for another function, which is not called.
     """
+    inner = function.func if isinstance(function, partial) else function
+    if isinstance(inner, torch.nn.Module):
+        inner = type(inner).forward
+    if not str(getattr(inner, "__module__", "")).startswith(("neglog.losses.", "neglog.nn")):
+        raise TypeError(f"function: expected a loss of neglog, got {function!r}")
     token = _explaining.set(True)
     try:
         function(*arguments, **options)

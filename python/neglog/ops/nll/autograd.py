@@ -171,6 +171,7 @@ class EagerNLL(Function):
         # A batch of upstreams has no memory: the dispatcher takes it apart. With create_graph the
         # gradient has a graph of its own.
         plain = torch_state.plain_upstream(grad_loss) and not ctx.needs_input_grad[1]
+        ctx.saved_tensors  # noqa: B018 - raises if one was changed in place, at every size alike
         formed, ctx.formed = ctx.formed, None
         if plain and formed is not None and float(grad_loss) == 1.0:
             availability.ran("nll_backward", ctx.backend)
