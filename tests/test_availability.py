@@ -174,3 +174,26 @@ def test_one_openmp_runtime(first):
     )
     runtimes = eval(python(code).stdout)
     assert len(runtimes) == 1, runtimes
+
+
+def test_threads_that_leave_in_any_order_leave_no_demand():
+    """What torch.compile traces reads a global, which must not keep a demand that has ended."""
+    torch._dynamo.reset()
+    first, second = dispatch.use("torch"), dispatch.use("numba")
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with second:
+            entered.set()
+            left.wait()
+
+    thread = threading.Thread(target=other)
+    with first:
+        thread.start()
+        entered.wait()
+    left.set()
+    thread.join()
+    compiled = torch.compile(neglog.cross_entropy, fullgraph=True, backend="eager")
+    with dispatch.record() as ran:
+        compiled(*draw(2, 10))
+    assert ran == [f"nll:{dispatch.best('cpu')}"]

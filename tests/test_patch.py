@@ -53,3 +53,13 @@ def test_patch_torch_refuses_a_stranger(monkeypatch):
     with pytest.raises(RuntimeError, match=r"patch_torch: .* got torch.nn.functional.nll_loss"):
         neglog.patch_torch()
     assert F.cross_entropy is F.nll_loss
+
+
+def test_undo_leaves_what_somebody_else_put_there(monkeypatch):
+    own = F.cross_entropy
+    patch = neglog.patch_torch()
+    monkeypatch.setattr(F, "cross_entropy", lambda *given: 0.0)
+    patch.undo()
+    assert F.cross_entropy(1, 2) == 0.0
+    monkeypatch.undo()
+    F.cross_entropy = own

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import neglog
+from neglog import dispatch
 
 # Below and above what nll calls small, and several tiles and threads.
 ROWS = (3, 3000)
@@ -95,3 +96,25 @@ def test_a_row_does_not_depend_on_those_beside_it(kernel_backend, name, dtype):
         loss = loss_of(name, logits, target[:rows], reduction="none")
         found.append((loss.detach()[:3], torch.autograd.grad(loss.sum(), logits)[0][:3]))
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+# 32,768 logits are where the gradient stops to be formed in the forward.
+@pytest.mark.parametrize("rows", [3, 3000])
+@pytest.mark.parametrize("changed", ["logits", "target"])
+def test_what_changes_before_the_backward_raises(rows, changed):
+    source = torch.randn(rows, 40, requires_grad=True)
+    logits, target = source * 1, torch.arange(rows) % 40
+    loss = neglog.cross_entropy(logits, target)
+    with torch.no_grad():
+        {"logits": logits, "target": target}[changed].mul_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("rows", [3, 3000])
+def test_no_gradient_is_formed_where_none_is_wanted(rows):
+    logits = torch.randn(rows, 40, requires_grad=True)
+    with torch.no_grad(), dispatch.record() as ran:
+        loss = neglog.cross_entropy(logits, torch.arange(rows) % 40)
+    assert not loss.requires_grad
+    assert ran == [f"nll:{dispatch.best('cpu')}"]

@@ -51,7 +51,7 @@ def nll(
     if not torch_state.eager_on_cpu(logits):
         given = (logits, target, weight, num_items, *options, stats, backend)
         return Rows.of(schema.forward(*given), stats)
-    rest = (options, stats, backend)
+    rest = (options, stats, backend, torch.is_grad_enabled())
     found = torch_state.apply(EagerNLL, logits, target, weight, num_items, rest)
     return Rows(*found) if stats else Rows(found)
 
@@ -145,11 +145,11 @@ class EagerNLL(Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        logits, target, weight, num_items, (options, stats, backend) = inputs
+        logits, target, weight, num_items, (options, stats, backend, learns) = inputs
         ctx.save_for_backward(logits, target, weight, num_items)
         ctx.options, ctx.backend = options, backend
         small = logits.numel() <= cpu.GRAIN and options.reduction != NONE and not stats
-        if small and ctx.needs_input_grad[0]:
+        if small and learns and ctx.needs_input_grad[0]:
             loss, ctx.formed = cpu.forward_with_gradient(
                 logits, target, weight, num_items, options, backend
             )
