@@ -54,7 +54,7 @@ def equal(found, expected):
 )
 @pytest.mark.parametrize("options", [PLAIN, ALL, ALL._replace(reduction=MEAN)], ids=str)
 @pytest.mark.parametrize("kind", ["indices", "weight", "probabilities"])
-@pytest.mark.parametrize("shape", [(1, 1), (6, 40), (4, cpu.GRAIN // 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (6, 40), (4, cpu.FORMED_IN_FORWARD // 4)], ids=str)
 def test_the_bits_are_those_of_two_passes(backend, dtype, options, kind, shape):
     logits, target = small(dtype, *shape)
     target[0] = -100 if shape[0] > 1 else 0
@@ -71,7 +71,7 @@ def test_the_bits_are_those_of_two_passes(backend, dtype, options, kind, shape):
 # The largest that is small and the smallest that is not; gradients with and without a thread more.
 @pytest.mark.parametrize("beyond", [0, 1])
 def test_the_bits_are_the_same_on_both_sides_of_the_limit(kernel_backend, beyond):
-    logits, target = small(rows=1, vocab=cpu.GRAIN + beyond)
+    logits, target = small(rows=1, vocab=cpu.FORMED_IN_FORWARD + beyond)
     loss = loss_of(logits, target, backend=kernel_backend)
     assert (loss.grad_fn.formed is None) == bool(beyond)
     found = (loss.detach(), *torch.autograd.grad(loss, logits))

@@ -148,7 +148,7 @@ class EagerNLL(Function):
         logits, target, weight, num_items, (options, stats, backend, learns) = inputs
         ctx.save_for_backward(logits, target, weight, num_items)
         ctx.options, ctx.backend = options, backend
-        small = logits.numel() <= cpu.GRAIN and options.reduction != NONE and not stats
+        small = logits.numel() <= cpu.FORMED_IN_FORWARD and options.reduction != NONE and not stats
         if small and learns and ctx.needs_input_grad[0]:
             loss, ctx.formed = cpu.forward_with_gradient(
                 logits, target, weight, num_items, options, backend

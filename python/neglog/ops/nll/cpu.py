@@ -16,6 +16,9 @@ from neglog.ops.nll.schema import MEAN, NONE, empty_stats
 
 # Numbers a thread must have before another is worth waking: 9 microseconds of work.
 GRAIN = 32768
+# Logits up to which the gradient is formed in the forward: beyond, a pass over memory that an
+# evaluation would not need is felt.
+FORMED_IN_FORWARD = 1 << 17
 _NOTHING = torch.empty(0)
 
 
@@ -149,11 +152,13 @@ def forward_with_gradient(
     rows, columns = logits.shape
     room = torch.empty(2 * rows, dtype=real)  # of losses and log-sum-exps, which nobody reads
     losses, out = room.data_ptr(), torch.empty_like(logits)
+    threads = 1 if logits.numel() <= GRAIN else threads_for(logits)
     mean = options.reduction == MEAN
     scale = quotient(1.0, divisor) if mean else 1.0
     total = kernel.forward_backward(
-        *given, losses, losses + rows * real.itemsize, 0, 0, scale, out.data_ptr(), columns, 1
-    )
+        *given, losses, losses + rows * real.itemsize, 0, 0, scale, out.data_ptr(), columns,
+        threads,
+    )  # fmt: skip
     return torch.scalar_tensor(quotient(total, divisor) if mean else total, dtype=real), out
 
 
