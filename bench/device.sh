@@ -4,7 +4,7 @@
 # compute-sanitizer over small shapes. Table and goals come last; $OUT (build/device by default) gets
 # device.json and the logs. What an earlier step leaves of the 9 minutes the later ones have.
 #
-# Not yet run on a GPU. The same tests run on the CPU, emulated: python -m pytest tests/csrc
+# The same tests run on the CPU, emulated: python -m pytest tests/csrc
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
