@@ -173,6 +173,17 @@ def _unless_refused_now(where: Route, weight: Tensor | None, compiling: bool) ->
     return where
 
 
+def forms_early(route: Route, query: Tensor, temperature: float | Tensor) -> bool:
+    """Whether the loss of rows alone is taken as linear cross-entropy, with the keys for classes.
+
+    It forms gradients in the forward: 3 matmuls, where the op pairs has 4 if it cannot keep the
+    similarities. A temperature that learns is multiplied in before, which 16 bits would round.
+    """
+    exact = not isinstance(temperature, Tensor) or query.itemsize > 2
+    rows = query.shape[0]
+    return exact and route.backend != "torch" and not keeps(route, rows, rows, True)
+
+
 def _refused_by_device(device: Any, demanded: str | None) -> str | None:
     if device.type == "cuda":
         if demanded in ("cython", "numba"):

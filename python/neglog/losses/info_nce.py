@@ -132,7 +132,7 @@ def info_nce(
     )  # fmt: skip
     scale = scale_of(temperature, z)
     alone = further is None and exclude is None and not (return_stats or symmetric)
-    if alone and reduction != "none" and _better_by_rows(where, z, temperature):
+    if alone and reduction != "none" and route.forms_early(where, z, temperature):
         loss = _by_rows(where, z, key, temperature, reduction, label_smoothing)
         return reduce_and_cast(loss, "none", query)
     if further is None or negative_mode == "in_batch":
@@ -213,17 +213,6 @@ def _bias(weight: float | Tensor, plain: int, weighted: int, scale: Tensor) -> T
 
 
 # Its forms
-
-
-def _better_by_rows(where: route.Route, query: Tensor, temperature: float | Tensor) -> bool:
-    """Whether to take the loss of rows alone as linear cross-entropy, with the keys for classes.
-
-    It forms gradients in the forward: 3 matmuls, where the op pairs has 4 if it cannot keep the
-    similarities. A temperature that learns is multiplied in before, which 16 bits would round.
-    """
-    exact = not isinstance(temperature, Tensor) or query.itemsize > 2
-    rows = query.shape[0]
-    return exact and where.backend != "torch" and not route.keeps(where, rows, rows, True)
 
 
 def _by_rows(
