@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import neglog
 from neglog import dispatch
@@ -118,3 +119,20 @@ def test_no_gradient_is_formed_where_none_is_wanted(rows):
         loss = neglog.cross_entropy(logits, torch.arange(rows) % 40)
     assert not loss.requires_grad
     assert ran == [f"nll:{dispatch.best('cpu')}"]
+
+
+# Checkpointing counts how often a saved tensor is asked for; both sides of 131,072 logits, and an
+# upstream that the early gradient serves and one that it does not.
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+@pytest.mark.parametrize("rows", [3, 4000])
+def test_under_activation_checkpointing(rows, upstream):
+    source = torch.randn(rows, 40, requires_grad=True)
+    target = torch.arange(rows) % 40
+
+    def loss(x):
+        return neglog.cross_entropy(x * 2, target)
+
+    made = torch.utils.checkpoint.checkpoint(loss, source, use_reentrant=False)
+    (found,) = torch.autograd.grad(made * upstream, source)
+    (expected,) = torch.autograd.grad(loss(source) * upstream, source)
+    assert torch.equal(found, expected)

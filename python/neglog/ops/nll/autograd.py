@@ -171,19 +171,21 @@ class EagerNLL(Function):
         # A batch of upstreams has no memory: the dispatcher takes it apart. With create_graph the
         # gradient has a graph of its own.
         plain = torch_state.plain_upstream(grad_loss) and not ctx.needs_input_grad[1]
-        ctx.saved_tensors  # noqa: B018 - raises if one was changed in place, at every size alike
+        # Asked for at every size alike: it raises if one was changed in place. And once: activation
+        # checkpointing refuses to unpack a tensor twice.
+        kept = ctx.saved_tensors
         formed, ctx.formed = ctx.formed, None
         if plain and formed is not None and float(grad_loss) == 1.0:
             availability.ran("nll_backward", ctx.backend)
             return formed, None, None, None, None
-        return *_eager_gradients(ctx, grad_loss, grad_lse, plain), None, None, None
+        return *_eager_gradients(ctx, kept, grad_loss, grad_lse, plain), None, None, None
 
 
 def _eager_gradients(
-    ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, plain: bool
+    ctx: Any, tensors: tuple, grad_loss: Tensor | None, grad_lse: Tensor | None, plain: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of logits and target, formed from the logits."""
-    logits, target, weight, num_items = ctx.saved_tensors
+    """Of logits and target, formed from the logits, the first of the saved tensors."""
+    logits, target, weight, num_items = tensors
     if not hasattr(ctx, "out"):
         given = (logits, target, weight, num_items, *ctx.options, False, ctx.backend)
         ctx.out = cpu.forward(schema.forward.Arguments(*given))
