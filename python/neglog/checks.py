@@ -15,7 +15,8 @@ from neglog.torch_state import autocast_dtype, under_autocast
 # Made once: to join types takes longer than to ask for one of them.
 INTEGERS = (int, torch.SymInt)
 REALS = (float, int, torch.SymFloat)
-REDUCTIONS = ("none", "mean", "sum")
+# As aten numbers them.
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # Below this, 1 / temperature overflows float32.
 SMALLEST_TEMPERATURE = 3e-39
 

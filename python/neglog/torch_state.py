@@ -50,7 +50,7 @@ def traced(x: Tensor) -> bool:
 
 def eager_on_cpu(x: Tensor) -> bool:
     """Whether nothing but autograd need see what is done to x, which lies in the CPU's memory."""
-    return x.is_cpu and not traced(x) and not torch._C._are_functorch_transforms_active()
+    return x.is_cpu and not traced(x) and not transforming()
 
 
 def apply(function: type[Function], x: Tensor, *arguments: Any) -> Any:

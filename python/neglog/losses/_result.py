@@ -9,9 +9,6 @@ from torch import Tensor
 
 from neglog.torch_state import under_autocast
 
-# As aten numbers them.
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-
 
 class LossStats(NamedTuple):
     """A loss and what its rows said. All but `loss` have the shape of an index target.

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy  # before any patch
 
 from neglog import availability, torch_state
-from neglog.checks import check_range, number_on
-from neglog.losses._result import REDUCTIONS, LossStats, without_stats
+from neglog.checks import REDUCTIONS, check_range, number_on
+from neglog.losses._result import LossStats, without_stats
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.nll import formula
 from neglog.ops.nll.autograd import nll, nll_in_place
@@ -40,6 +40,12 @@ class RowOptions(NamedTuple):
             float(self.logit_scale), float(self.softcap or 0.0), float(self.z_loss),
         )  # fmt: skip
 
+    def divisor(self, logits_dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """num_items as an op takes it."""
+        if self.num_items is None:
+            return None
+        return number_on(self.num_items, real_dtype(logits_dtype), device).reshape(())
+
     def extends_torch(self) -> bool:
         """Whether any of them is none of torch's."""
         return (
@@ -65,11 +71,9 @@ def loss_of_rows(
     """
     if where.backend == "torch" and not options.extends_torch():
         return without_stats(torch_loss(logits, target, weight, options))
-    num_items = options.num_items
     if weight is not None:
         weight = weight.to(real_dtype(logits.dtype))
-    if num_items is not None:
-        num_items = number_on(num_items, real_dtype(logits.dtype), logits.device).reshape(())
+    num_items = options.divisor(logits.dtype, logits.device)
     given = (logits, target, weight, num_items, options.for_op(), options.return_stats)
     if where.backend == "torch":
         result = _by_formula(*given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from neglog.tiles import plan
 ROW_BYTES = plan.DEFAULT_WORKSPACE_MB << 20
 NO_GROUP = torch.iinfo(torch.int64).min
 OWN_NEGATIVES = "each query's own negatives are more numbers than their scores"
-NEGATIVE_MODES = ("unpaired", "paired", "in_batch")
+NEGATIVE_MODES = get_args(NegativeMode)
 
 
 @overload
@@ -113,12 +113,12 @@ def info_nce(
 
     Source: arXiv:1807.03748; the arguments are those of info-nce-pytorch.
     """
-    named = {"query": query, "positive_key": positive_key}
-    check_comparison(temperature, reduction, per_sample=True, **named)
+    check_comparison(
+        temperature, reduction, per_sample=True, query=query, positive_key=positive_key
+    )
     check_smoothing(label_smoothing)
     if negative_mode not in NEGATIVE_MODES:
-        expected = f"one of {NEGATIVE_MODES}"
-        raise ValueError(f"negative_mode: expected {expected}, got {negative_mode!r}")
+        raise ValueError(f"negative_mode: expected one of {NEGATIVE_MODES}, got {negative_mode!r}")
     if negative_keys is not None:
         _check_negatives(query, negative_keys, negative_mode, symmetric, hard_negative_weight)
     if exclude is not None:

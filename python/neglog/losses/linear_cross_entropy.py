@@ -17,7 +17,6 @@ from neglog.checks import (
     check_no_ignore_index,
     check_options,
     check_weight,
-    number_on,
     rows_of_last_axis,
     to_rows,
 )
@@ -122,13 +121,14 @@ def linear_cross_entropy(
             shift=shift, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss,
             num_items=num_items, return_stats=return_stats, backend=backend,
         )  # fmt: skip
-    check_options(-100 if ignore_index is None else ignore_index, reduction, label_smoothing)
+    ignored = -100 if ignore_index is None else ignore_index
+    check_options(ignored, reduction, label_smoothing)
     check_linear(input, linear_weight, linear_bias, target, mask, shift)
     check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
     workspace, filter_eps = _tile_options(options, input)
     row_options = RowOptions(
-        reduction, -100 if ignore_index is None else ignore_index, label_smoothing, logit_scale,
-        softcap, z_loss, num_items, False, return_stats,
+        reduction, ignored, label_smoothing, logit_scale, softcap, z_loss, num_items, False,
+        return_stats,
     )  # fmt: skip
     input, row_options = row_options.scaled(input)
     head = (input, linear_weight, linear_bias)
@@ -138,7 +138,7 @@ def linear_cross_entropy(
         check_no_ignore_index(ignore_index)
         result = _of_probabilities(head, target, mask, shift, weight, row_options, backend)
     else:
-        labels = _labels(target, mask, shift, row_options.ignore_index)
+        labels = _labels(target, mask, shift, ignored)
         tiles = (workspace, filter_eps)
         result = _of_labels(head, labels, weight, row_options, tiles, backend)
         if shift:
@@ -203,9 +203,7 @@ def loss_by_tiles(
     """Rows of a head (input (N, D), weight, bias), rounded to `dtype`, against labels (N,)."""
     rows, real = head[0], real_dtype(dtype)
     weight = None if weight is None else weight.to(real)
-    num_items = options.num_items
-    if num_items is not None:
-        num_items = number_on(num_items, real, rows.device).reshape(())
+    num_items = options.divisor(dtype, rows.device)
     # The upstream of "none" is not known yet, so its gradients wait for the backward.
     early = torch.is_grad_enabled() and options.reduction != "none"
     wanted = [early and part is not None and part.requires_grad for part in head]
