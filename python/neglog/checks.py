@@ -284,7 +284,7 @@ def check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
     if is_probabilities(input, target) or target.device.type != "cpu":
         return
     classes = input.shape[class_dim(input)]
-    index = target.reshape(-1)
+    index = target.reshape(-1).long()  # uint8 is compared modulo 256
     bad = (index != ignore_index) & ((index < 0) | (index >= classes))
     if bool(bad.any()):
         row = int(bad.nonzero()[0])

@@ -29,8 +29,8 @@ def scores(logits: Array, logit_scale: float, softcap: float | None) -> tuple[Ar
     z = logit_scale * logits
     if not softcap:
         return z, np.full_like(z, logit_scale)
-    ratio = np.tanh(z / softcap)
-    return softcap * ratio, logit_scale * (1 - ratio**2)
+    # Not 1 - tanh^2, which is 0 where tanh rounds to 1.
+    return softcap * np.tanh(z / softcap), logit_scale / np.cosh(z / softcap) ** 2
 
 
 def log_softmax(z: Array) -> tuple[Array, Array]:
@@ -109,8 +109,9 @@ def nll(
         if reduction == "mean":
             upstream = upstream / np.float64(total_weight)
         grad = np.where(counted[:, None], upstream[:, None] * dz * dz_dx, 0.0)
-        through_lse = np.broadcast_to(np.asarray(grad_lse, np.float64), (rows,))[:, None]
-        grad = grad + np.where(through_lse == 0, 0.0, through_lse * p * dz_dx)
+        through_lse = np.broadcast_to(np.asarray(grad_lse, np.float64), (rows,))
+        used = (through_lse != 0) & (counted | np.isfinite(lse))
+        grad = grad + np.where(used[:, None], through_lse[:, None] * p * dz_dx, 0.0)
 
         reduced = loss if reduction == "none" else np.asarray(loss.sum())
         if reduction == "mean":

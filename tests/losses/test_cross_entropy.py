@@ -322,13 +322,26 @@ def test_row_stride(kernel_backend):
     torch.testing.assert_close(*pair)
 
 
-def test_uint8_targets():
-    logits = torch.randn(40, 256, requires_grad=True)
-    target = torch.arange(40, dtype=torch.uint8) * 6
+# 256 and 300 are 0 and 44 in 8 bits. torch has uint8 for rows alone, so it is given int64.
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("shape", [(9, 100), (9, 256), (9, 300), (3, 256, 4), (3, 300, 4)], ids=str)
+def test_uint8_targets(backend, shape, weight):
+    classes = shape[1]
+    logits = torch.randn(*shape, 2)[..., 0].requires_grad_()  # not contiguous
+    target = torch.randint(min(classes, 256), (shape[0], *shape[2:]))
+    options = {"weight": torch.rand(classes), "label_smoothing": 0.1} if weight else {}
     torch.testing.assert_close(
-        loss_and_gradient(neglog.cross_entropy, logits, target),
-        loss_and_gradient(F.cross_entropy, logits, target),
+        loss_and_gradient(neglog.cross_entropy, logits, target.to(torch.uint8), **options),
+        loss_and_gradient(F.cross_entropy, logits, target, **options),
     )
+
+
+# torch's own message of a bad uint8 target is no UTF-8.
+@pytest.mark.parametrize("shape", [(2, 100), (2, 100, 3)], ids=str)
+def test_uint8_target_out_of_range(backend, shape):
+    target = torch.full((shape[0], *shape[2:]), 156, dtype=torch.uint8)
+    with pytest.raises(IndexError, match=r"target 156 at row 0 is out of range"):
+        neglog.cross_entropy(torch.randn(shape), target)
 
 
 def test_gradient_of_probability_targets():
@@ -353,6 +366,14 @@ def test_probabilities_of_another_dtype_promote(input_dtype, target_dtype):
     theirs = loss_and_gradient(F.cross_entropy, logits, target)
     assert [x.dtype for x in ours] == [x.dtype for x in theirs]
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_probabilities_of_float32_are_smoothed_in_the_logits_float64(backend):
+    logits, target = draw((6, 40), torch.float64, probabilities=True)
+    narrow = target.float()
+    ours = neglog.cross_entropy(logits, narrow, label_smoothing=0.1)
+    theirs = F.cross_entropy(logits, narrow.double(), label_smoothing=0.1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=0)
 
 
 def test_all_ignored(kernel_backend):

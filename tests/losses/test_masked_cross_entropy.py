@@ -78,6 +78,15 @@ def test_an_empty_mask(backend, reduction, value, probabilities):
     torch.testing.assert_close(loss, torch.full_like(loss, value), equal_nan=True)
 
 
+# What marks the positions that do not count is no target of one that does.
+@pytest.mark.parametrize("marker", [-(2**63), -100])
+def test_no_counted_target_is_ignored(backend, marker):
+    target, mask = torch.tensor([1, marker, marker]), torch.tensor([True, True, False])
+    with pytest.raises(IndexError, match=r"at row 1 is out of range: expected 0 <= target < 5"):
+        neglog.masked_cross_entropy(torch.randn(3, 5), target, mask)
+    assert neglog.masked_cross_entropy(torch.randn(3, 5), target, mask & (target == 1)) > 0
+
+
 # Every shape that broadcasts to (3, 4).
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 1), (1, 4)], ids=str)
 def test_the_mask_broadcasts(shape):

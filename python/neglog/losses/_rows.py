@@ -101,6 +101,7 @@ def _by_formula(
 
 def torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> Tensor:
     """torch's own function, for what it has all options of."""
+    target = _as_kernels_take_it(input, target)
     try:
         loss = torch_cross_entropy(
             input, target, weight, ignore_index=options.ignore_index, reduction=options.reduction,
@@ -112,6 +113,14 @@ def torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Ro
         raise
     availability.ran("nll", "torch")
     return loss
+
+
+def _as_kernels_take_it(input: Tensor, target: Tensor) -> Tensor:
+    """torch has uint8 indices for some shapes only, its error of a bad one is no UTF-8, and it
+    smooths float32 probabilities of float64 logits in float32."""
+    if not target.dtype.is_floating_point:
+        return target.long()
+    return target.to(torch.promote_types(input.dtype, target.dtype))
 
 
 def _may_overwrite(logits: Tensor, target: Tensor) -> bool:

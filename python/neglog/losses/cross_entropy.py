@@ -27,7 +27,7 @@ from neglog.losses._types import Backend, Reduction
 from neglog.ops.dtypes import real_dtype
 from neglog.torch_state import under_autocast
 
-# The ignore_index of positions outside a mask: no data can hold it by accident.
+# The ignore_index of positions outside a mask.
 MASKED = -(2**63)
 
 
@@ -222,7 +222,9 @@ def masked_cross_entropy(
         logits, target = with_probabilities(logits, rows_of_last_axis(target), weight)
         result = masked_rows(where, logits, target, counted, weight, options)
     else:
-        labels = torch.where(counted, target.reshape(-1).long(), MASKED)
+        # A counted target that is MASKED itself moves to the next number, which is no class either.
+        index = to_indices(target).clamp(min=MASKED + 1)
+        labels = torch.where(counted, index, MASKED)
         if where.backend == "torch" and not inplace_backward:  # what does not count may be NaN
             logits = torch.where(counted[:, None], logits, 0)
         result = loss_of_rows(where, logits, labels, weight, options)

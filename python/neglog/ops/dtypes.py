@@ -13,6 +13,15 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def softcap_in(real: torch.dtype, softcap: float) -> float:
+    """A softcap where `real` is computed in, 0 for none; the kernels have the same rule. Beyond the
+    dtype's range a cap is none: as inf it would make inf * 0. As 0 it would make 0 / 0."""
+    limits = torch.finfo(real)
+    if softcap == 0 or softcap > limits.max:
+        return 0.0
+    return max(softcap, limits.tiny)
+
+
 def divides_late(dtype: torch.dtype) -> bool:
     """Whether a mean's divisor waits for the backward. In float16 a gradient divided by thousands
     of rows is below the smallest number, and a loss scale that comes after cannot bring it back."""

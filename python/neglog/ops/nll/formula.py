@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from neglog.ops.dtypes import real_dtype
+from neglog.ops.dtypes import real_dtype, softcap_in
 from neglog.ops.nll.schema import MEAN, SUM, Options
 
 
@@ -17,7 +18,31 @@ def scores(logits: Tensor, logit_scale: float, softcap: float) -> Tensor:
     z = logits.to(real_dtype(logits.dtype))
     if logit_scale != 1:
         z = z * logit_scale
-    return z if softcap == 0 else softcap * torch.tanh(z / softcap)
+    softcap = softcap_in(z.dtype, softcap)
+    return z if softcap == 0 else softcap * _tanh(z / softcap)
+
+
+def _tanh(y: Tensor) -> Tensor:
+    """torch.tanh, but that its derivative keeps its digits: 1 - tanh^2 has none where tanh is near
+    1. This one is 4 d / (1 + d)^2."""
+    decay = torch.exp(-2 * y.abs())
+    large = y.sign() * ((1 - decay) / (1 + decay))
+    return torch.where(y.abs() < 0.625, torch.tanh(y), large)  # near 0, 1 - decay cancels
+
+
+def log_sum_exp(z: Tensor) -> Tensor:
+    """Of each row: -inf for one of -inf, NaN where a score is inf or NaN.
+
+    torch.logsumexp says inf for inf, and its derivative e^(z - lse) is off by 4e-3 near 1e5, where
+    one float32 does not hold the lse.
+    """
+    shift = torch.logsumexp(z.detach(), 1, keepdim=True)  # any number near the maximum
+    shift = torch.where(shift == -torch.inf, 0, shift)
+    return (shift + (z - shift).exp().sum(1, keepdim=True).log()).squeeze(1)
+
+
+def _has_no_classes(z: Tensor) -> bool:
+    return statically_known_true(z.shape[1] == 0)
 
 
 def _mass(
@@ -28,8 +53,12 @@ def _mass(
     w = z.new_ones(z.shape[1]) if weight is None else weight
     if target.dim() == 2:
         smoothed = target.to(z.dtype) * (1 - label_smoothing) + label_smoothing / vocab
-        return w * smoothed, z.new_ones(len(z)), torch.ones_like(z[:, 0], dtype=torch.bool)
+        # Without classes there are no rows to torch, which divides numbers by classes.
+        row_weight = z.new_full((len(z),), torch.nan if _has_no_classes(z) else 1.0)
+        return w * smoothed, row_weight, z.new_ones(len(z), dtype=torch.bool)
     counted = target != ignore_index
+    if _has_no_classes(z):  # no index is one of them: no row counts
+        return z, z.new_zeros(len(z)), counted
     index = torch.where(counted, target, 0)
     row_weight = torch.where(counted, w[index], 0)
     spread = (label_smoothing / vocab * w).expand_as(z)
@@ -45,26 +74,28 @@ def nll(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As the op neglog::nll: loss, lse, total_weight, correct, entropy."""
     reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss = options
-    z = scores(logits, logit_scale, softcap)
-    lse = torch.logsumexp(z, 1)
-    mass, row_weight, counted = _mass(z, target, weight, ignore_index, label_smoothing)
-    # Ignored rows leave before the softmax: a NaN there would come back as 0 * NaN.
-    kept = torch.where(counted[:, None], z, 0)
-    log_p = torch.log_softmax(kept, 1)
-    if target.dim() == 1 and label_smoothing == 0:
+    detached = scores(logits.detach(), logit_scale, softcap)
+    mass, row_weight, counted = _mass(detached, target, weight, ignore_index, label_smoothing)
+    # Ignored rows that are no numbers leave first: a NaN there would come back as 0 * NaN.
+    lse = log_sum_exp(detached)
+    kept = counted | lse.isfinite()
+    z = scores(torch.where(kept[:, None], logits, 0), logit_scale, softcap)
+    lse = torch.where(kept, log_sum_exp(z), lse)
+    log_p = torch.log_softmax(z, 1)
+    if target.dim() == 1 and label_smoothing == 0 and not _has_no_classes(z):
         index = torch.where(counted, target, 0)
         loss = -row_weight * log_p.gather(1, index[:, None])[:, 0]
     else:
         loss = -(mass * log_p).sum(1)
     if z_loss:
-        loss = loss + row_weight * z_loss * torch.logsumexp(kept, 1) ** 2
+        loss = loss + row_weight * z_loss * lse**2
     loss = torch.where(counted, loss, 0)
     total_weight = row_weight.sum() if num_items is None else num_items
     if reduction == MEAN:
         loss = loss.sum() / total_weight
     elif reduction == SUM:
         loss = loss.sum()
-    correct, entropy = _statistics(z.detach(), target, counted, stats)
+    correct, entropy = _statistics(detached, target, counted, stats)
     return loss, lse, total_weight, correct, entropy
 
 
@@ -74,7 +105,7 @@ def _statistics(z: Tensor, target: Tensor, counted: Tensor, stats: bool) -> tupl
     log_p = torch.log_softmax(z, 1)
     p = log_p.exp()
     entropy = -torch.where(p == 0, 0, p * log_p).sum(1)
-    if target.dim() == 2:
+    if target.dim() == 2 or _has_no_classes(z):
         return torch.zeros_like(counted), entropy
     return counted & (z.argmax(1) == target) & ~z.isnan().any(1), entropy
 
