@@ -4,6 +4,7 @@ Both at 3 rows and at 3,000: what a call accepts and raises does not depend on i
 are checked before a backend is chosen, except for the range of targets, which the kernels check.
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,8 +96,9 @@ OURS = {
     "softcap text": (TypeError, r"softcap: expected a number, got str", {"softcap": "3"}),
     "logit_scale": (TypeError, r"logit_scale: expected a number, got NoneType",
                     {"logit_scale": None}),
-    "logit_scale with gradient": (ValueError, r"logit_scale: expected a number without gradient",
-                                  {"logit_scale": torch.ones((), requires_grad=True)}),
+    "z_loss": (ValueError, r"z_loss: expected a number from 0, got -1", {"z_loss": -1}),
+    "z_loss with gradient": (ValueError, r"z_loss: expected a number without gradient",
+                             {"z_loss": torch.ones((), requires_grad=True)}),
     "num_items with gradient": (ValueError, r"num_items: expected a number without gradient",
                                 {"num_items": torch.ones((), requires_grad=True)}),
     "num_items none": (ValueError, r"num_items: expected reduction 'mean' or 'sum'",
@@ -252,6 +254,89 @@ def test_what_is_accepted(backend, name, accepted):
         assert (loss.shape, loss.dtype) == ((), torch.float32)
         means.append(loss * options.get("num_items", rows) / rows)
     torch.testing.assert_close(means[0].reshape(()), means[1].reshape(()))
+
+
+# What holds one number: scalars of NumPy, arrays and tensors without dimensions, and for an int a
+# tensor of one dimension.
+NUMBERS = {
+    "ignore_index": [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor([3])],
+    "label_smoothing": [
+        np.float32(0.25), np.float64(0.25), np.int64(1), np.bool_(True), True, 1,
+        torch.tensor(0.25), torch.tensor(1), torch.tensor(True),
+    ],
+}  # fmt: skip
+EACH_NUMBER = [
+    pytest.param(name, value, id=f"{name}-{value!r}")
+    for name, values in NUMBERS.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("option", "value"), EACH_NUMBER)
+def test_numbers_of_numpy_and_torch_are_taken_as_torch_takes_them(option, value, rows):
+    x, target = torch.eye(5).repeat(rows, 1)[:rows], torch.arange(rows) % 5
+    expected = F.cross_entropy(x, target, **{option: value})
+    given = {option: value}
+    losses = [
+        neglog.cross_entropy(x, target, **given),
+        neglog.nn.CrossEntropyLoss(**given)(x, target),
+        neglog.linear_cross_entropy(x, torch.eye(5), target, **given),
+    ]
+    if option == "label_smoothing":
+        losses.append(neglog.masked_cross_entropy(x, target, target >= 0, **given))
+    for loss in losses:
+        torch.testing.assert_close(loss, expected)
+
+
+def test_numbers_of_numpy_and_torch_smooth_info_nce():
+    x = torch.eye(5)
+    expected = neglog.info_nce(x, x, label_smoothing=0.25)
+    for value in (np.float32(0.25), torch.tensor(0.25)):
+        assert torch.equal(neglog.info_nce(x, x, label_smoothing=value), expected)
+
+
+# Those that torch takes as constants of one graph, and some that it breaks the graph for.
+@pytest.mark.parametrize(
+    ("option", "value", "whole"),
+    [
+        ("ignore_index", np.int64(3), True),
+        ("ignore_index", torch.tensor(3), True),
+        ("label_smoothing", np.float64(0.25), True),
+        ("ignore_index", torch.tensor([3]), False),
+        ("label_smoothing", np.float32(0.25), False),
+        ("label_smoothing", torch.tensor(0.25), False),
+    ],
+    ids=repr,
+)
+def test_numbers_of_numpy_and_torch_are_taken_when_compiled(option, value, whole):
+    x, target = torch.eye(5), torch.arange(5)
+
+    @torch.compile(backend="eager", fullgraph=whole)
+    def loss(x, target):
+        return neglog.cross_entropy(x, target, **{option: value})
+
+    torch.testing.assert_close(loss(x, target), F.cross_entropy(x, target, **{option: value}))
+
+
+NO_NUMBERS = {
+    "ignore_index": [True, np.bool_(True), torch.tensor(True), 3.0, np.float32(3),
+                     torch.tensor(3.0), np.array([3]), torch.tensor([3, 3]), None],
+    "label_smoothing": ["0.1", None, 1j, np.array([0.1]), torch.tensor([0.1, 0.1]),
+                        torch.tensor(0.1, requires_grad=True)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", NO_NUMBERS)
+def test_what_torch_reads_no_number_from_is_refused(option):
+    x, target = torch.zeros(3, 5), torch.arange(3)
+    for value in NO_NUMBERS[option]:
+        with pytest.raises((TypeError, RuntimeError)):  # RuntimeError of a bool in a tensor
+            F.cross_entropy(x, target, **{option: value})
+        with pytest.raises(TypeError, match=rf"{option}: expected (an int|a float), got "):
+            neglog.cross_entropy(x, target, **{option: value})
+    with pytest.raises(ValueError, match="ignore_index: expected an int of 64 bits"):
+        neglog.cross_entropy(x, target, ignore_index=2**63)
 
 
 # Each dtype that a kernel takes, and one that only torch's formula could.

@@ -6,6 +6,7 @@ import math
 import numbers
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +14,8 @@ from neglog import torch_state
 from neglog.torch_state import autocast_dtype, under_autocast
 
 # Made once: to join types takes longer than to ask for one of them.
-INTEGERS = (int, torch.SymInt)
-REALS = (float, int, torch.SymFloat)
+INTEGERS: tuple[Any, ...] = (int, torch.SymInt)
+REALS: tuple[Any, ...] = (float, int, torch.SymFloat)
 # As aten numbers them.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # Below this, 1 / temperature overflows float32.
@@ -72,15 +73,12 @@ def check_cross_entropy(
     target: Any,
     weight: Any,
     ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
 ) -> bool:
-    """Everything about the arguments but the values of the target; whether it is probabilities."""
+    """Everything about the tensors but the values of the target; whether it is probabilities."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a Tensor, got {type(target).__name__}")
-    check_options(ignore_index, reduction, label_smoothing)
     if input.device != target.device:
         raise RuntimeError(f"target: expected device {input.device}, got {target.device}")
     if not input.dtype.is_floating_point:
@@ -97,19 +95,48 @@ def check_cross_entropy(
     return probabilities
 
 
-def check_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> None:
-    if not isinstance(ignore_index, INTEGERS) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    check_smoothing(label_smoothing)
+def to_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> tuple[int, float]:
+    """ignore_index and label_smoothing as numbers of Python, checked as `reduction` is."""
+    check_reduction(reduction)
+    return to_ignore_index(ignore_index), to_smoothing(label_smoothing)
 
 
-def check_smoothing(label_smoothing: Any) -> None:
-    if not isinstance(label_smoothing, REALS):
-        raise TypeError(f"label_smoothing: expected a float, got {type(label_smoothing).__name__}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
+def to_ignore_index(value: Any) -> int:
+    """As torch takes it: an integer of Python, of NumPy or in a tensor of one; not a bool."""
+    number = value if type(value) is int else _to_number(value)
+    if not isinstance(number, INTEGERS) or isinstance(number, bool):
+        raise TypeError(f"ignore_index: expected an int, got {_type(value)}")
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {number}")
+    return number
+
+
+def to_smoothing(value: Any) -> float:
+    """As torch takes it: a number of Python, of NumPy or in a tensor of one without gradient."""
+    number = value if type(value) is float else _to_number(value)
+    if not isinstance(number, REALS):
+        raise TypeError(f"label_smoothing: expected a float, got {_type(value)}")
+    if not 0.0 <= number <= 1.0:
+        raise RuntimeError(f"label_smoothing: expected 0 <= value <= 1, got {number}")
+    return number
+
+
+def _to_number(value: Any) -> Any:
+    """The number that a scalar of NumPy or a tensor holds; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 and not value.requires_grad else value
+    # torch.compile knows a tuple of types and not their union, and the item() of a tensor alone.
+    if isinstance(value, (np.generic, np.ndarray)):
+        return torch.as_tensor(value).item() if value.ndim == 0 else value
+    return value
+
+
+def _type(value: Any) -> str:
+    """A type, for a message; of a tensor, what tells it from one that would be taken."""
+    if isinstance(value, Tensor):
+        learns = " that requires grad" if value.requires_grad else ""
+        return f"a Tensor of {value.dtype} and shape {_shape(value)}{learns}"
+    return type(value).__name__
 
 
 def _check_probabilities(target: Tensor, ignore_index: int) -> None:
@@ -298,8 +325,10 @@ def check_extensions(
     reduction: str, logit_scale: Any, softcap: Any, z_loss: Any, num_items: Any
 ) -> None:
     """What neglog adds to torch's arguments."""
-    _check_number("logit_scale", logit_scale)
+    _check_number("logit_scale", logit_scale, learns=True)
     _check_number("z_loss", z_loss)
+    if not isinstance(z_loss, Tensor) and z_loss < 0:
+        raise ValueError(f"z_loss: expected a number from 0, got {z_loss}")
     if softcap is not None:
         _check_number("softcap", softcap)
         if not 0 < softcap < math.inf:
@@ -313,12 +342,25 @@ def check_extensions(
         raise ValueError("num_items: expected reduction 'mean' or 'sum', got 'none'")
 
 
-def _check_number(name: str, value: Any) -> None:
-    """A number or a tensor of one; not one whose gradient would be lost."""
+def check_loss_dtype(loss_dtype: Any, input: Tensor) -> None:
+    """None, a dtype that loses nothing of what is computed in float32, or the input's own."""
+    if loss_dtype is None:
+        return
+    if not isinstance(loss_dtype, torch.dtype):
+        raise TypeError(f"loss_dtype: expected a torch.dtype, got {type(loss_dtype).__name__}")
+    if loss_dtype not in (torch.float32, torch.float64, input.dtype):
+        raise ValueError(
+            f"loss_dtype: expected torch.float32, torch.float64 or the input's {input.dtype}, "
+            f"got {loss_dtype}"
+        )
+
+
+def _check_number(name: str, value: Any, learns: bool = False) -> None:
+    """A number or a tensor of one; unless it `learns`, not one whose gradient would be lost."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {_shape(value)}")
-        if value.requires_grad and torch.is_grad_enabled():
+        if value.requires_grad and torch.is_grad_enabled() and not learns:
             raise ValueError(
                 f"{name}: expected a number without gradient, got a tensor that requires grad; "
                 "multiply by it outside the loss, or detach() it"

@@ -82,6 +82,12 @@ def readable(x: Tensor) -> bool:
     return x.is_cpu and type(x) in PLAIN and not compiling() and not transforming()
 
 
+def constant(x: Tensor) -> bool:
+    """Whether its number may be read now: no tracer must see it, and no derivative follows it."""
+    learns = x.requires_grad and torch.is_grad_enabled()
+    return not (learns or traced(x) or transforming() or differentiating_forward())
+
+
 def saved_tensors_hooked() -> bool:
     """Whether hooks take what autograd saves, as activation checkpointing and offloading do."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

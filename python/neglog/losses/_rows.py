@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy  # before any patch
 
 from neglog import availability, torch_state
-from neglog.checks import REDUCTIONS, check_range, number_on
+from neglog.checks import REDUCTIONS, check_range, class_dim, is_probabilities, number_on
 from neglog.losses._result import LossStats, without_stats
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.nll import formula
 from neglog.ops.nll.autograd import nll, nll_in_place
 from neglog.ops.nll.schema import Options
-from neglog.route import Route
+from neglog.route import ACCEPTED, Route
 from neglog.torch_state import under_autocast
 
 
@@ -31,6 +31,7 @@ class RowOptions(NamedTuple):
     num_items: Any = None
     inplace_backward: bool = False
     return_stats: bool = False
+    loss_dtype: torch.dtype | None = None
 
     def for_op(self) -> Options:
         # The sum over num_items is a mean whose divisor is given.
@@ -54,11 +55,18 @@ class RowOptions(NamedTuple):
             or self.return_stats or self.inplace_backward
         )  # fmt: skip
 
-    def scaled(self, x: Tensor) -> tuple[Tensor, RowOptions]:
-        """Under torch.compile a tensor is no number for an op: x times it, and 1 in its place."""
-        if not torch_state.compiling() or not isinstance(self.logit_scale, Tensor):
-            return x, self
-        return x * self.logit_scale.to(x.dtype), self._replace(logit_scale=1.0)
+    def scale_as_tensor(self) -> Tensor | None:
+        """logit_scale () where it is no number for an op: it is traced, or has a gradient."""
+        scale = self.logit_scale
+        if not isinstance(scale, Tensor) or torch_state.constant(scale):
+            return None
+        return scale.reshape(())
+
+    def cast(self, loss: Tensor, dtype: torch.dtype) -> Tensor:
+        """The loss of logits of `dtype` as the user gets it: in loss_dtype, else in torch's."""
+        if self.loss_dtype is not None:
+            return loss.to(self.loss_dtype)
+        return loss if loss.dtype == dtype or under_autocast(loss) else loss.to(dtype)
 
 
 def loss_of_rows(
@@ -66,11 +74,15 @@ def loss_of_rows(
 ) -> LossStats:
     """logits (N, V), target (N,) int64 or (N, V) of the logits' dtype, weight (V,).
 
-    The loss has torch's dtype: that of the logits, or under autocast float32 for 16-bit ones.
-    Without return_stats only it has a meaning.
+    The loss has loss_dtype, or torch's dtype: that of the logits, or under autocast float32 for
+    16-bit ones. Without return_stats only it has a meaning.
     """
     if where.backend == "torch" and not options.extends_torch():
         return without_stats(torch_loss(logits, target, weight, options))
+    scale = options.scale_as_tensor()
+    if scale is not None:
+        logits = times_scale(logits, scale, _counted(logits, target, options))
+        options = options._replace(logit_scale=1.0)
     if weight is not None:
         weight = weight.to(real_dtype(logits.dtype))
     num_items = options.divisor(logits.dtype, logits.device)
@@ -83,9 +95,26 @@ def loss_of_rows(
         result = LossStats(*nll(*given, where.demanded))
     if where.backend == "cuda":  # the others' ops say so themselves
         availability.ran("nll", "cuda")
-    if result.loss.dtype == logits.dtype or under_autocast(logits):
-        return result
-    return LossStats(result.loss.to(logits.dtype), *result[1:])
+    loss = options.cast(result.loss, logits.dtype)
+    return result if loss is result.loss else LossStats(loss, *result[1:])
+
+
+def _counted(rows: Tensor, target: Tensor, options: RowOptions) -> Tensor | None:
+    """Which rows (N,) may give logit_scale a gradient; None for all. An ignored one does if its
+    log-sum-exp is used, which is finite where the row is."""
+    if target.dim() == 2:
+        return None
+    counted = target != options.ignore_index
+    return counted | rows.detach().isfinite().all(1) if options.return_stats else counted
+
+
+def times_scale(rows: Tensor, scale: Tensor, counted: Tensor | None) -> Tensor:
+    """rows (N, D) times scale (), whose gradient gets nothing from rows that are not counted: that
+    of a row of NaN would be 0 * NaN."""
+    scale = scale.to(rows.dtype)
+    if counted is not None:
+        scale = torch.where(counted, scale, scale.detach()).unsqueeze(1)
+    return rows * scale
 
 
 def _by_formula(
@@ -100,11 +129,17 @@ def _by_formula(
 
 
 def torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> Tensor:
-    """torch's own function, for what it has all options of."""
+    """torch's own function, for what it has all options of.
+
+    In float32 for 16-bit logits: the sum of 10,000 losses of 15 is beyond float16, the mean is not.
+    """
     target = _as_kernels_take_it(input, target)
+    logits, wide = without_ignored(input, target, options.ignore_index), weight
+    if input.dtype in (torch.bfloat16, torch.float16):
+        logits, wide = logits.float(), None if weight is None else weight.float()
     try:
         loss = torch_cross_entropy(
-            input, target, weight, ignore_index=options.ignore_index, reduction=options.reduction,
+            logits, target, wide, ignore_index=options.ignore_index, reduction=options.reduction,
             label_smoothing=options.label_smoothing,
         )  # fmt: skip
     except (IndexError, RuntimeError):
@@ -112,7 +147,26 @@ def torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Ro
         check_range(input, target, options.ignore_index)
         raise
     availability.ran("nll", "torch")
-    return loss
+    dtype = input.dtype
+    if is_probabilities(input, target):
+        dtype = common_dtype(input, target, weight)
+    return options.cast(loss, dtype)
+
+
+def common_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """Of logits and probabilities: torch multiplies them and the weights, so the widest."""
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    return dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+
+
+def without_ignored(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The logits, 0 where the target is ignored: there torch's gradient of NaN would be 0 * NaN."""
+    if is_probabilities(input, target) or type(input) not in ACCEPTED:
+        return input
+    counted = target != ignore_index
+    if torch_state.readable(counted) and bool(counted.all()):
+        return input
+    return torch.where(counted.unsqueeze(class_dim(input)), input, 0)
 
 
 def _as_kernels_take_it(input: Tensor, target: Tensor) -> Tensor:

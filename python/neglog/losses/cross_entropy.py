@@ -13,19 +13,19 @@ from neglog import route, torch_state
 from neglog.checks import (
     check_cross_entropy,
     check_extensions,
+    check_loss_dtype,
     check_masked,
-    check_options,
     check_weight,
     is_probabilities,
     row_shape,
     rows_of_last_axis,
+    to_options,
     to_rows,
 )
 from neglog.losses._result import LossStats, change_rows, public, without_stats
-from neglog.losses._rows import RowOptions, loss_of_rows, torch_loss
+from neglog.losses._rows import RowOptions, common_dtype, loss_of_rows, torch_loss
 from neglog.losses._types import Backend, Reduction
 from neglog.ops.dtypes import real_dtype
-from neglog.torch_state import under_autocast
 
 # The ignore_index of positions outside a mask.
 MASKED = -(2**63)
@@ -38,7 +38,8 @@ def cross_entropy(
     label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
     num_items: int | Tensor | None = None, inplace_backward: bool = False,
-    return_stats: Literal[False] = False, backend: Backend | None = None,
+    return_stats: Literal[False] = False, loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def cross_entropy(
@@ -47,7 +48,8 @@ def cross_entropy(
     label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
     num_items: int | Tensor | None = None, inplace_backward: bool = False,
-    return_stats: Literal[True], backend: Backend | None = None,
+    return_stats: Literal[True], loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> LossStats: ...  # fmt: skip
 @overload
 def cross_entropy(
@@ -56,7 +58,8 @@ def cross_entropy(
     label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
     num_items: int | Tensor | None = None, inplace_backward: bool = False,
-    return_stats: bool, backend: Backend | None = None,
+    return_stats: bool, loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | LossStats: ...  # fmt: skip
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
@@ -64,7 +67,8 @@ def cross_entropy(
     label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
     num_items: int | Tensor | None = None, inplace_backward: bool = False,
-    return_stats: bool = False, backend: Backend | None = None,
+    return_stats: bool = False, loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | LossStats:  # fmt: skip
     """Cross-entropy between logits and targets: torch.nn.functional.cross_entropy, fused.
 
@@ -81,46 +85,51 @@ def cross_entropy(
             where their logits are NaN.
         reduction: "none", "mean" (over the weights of the counted targets) or "sum".
         label_smoothing: in [0, 1], the share of the target spread evenly over the classes.
-        logit_scale: multiplies the logits first.
+        logit_scale: multiplies the logits first. A tensor that requires grad gets its gradient;
+            the product is then made in memory, as large as the logits.
         softcap: if given, z = softcap * tanh(logit_scale * input / softcap) replaces the logits
             (Gemma 2, arXiv:2408.00118).
-        z_loss: adds z_loss * logsumexp(z)**2 to each row, times its target's class weight
+        z_loss: from 0, adds z_loss * logsumexp(z)**2 to each row, times its target's class weight
             (PaLM, arXiv:2204.02311).
         num_items: if given, the loss is the sum over this number, for gradient accumulation over
-            batches of unequal length. Not with reduction="none".
+            batches of unequal length. Not with reduction="none". Over 0 it is inf, or NaN where the
+            sum is 0.
         inplace_backward: the gradient of the logits overwrites `input` during the forward, which
             needs no memory beyond O(N). `input` must not be a leaf that requires grad. It must not
             be read afterwards: autograd raises if an operation before this one needs it for its
             backward, but one after it gets wrong numbers. Without a gradient to compute, with a
             target that requires grad, under torch.compile and torch.func, nothing is overwritten.
         return_stats: return LossStats(loss, logsumexp, correct, entropy) instead of the loss.
+        loss_dtype: the dtype of the loss. None: that of the input, or under autocast float32.
+            torch.float32: the loss of 16-bit logits as it was computed, not rounded. Also
+            torch.float64, to which it is widened, and the input's own.
         backend: "cython", "numba", "cuda" or "torch"; None lets neglog.route choose.
 
     Raises:
         IndexError: a target is out of range, and its value and row are named; input is a scalar.
         ValueError: batch sizes differ, the reduction or backend is unknown, num_items without a
-            sum, softcap not above 0.
+            sum, softcap not above 0, z_loss or num_items below 0, another loss_dtype.
         RuntimeError: other shapes, dtypes, label_smoothing, the length of weight.
-        TypeError: input or target is not a tensor.
+        TypeError: input or target is not a tensor, an option not of its type.
     """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
             cross_entropy, (input, target, weight), input, target, weight, size_average,
             ignore_index, reduce, reduction, label_smoothing, logit_scale=logit_scale,
             softcap=softcap, z_loss=z_loss, num_items=num_items, inplace_backward=inplace_backward,
-            return_stats=return_stats, backend=backend,
+            return_stats=return_stats, loss_dtype=loss_dtype, backend=backend,
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = cast(Reduction, torch_reduction.legacy_get_string(size_average, reduce))
     if reduction == "elementwise_mean":
         torch_reduction.get_enum(reduction)  # torch's warning that the name is deprecated
         reduction = "mean"
-    probabilities = check_cross_entropy(
-        input, target, weight, ignore_index, reduction, label_smoothing
-    )
+    ignore_index, label_smoothing = to_options(ignore_index, reduction, label_smoothing)
+    probabilities = check_cross_entropy(input, target, weight, ignore_index)
+    check_loss_dtype(loss_dtype, input)
     options = RowOptions(
         reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, num_items,
-        inplace_backward, return_stats,
+        inplace_backward, return_stats, loss_dtype,
     )  # fmt: skip
     extends_torch = options.extends_torch()
     if extends_torch:
@@ -128,8 +137,6 @@ def cross_entropy(
     where = route.choose(input, backend=backend, weight=weight)
     if where.backend == "torch" and not extends_torch:
         return torch_loss(input, target, weight, options)
-    if extends_torch:
-        input, options = options.scaled(input)
     if probabilities:
         logits, target_rows = with_probabilities(input, target, weight)
     else:
@@ -150,10 +157,8 @@ def to_indices(target: Tensor) -> Tensor:
 def with_probabilities(
     input: Tensor, target: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Logits and probabilities (N, V) of one dtype: torch multiplies them, so the widest."""
-    common = torch.promote_types(input.dtype, target.dtype)
-    if weight is not None:
-        common = torch.promote_types(common, weight.dtype)
+    """Logits and probabilities (N, V) of one dtype."""
+    common = common_dtype(input, target, weight)
     return to_rows(input.to(common)), to_rows(target.to(common))
 
 
@@ -163,7 +168,8 @@ def masked_cross_entropy(
     reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
     num_items: int | Tensor | None = None, inplace_backward: bool = False,
-    return_stats: Literal[False] = False, backend: Backend | None = None,
+    return_stats: Literal[False] = False, loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def masked_cross_entropy(
@@ -171,7 +177,8 @@ def masked_cross_entropy(
     reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
     num_items: int | Tensor | None = None, inplace_backward: bool = False,
-    return_stats: Literal[True], backend: Backend | None = None,
+    return_stats: Literal[True], loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> LossStats: ...  # fmt: skip
 @overload
 def masked_cross_entropy(
@@ -179,14 +186,16 @@ def masked_cross_entropy(
     reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
     num_items: int | Tensor | None = None, inplace_backward: bool = False,
-    return_stats: bool, backend: Backend | None = None,
+    return_stats: bool, loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | LossStats: ...  # fmt: skip
 def masked_cross_entropy(
     input: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None,
     reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
     num_items: int | Tensor | None = None, inplace_backward: bool = False,
-    return_stats: bool = False, backend: Backend | None = None,
+    return_stats: bool = False, loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | LossStats:  # fmt: skip
     """Cross-entropy of the positions that a mask counts: the loss of masked language models.
 
@@ -205,19 +214,20 @@ def masked_cross_entropy(
         As `cross_entropy`, and RuntimeError for a mask of another dtype, device or shape.
     """
     check_masked(input, target, mask)
-    check_options(MASKED, reduction, label_smoothing)
+    _, label_smoothing = to_options(MASKED, reduction, label_smoothing)
     check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
+    check_loss_dtype(loss_dtype, input)
     probabilities = is_probabilities(input, target)
     if weight is not None:
         check_weight(weight, input.shape[-1], input, probabilities)
     options = RowOptions(
         reduction, MASKED, label_smoothing, logit_scale, softcap, z_loss, num_items,
-        inplace_backward, return_stats,
+        inplace_backward, return_stats, loss_dtype,
     )  # fmt: skip
     where = route.choose(input, backend=backend, weight=weight)
     positions = input.shape[:-1]
     counted = mask.expand(positions).reshape(-1)
-    logits, options = options.scaled(rows_of_last_axis(input))
+    logits = rows_of_last_axis(input)
     if probabilities:
         logits, target = with_probabilities(logits, rows_of_last_axis(target), weight)
         result = masked_rows(where, logits, target, counted, weight, options)
@@ -262,16 +272,17 @@ def _masked_by_zeros(
     options: RowOptions,
 ) -> LossStats:  # fmt: skip
     """The same with all rows, where no size may depend on data: torch.compile and torch.func."""
-    dtype = real_dtype(logits.dtype) if under_autocast(logits) else logits.dtype
     kept, real = counted[:, None], real_dtype(logits.dtype)
     x, q = (torch.where(kept, part, 0).to(real) for part in (logits, target))
-    result = loss_of_rows(where, x, q, weight, options._replace(reduction="none", num_items=None))
+    result = loss_of_rows(
+        where, x, q, weight, options._replace(reduction="none", num_items=None, loss_dtype=None)
+    )
     loss = torch.where(counted, result.loss, 0)
     if options.num_items is not None or options.reduction == "mean":
         loss = loss.sum() / (counted.sum() if options.num_items is None else options.num_items)
     elif options.reduction == "sum":
         loss = loss.sum()
-    loss = loss.to(dtype)
+    loss = options.cast(loss, logits.dtype)
     return _zero_stats(loss, result, counted) if options.return_stats else without_stats(loss)
 
 

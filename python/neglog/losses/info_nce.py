@@ -14,8 +14,8 @@ from neglog.checks import (
     check_embeddings,
     check_groups,
     check_scalar,
-    check_smoothing,
     number_on,
+    to_smoothing,
 )
 from neglog.losses._pairs import (
     Compared,
@@ -116,7 +116,7 @@ def info_nce(
     check_comparison(
         temperature, reduction, per_sample=True, query=query, positive_key=positive_key
     )
-    check_smoothing(label_smoothing)
+    label_smoothing = to_smoothing(label_smoothing)
     if negative_mode not in NEGATIVE_MODES:
         raise ValueError(f"negative_mode: expected one of {NEGATIVE_MODES}, got {negative_mode!r}")
     if negative_keys is not None:

@@ -14,20 +14,21 @@ from neglog.checks import (
     check_cross_entropy,
     check_extensions,
     check_linear,
+    check_loss_dtype,
     check_no_ignore_index,
-    check_options,
     check_weight,
     rows_of_last_axis,
+    to_options,
     to_rows,
 )
 from neglog.losses._result import LossStats, change_rows, public
-from neglog.losses._rows import RowOptions, loss_of_rows
+from neglog.losses._rows import RowOptions, loss_of_rows, times_scale
 from neglog.losses._types import Backend, Reduction, TileOptions
 from neglog.losses.cross_entropy import masked_rows, to_indices, with_probabilities
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.linear_nll.autograd import cast, linear_nll
 from neglog.tiles import plan
-from neglog.torch_state import autocast_dtype, under_autocast
+from neglog.torch_state import autocast_dtype
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
@@ -42,7 +43,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
     mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
-    return_stats: Literal[False] = False, backend: Backend | None = None,
+    return_stats: Literal[False] = False, loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
@@ -51,7 +53,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
     mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
-    return_stats: Literal[True], backend: Backend | None = None,
+    return_stats: Literal[True], loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> LossStats: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
@@ -60,7 +63,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
     mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
-    return_stats: bool, backend: Backend | None = None,
+    return_stats: bool, loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | LossStats: ...  # fmt: skip
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
@@ -68,7 +72,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
     mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
-    return_stats: bool = False, backend: Backend | None = None,
+    return_stats: bool = False, loss_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | LossStats:  # fmt: skip
     """cross_entropy(linear(input, linear_weight, linear_bias), target), without its logits.
 
@@ -89,7 +94,8 @@ def linear_cross_entropy(
         mask: bool, broadcast to the targets' shape (...): True where a position counts.
         shift: position t of the next to last axis is held against target t + 1, as causal language
             models are trained; the last position does not count, and "none" is one shorter.
-        logit_scale, softcap, z_loss, num_items, backend: as in `cross_entropy`.
+        logit_scale, softcap, z_loss, num_items, loss_dtype, backend: as in `cross_entropy`. A
+            logit_scale that requires grad multiplies the input and linear_bias instead.
         return_stats: LossStats(loss, logsumexp, correct, entropy); all 0 where a row is ignored.
 
     Options:
@@ -119,18 +125,19 @@ def linear_cross_entropy(
             linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
             ignore_index=ignore_index, label_smoothing=label_smoothing, options=options, mask=mask,
             shift=shift, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss,
-            num_items=num_items, return_stats=return_stats, backend=backend,
+            num_items=num_items, return_stats=return_stats, loss_dtype=loss_dtype, backend=backend,
         )  # fmt: skip
-    ignored = -100 if ignore_index is None else ignore_index
-    check_options(ignored, reduction, label_smoothing)
+    ignored, label_smoothing = to_options(
+        -100 if ignore_index is None else ignore_index, reduction, label_smoothing
+    )
     check_linear(input, linear_weight, linear_bias, target, mask, shift)
     check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
+    check_loss_dtype(loss_dtype, input)
     workspace, filter_eps = _tile_options(options, input)
     row_options = RowOptions(
         reduction, ignored, label_smoothing, logit_scale, softcap, z_loss, num_items, False,
-        return_stats,
+        return_stats, loss_dtype,
     )  # fmt: skip
-    input, row_options = row_options.scaled(input)
     head = (input, linear_weight, linear_bias)
     if linear_weight.dim() > 2:
         result = _of_many_dimensions(head, target, ignore_index, weight, row_options, backend)
@@ -183,6 +190,11 @@ def _of_labels(
     given, linear_weight, linear_bias = head
     positions = labels.shape
     given, labels = rows_of_last_axis(given), labels.reshape(-1)
+    scale = options.scale_as_tensor()
+    if scale is not None:
+        given = times_scale(given, scale, labels != options.ignore_index)
+        linear_bias = None if linear_bias is None else linear_bias * scale.to(linear_bias.dtype)
+        options = options._replace(logit_scale=1.0)
     rows = given.to(autocast_dtype(given))
     if weight is not None:
         check_weight(weight, linear_weight.shape[0], rows)
@@ -211,8 +223,7 @@ def loss_by_tiles(
         head, dtype, labels, weight, num_items, *options.for_op(), options.return_stats, wanted,
         where.workspace, where.tile_dtype, filter_eps, where.demanded,
     )  # fmt: skip
-    loss = result.loss.to(real if under_autocast(rows) else dtype)
-    return LossStats(loss, *result[1:])
+    return LossStats(options.cast(result.loss, dtype), *result[1:])
 
 
 def _with_logits_in_memory(
@@ -267,10 +278,7 @@ def _of_many_dimensions(
     logits = F.linear(input, flat, bias).view(input.shape[0], *linear_weight.shape[:-1])
     if target.shape == logits.shape:
         check_no_ignore_index(ignore_index)
-    probabilities = check_cross_entropy(
-        logits, target, weight, options.ignore_index, options.reduction, options.label_smoothing
-    )
-    if probabilities:
+    if check_cross_entropy(logits, target, weight, options.ignore_index):
         rows = with_probabilities(logits, target, weight)
     else:
         rows = to_rows(logits), to_indices(target)

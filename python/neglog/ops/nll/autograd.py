@@ -251,6 +251,9 @@ class InPlaceNLL(Function):
         # which shares the version: a view that was written has no history to restore.
         ctx.save_for_backward(a.logits.detach())
         ctx.divisor = late_divisor(made.total_weight, a.logits.dtype, a.reduction)
+        # Of an ignored row the upstream may be anything, and its gradient stays 0.
+        by_row = a.reduction == NONE and a.target.dim() == 1
+        ctx.counted = a.target != a.ignore_index if by_row else None
         return made.loss, made.lse, made.correct, made.entropy
 
     @staticmethod
@@ -264,5 +267,7 @@ class InPlaceNLL(Function):
         if grad_loss is None:
             return (None,) * ARGUMENTS
         (grad,) = ctx.saved_tensors
+        if ctx.counted is not None:
+            grad_loss = torch.where(ctx.counted, grad_loss, 1)
         scale_in_place(grad, grad_loss if ctx.divisor is None else grad_loss / ctx.divisor)
         return grad, *(None,) * (ARGUMENTS - 1)
