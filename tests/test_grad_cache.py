@@ -1,8 +1,10 @@
 """cached_step: the gradient of a large batch, by parts."""
 
+import random
 from collections import UserDict, defaultdict
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -192,6 +194,95 @@ def test_a_parallel_encoder_synchronises_once():
     assert encode.apart == 5  # of six chunks
 
 
+def test_without_gradients_there_is_the_loss_alone():
+    encode, inputs = encoder(), (normal(6, 6), normal(6, 6, seed=1))
+    runs = []
+    with torch.no_grad():
+        found = neglog.cached_step(
+            lambda x: runs.append(x) or encode(x), inputs, neglog.info_nce, chunk_size=4
+        )
+    assert len(runs) == 4  # of two chunks each input, once
+    assert all(x.grad is None for x in encode.parameters())
+    torch.testing.assert_close(found, whole(encode, inputs, neglog.info_nce))
+
+
+def drawn_by_python(tower):
+    return lambda x: tower(x) * random.choice([0.9, 1.1])
+
+
+def drawn_by_numpy(tower):
+    generator = np.random.default_rng(0)
+    return lambda x: tower(x) + torch.from_numpy(generator.normal(size=(len(x), 4))) * 0.1
+
+
+def drawn_by_its_own_generator(tower):
+    generator = torch.Generator().manual_seed(0)
+    return lambda x: tower(x * torch.empty_like(x).bernoulli_(0.5, generator=generator))
+
+
+def changing_itself(tower):
+    return nn.Sequential(tower, nn.utils.spectral_norm(nn.Linear(4, 4)).double())
+
+
+def first_nan_then_not(tower):
+    runs = []
+    return lambda x: tower(x) * (float("nan") if runs.append(x) or len(runs) < 3 else 1)
+
+
+def of_another_shape(tower):
+    runs = []
+    return lambda x: tower(x)[:, : 4 if runs.append(x) or len(runs) < 3 else 3]
+
+
+UNLIKE = [
+    drawn_by_python, drawn_by_numpy, drawn_by_its_own_generator, changing_itself,
+    first_nan_then_not, of_another_shape,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", UNLIKE, ids=lambda make: make.__name__)
+def test_a_second_run_unlike_the_first_is_refused(make):
+    """Before the gradient of its chunk is added, which would be that of another loss."""
+    random.seed(1)
+    tower = encoder()
+    with pytest.raises(RuntimeError, match=r"encode: expected .* first"):
+        neglog.cached_step(make(tower), (normal(6, 6), normal(6, 6, seed=1)), neglog.info_nce)
+    assert all(x.grad is None for x in tower.parameters())
+
+
+def test_the_error_names_the_likely_causes():
+    with pytest.raises(RuntimeError, match=r"of their norm away.*random.*Generator.*spectral_norm"):
+        neglog.cached_step(drawn_by_numpy(encoder()), (normal(6, 6),), torch.sum)
+
+
+# The noise of another order of sums, where the dtype is seen and where it is inside alone.
+@pytest.mark.parametrize(
+    ("dtype", "noise", "after"),
+    [(torch.float64, 1e-9, None), (torch.float32, 3e-5, None), (torch.bfloat16, 0.02, None),
+     (torch.float16, 0.004, None), (torch.bfloat16, 0.02, torch.float32)],
+)  # fmt: skip
+def test_the_noise_of_another_kernel_is_none(dtype, noise, after):
+    tower, calls = encoder().to(dtype), []
+
+    def encode(x):
+        calls.append(x)
+        return (tower(x) * (1 + (noise if len(calls) == 1 else 0))).to(after or dtype)
+
+    neglog.cached_step(encode, (normal(6, 6).to(dtype),), lambda x: x.float().square().sum())
+    assert len(calls) == 2
+    calls.clear()
+    noise *= 30
+    with pytest.raises(RuntimeError, match="of their norm away"):
+        neglog.cached_step(encode, (normal(6, 6).to(dtype),), lambda x: x.float().square().sum())
+
+
+def test_infinite_and_undefined_embeddings_equal_themselves():
+    tower = encoder()
+    special = torch.tensor([[torch.nan], [torch.inf], [1.0]]).double()
+    loss = neglog.cached_step(lambda x: tower(x) * special, (normal(3, 6),), torch.sum)
+    assert loss.isnan()
+
+
 def test_no_rows():
     encode = encoder()
     inputs = (normal(0, 6), normal(0, 6))
@@ -202,7 +293,9 @@ def test_no_rows():
 X = torch.zeros(4, 6)
 BAD_STEPS = {
     "tensor": (TypeError, "inputs: expected a sequence", (encoder(), X), {}),
-    "nothing": (TypeError, "inputs: expected a sequence", (encoder(), ()), {}),
+    "nothing": (TypeError, "inputs: expected .* argument of loss, got none", (encoder(), ()), {}),
+    "no backward": (TypeError, "backward: expected a function, got int", (encoder(), (X,)),
+                    {"backward": 1}),
     "text": (TypeError, "inputs: expected tensors, or dicts or lists of them, got str",
              (encoder(), (X, ["a"])), {}),
     "chunk": (ValueError, "chunk_size: expected at least 1, got 0", (encoder(), (X,)),
@@ -231,6 +324,11 @@ BAD_STEPS = {
 def test_bad_steps(error, message, arguments, options):
     with pytest.raises(error, match=message):
         neglog.cached_step(*arguments, neglog.info_nce, **options)
+
+
+def test_no_loss():
+    with pytest.raises(TypeError, match="loss: expected a function, got NoneType"):
+        neglog.cached_step(encoder(), (X.double(),), None)
 
 
 @pytest.mark.parametrize(("got", "made"), [("float", lambda x: 1.0), (r"shape \[4\]", torch.sum)])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
+
+from neglog.distributed.data_parallel import Wrappers
 
 Encoder: TypeAlias = Callable[[Any], Tensor]
 
@@ -19,6 +22,7 @@ def cached_step(
     backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> Tensor:  # fmt: skip
     """Loss of the whole batch, and its gradients added to every `.grad`; the optimizer comes next.
+    Under torch.no_grad the loss alone.
 
         loss = neglog.cached_step(encoder, (first, second), neglog.info_nce)
         optimizer.step()
@@ -40,42 +44,78 @@ def cached_step(
         backward: what is called with the loss; with a GradScaler
             `lambda loss: scaler.scale(loss).backward()`.
 
-    Returns the loss, detached. A DistributedDataParallel encoder reduces its gradients once.
+    Returns the loss, detached.
+
+    DistributedDataParallel modules that the encoder calls, itself or inside a function, reduce
+    their gradients once, after the last chunk: those of parameters that the loss alone uses, too.
+    Processes may have unlike numbers of chunks, unless a module waits for the others in each
+    forward, as SyncBatchNorm and fully_shard do. Modules of fully_shard reduce in their last chunk.
+    What else has a method no_sync is an encoder's last chunk long without it.
 
     Raises TypeError and ValueError for inputs that do not fit, and RuntimeError for an encoder that
-    does not give one embedding a row.
+    does not give one embedding a row, or other embeddings in its second run than in its first: on
+    the CPU before the gradient of that chunk is added, on a device at the end, with one wait for
+    it. And for a DistributedDataParallel inside Join, with mixed_precision or with
+    delay_all_reduce_named_params.
 
     Source: arXiv:2101.06983 (GradCache).
     """
     if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence) or not inputs:
+        got = "none" if isinstance(inputs, Sequence) and not inputs else type(inputs).__name__
         raise TypeError(
-            "inputs: expected a sequence with one input for each argument of loss, "
-            f"got {type(inputs).__name__}"
+            f"inputs: expected a sequence with one input for each argument of loss, got {got}"
         )
     if not isinstance(chunk_size, int):
         raise TypeError(f"chunk_size: expected an int, got {type(chunk_size).__name__}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    for name, function in (("loss", loss), ("backward", backward)):
+        if not callable(function):
+            raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
     encoders = _encoders(encode, len(inputs))
     parts = [_split(given, chunk_size) for given in inputs]
     chunks = [
         [_Chunk(encoder, part) for part in some]
         for encoder, some in zip(encoders, parts, strict=True)
     ]
+    wrappers = Wrappers([len(some) for some in parts])
+    made = [torch.cat([wrappers.watch(chunk.first) for chunk in some]) for some in chunks]
+    if not torch.is_grad_enabled():
+        return _value(loss, made).detach()
     # Leaves that gather the gradient of each input's embeddings.
-    embeddings = [torch.cat([chunk.first() for chunk in some]).requires_grad_() for some in chunks]
+    embeddings = [x.requires_grad_() for x in made]
+    with wrappers.silent():
+        value = _value(loss, embeddings)
+        backward(value)
+        _second_runs(chunks, embeddings, chunk_size, wrappers)
+    wrappers.reduce()
+    return value.detach()
+
+
+def _value(loss: Callable[..., Tensor], embeddings: list[Tensor]) -> Tensor:
     value = loss(*embeddings)
     if not isinstance(value, Tensor) or value.dim() > 0:
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"loss: expected a function that returns a Tensor of shape [], got {got}")
-    backward(value)
+    return value
+
+
+def _second_runs(
+    chunks: list[list[_Chunk]], embeddings: list[Tensor], chunk_size: int, wrappers: Wrappers
+) -> None:
+    """Every chunk again, and the gradient of its embeddings into it."""
     runs = [chunk for some in chunks for chunk in some]
+    firsts = [part for x in embeddings for part in x.detach().split(chunk_size)]
     grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in embeddings]
     gradients = [part for grad in grads for part in grad.split(chunk_size)]
-    for index, (chunk, gradient) in enumerate(zip(runs, gradients, strict=True)):
-        later = any(other.encode is chunk.encode for other in runs[index + 1 :])
-        chunk.second(gradient, synchronise=not later)
-    return value.detach()
+    comparison = _Comparison()
+    for now, (chunk, first, gradient) in enumerate(zip(runs, firsts, gradients, strict=True)):
+        later = any(other.encode is chunk.encode for other in runs[now + 1 :])
+        with wrappers.forward(now), chunk.second(synchronise=not later) as again:
+            if again.requires_grad:  # a frozen tower has nothing to learn
+                comparison.add(chunk.encode, first, again)
+                again.backward(gradient)
+    comparison.end()
 
 
 def _encoders(encode: Any, count: int) -> list[Encoder]:
@@ -111,14 +151,79 @@ class _Chunk:
             raise RuntimeError(f"encode: expected {rows} embeddings, got {list(made.shape)}")
         return made
 
-    def second(self, gradient: Tensor, synchronise: bool) -> None:
-        apart = nullcontext() if synchronise else getattr(self.encode, "no_sync", nullcontext)()
+    @contextmanager
+    def second(self, synchronise: bool) -> Iterator[Tensor]:
+        """The embeddings again, with their graph; what uses it stands inside."""
+        apart: Any = nullcontext()
+        if not synchronise and not isinstance(self.encode, DistributedDataParallel):
+            apart = getattr(self.encode, "no_sync", nullcontext)()
         with torch.random.fork_rng(devices=range(len(self.cuda))), apart:
             torch.set_rng_state(self.cpu)
             torch.cuda.set_rng_state_all(self.cuda)
-            made = self.encode(self.part)
-            if made.requires_grad:  # a frozen tower has nothing to learn
-                made.backward(gradient)
+            yield self.encode(self.part)
+
+
+class _Comparison:
+    """Of the embeddings of both runs: a gradient is that of the first only if they are the same."""
+
+    def __init__(self) -> None:
+        self.tolerance: dict[int, float] = {}  # of each encoder
+        self.waiting: list[Tensor] = []  # distance and limit, on a device
+
+    def add(self, encode: Encoder, first: Tensor, again: Tensor) -> None:
+        """Raises RuntimeError, on the CPU at once, before the chunk's gradient is added."""
+        if again.shape != first.shape:
+            raise RuntimeError(
+                f"encode: expected shape {list(first.shape)} in its second run, as in its first, "
+                f"got {list(again.shape)}"
+            )
+        if first.is_cpu and torch.equal(first, again):
+            return
+        if id(encode) not in self.tolerance:
+            self.tolerance[id(encode)] = _tolerance(again)
+        wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+        x, y = first.to(wide), again.detach().to(wide)
+        same = (x == y) | (x.isnan() & y.isnan())
+        distance = torch.linalg.vector_norm(torch.where(same, 0, x - y))
+        norm = torch.linalg.vector_norm(torch.where(x.isfinite(), x, 0))
+        self.waiting.append(torch.stack([distance, self.tolerance[id(encode)] * norm, norm]))
+        if first.is_cpu:
+            self.end()
+
+    def end(self) -> None:
+        """Reads what waits: once, so that a device is waited for once."""
+        found = torch.stack([x.double() for x in self.waiting]).tolist() if self.waiting else []
+        self.waiting.clear()
+        for distance, limit, norm in found:
+            if not distance <= limit:  # nor NaN
+                raise RuntimeError(
+                    "encode: expected the embeddings of its first run again in its second, got "
+                    f"others, {distance / (norm or 1):.2g} of their norm away: the gradient would "
+                    "not be the loss's. Likely causes: Python's or NumPy's random numbers, a "
+                    "torch.Generator of its own, spectral_norm or another module that changes "
+                    "itself in forward, kernels that are not deterministic"
+                )
+
+
+def _tolerance(embeddings: Tensor) -> float:
+    """How far apart two runs may be, as a part of the norm: half the digits of the coarsest dtype
+    in the graph. With a graph and without, torch may take different kernels; dropout of 0.1 is 0.3
+    of the norm."""
+    eps = torch.finfo(embeddings.dtype).eps
+    if not embeddings.is_cpu and embeddings.dtype == torch.float32:
+        eps = 2**-10  # TF32, which torch takes for convolutions
+    seen, nodes = set(), [embeddings.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        dtypes = [x.dtype for x in node._input_metadata]
+        if "Compiled" in node.name():  # of what is inside nothing is known
+            dtypes.append(torch.bfloat16)
+        eps = max([eps, *(torch.finfo(x).eps for x in dtypes if x.is_floating_point)])
+        nodes += [following for following, _ in node.next_functions]
+    return eps**0.5
 
 
 def _leaves(given: Any) -> Iterator[Any]:
