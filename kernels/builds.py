@@ -74,11 +74,13 @@ def isa_level() -> str | None:
 
 
 def _no_build() -> str:
-    """Why no compiled build runs: one reason if all levels share it, else one for each."""
-    reasons = {build.why for build in isa_builds()}
-    if len(reasons) == 1:
-        return reasons.pop()
-    return "; ".join(f"{build.name}: {build.why}" for build in isa_builds())
+    """Why no compiled build runs: each reason once, with its levels unless all share it."""
+    levels: dict[str, list[str]] = {}
+    for build in isa_builds():
+        levels.setdefault(build.why, []).append(build.name)
+    if len(levels) == 1:
+        return next(iter(levels))
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in levels.items())
 
 
 @cache

@@ -1,5 +1,6 @@
 """Which backends exist, what is said when one cannot run, and the record of which ran."""
 
+import asyncio
 import threading
 
 import pytest
@@ -42,6 +43,24 @@ def test_a_demand_is_of_its_thread():
         thread.join()
         assert ran_by(*draw(2, 10)) == ["nll:torch"]
     assert seen == [f"nll:{dispatch.best('cpu')}"]
+
+
+def test_a_demand_is_of_its_task():
+    """Two tasks of one thread, each of which demands a backend while the other waits."""
+    entered = []
+
+    async def task(backend):
+        with dispatch.use(backend):
+            entered.append(backend)
+            while len(entered) < 2:
+                await asyncio.sleep(0)
+            return ran_by(*draw(2, 10))
+
+    async def both():
+        return await asyncio.gather(task("torch"), task("numba"))
+
+    assert asyncio.run(both()) == [["nll:torch"], ["nll:numba"]]
+    assert ran_by(*draw(2, 10)) == [f"nll:{dispatch.best('cpu')}"]
 
 
 def test_a_compiled_function_follows_the_demand():

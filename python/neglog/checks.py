@@ -164,9 +164,15 @@ def _check_indices(input: Tensor, target: Tensor) -> None:
     if _shape(target) not in accepted:
         # torch has a ValueError for batches that differ and a RuntimeError for all other shapes.
         batches_differ = input.dim() <= 2 and target.dim() <= input.dim() and target.dim() <= 1
+        hint = ""
+        if _shape(target) == _shape(input)[:-1]:
+            hint = (
+                "; classes are dimension 1, here perhaps the last: input.movedim(-1, 1), or "
+                "input.flatten(0, -2) and target.flatten()"
+            )
         raise (ValueError if batches_differ else RuntimeError)(
             f"target: expected shape {expected} (class indices) or {_shape(input)} (class "
-            f"probabilities) for input of shape {_shape(input)}, got {_shape(target)}"
+            f"probabilities) for input of shape {_shape(input)}, got {_shape(target)}{hint}"
         )
     check_index_dtype(target)
 
@@ -272,9 +278,12 @@ def _check_linear_target(
     if _shape(target) not in (positions, logits):
         # As torch has it: a ValueError for batches that differ.
         batches_differ = len(positions) == target.dim() == 1
+        hint = ""
+        if shift and positions and _shape(target) == [*positions[:-1], positions[-1] - 1]:
+            hint = "; with shift=True pass the targets of all positions, they are shifted here"
         raise (ValueError if batches_differ else RuntimeError)(
             f"target: expected shape {positions} (class indices) or {logits} (class "
-            f"probabilities), got {_shape(target)}"
+            f"probabilities), got {_shape(target)}{hint}"
         )
     if _shape(target) == positions:
         check_index_dtype(target)
@@ -327,7 +336,7 @@ def check_extensions(
     """What neglog adds to torch's arguments."""
     _check_number("logit_scale", logit_scale, learns=True)
     _check_number("z_loss", z_loss)
-    if not isinstance(z_loss, Tensor) and z_loss < 0:
+    if _known(z_loss) and z_loss < 0:
         raise ValueError(f"z_loss: expected a number from 0, got {z_loss}")
     if softcap is not None:
         _check_number("softcap", softcap)
@@ -336,10 +345,15 @@ def check_extensions(
     if num_items is None:
         return
     _check_number("num_items", num_items)
-    if not isinstance(num_items, Tensor) and num_items < 0:
+    if _known(num_items) and num_items < 0:
         raise ValueError(f"num_items: expected a number from 0, got {num_items}")
     if reduction == "none":
         raise ValueError("num_items: expected reduction 'mean' or 'sum', got 'none'")
+
+
+def _known(value: Any) -> bool:
+    """Whether a number can be compared: not one in a tensor that is traced, or on a device."""
+    return not isinstance(value, Tensor) or torch_state.readable(value)
 
 
 def check_loss_dtype(loss_dtype: Any, input: Tensor) -> None:

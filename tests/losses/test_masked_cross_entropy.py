@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import profile
 
 import neglog
 from neglog import dispatch
@@ -202,3 +203,46 @@ def test_nothing_in_place_and_no_classes():
     assert loss.item() == 0.0
     target = torch.zeros(3, dtype=torch.int64)
     assert neglog.masked_cross_entropy(x[:, :0], target, none, reduction="sum").item() == 0.0
+
+
+def largest_allocation(function):
+    """In bytes, of torch's allocator on the CPU."""
+    with profile(profile_memory=True) as recorded:
+        function()
+    events = recorded.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+# Index targets mark the rows; of probabilities the counted rows are selected, then converted to the
+# wider dtype, unless all count. `copies`: what one allocation may have of the logits.
+@pytest.mark.parametrize(
+    ("probabilities", "options", "every", "copies"),
+    [
+        (None, {"z_loss": 0.1}, 8, 0),
+        (None, {"softcap": 3.0}, 1, 0),
+        (torch.float32, {}, 1, 0),
+        (torch.float32, {"z_loss": 0.1}, 8, 1 / 8),
+        (torch.float64, {}, 8, 2 / 8),
+    ],
+    ids=str,
+)
+def test_no_copy_of_all_logits(kernel_backend, probabilities, options, every, copies):
+    logits, mask = torch.randn(512, 1000, requires_grad=True), torch.arange(512) % every == 0
+    target = torch.arange(512)
+    if probabilities:
+        target = F.one_hot(target, 1000).to(probabilities)
+
+    def forward():
+        neglog.masked_cross_entropy(logits, target, mask, reduction="none", **options)
+
+    a_number_a_row = 8 * 512
+    assert largest_allocation(forward) <= max(a_number_a_row, copies * logits.numel() * 4)
+
+
+# The leaf is overwritten if all rows count, and copied from if not: it is refused in both cases.
+@pytest.mark.parametrize("all_count", [True, False])
+def test_in_place_over_a_leaf_is_refused_for_any_mask(all_count):
+    logits, mask = torch.randn(4, 5, requires_grad=True), torch.ones(4) > 0
+    mask[0] = all_count
+    with pytest.raises(RuntimeError, match="inplace_backward: input is a leaf"):
+        neglog.masked_cross_entropy(logits, torch.rand(4, 5), mask, inplace_backward=True)

@@ -52,8 +52,9 @@ def test_in_place_float16_survives_a_loss_scale(kernel_backend):
 
 def test_in_place_spoils_what_others_saved_and_says_so():
     hidden, weight, target = head()
-    logits = torch.tanh(hidden @ weight)  # tanh saves its output
-    loss = neglog.cross_entropy(logits, target, inplace_backward=True)
+    logits = hidden @ weight
+    penalty = logits.square().sum()  # square saves its input
+    loss = penalty + neglog.cross_entropy(logits, target, inplace_backward=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -157,3 +158,40 @@ def test_opcheck_in_place():
     arguments = forward_arguments(requires_grad=False)
     outcome = opcheck(torch.ops.neglog.nll_.default, arguments)
     assert set(outcome.values()) == {"SUCCESS"}
+
+
+# What saves its output for its own backward; through a view, as logits (N, C, d) are read, too.
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(torch.tanh, "TanhBackward0"), (lambda x: x.softmax(1), "SoftmaxBackward0"),
+     (lambda x: x.exp().view(6, 5), "ExpBackward0")],
+    ids=["tanh", "softmax", "a view of exp"],
+)  # fmt: skip
+def test_an_output_that_its_own_backward_needs_is_refused_at_once(function, name):
+    logits, target = torch.randn(6, 5, requires_grad=True), torch.arange(6) % 5
+    with pytest.raises(RuntimeError, match=f"inplace_backward: .* the output of {name}"):
+        neglog.cross_entropy(function(logits), target, inplace_backward=True)
+
+
+def two_backwards(logits, target):
+    loss = neglog.cross_entropy(logits, target, inplace_backward=True)
+    loss.backward()
+    loss.backward()
+
+
+def two_losses(logits, target):
+    losses = [neglog.cross_entropy(logits, target, inplace_backward=True) for _ in range(2)]
+    sum(losses).backward()
+
+
+def a_change(logits, target):
+    loss = neglog.cross_entropy(logits, target, inplace_backward=True)
+    logits.detach().mul_(2)
+    loss.backward()
+
+
+@pytest.mark.parametrize("use", [two_backwards, two_losses, a_change], ids=lambda x: x.__name__)
+def test_a_gradient_that_is_no_longer_there_is_said_to_be_in_place(use):
+    logits = torch.randn(6, 5, requires_grad=True) * 1
+    with pytest.raises(RuntimeError, match="inplace_backward: the gradient that lies in the input"):
+        use(logits, torch.arange(6) % 5)

@@ -89,7 +89,7 @@ def loss_of_rows(
     given = (logits, target, weight, num_items, options.for_op(), options.return_stats)
     if where.backend == "torch":
         result = _by_formula(*given)
-    elif options.inplace_backward and _may_overwrite(logits, target):
+    elif options.inplace_backward and may_overwrite(logits, target):
         result = LossStats(*nll_in_place(*given, where.demanded))
     else:
         result = LossStats(*nll(*given, where.demanded))
@@ -177,7 +177,9 @@ def _as_kernels_take_it(input: Tensor, target: Tensor) -> Tensor:
     return target.to(torch.promote_types(input.dtype, target.dtype))
 
 
-def _may_overwrite(logits: Tensor, target: Tensor) -> bool:
+def may_overwrite(logits: Tensor, target: Tensor) -> bool:
+    """Whether a gradient may lie over the logits. Raises RuntimeError where that was asked for and
+    would destroy something."""
     if torch_state.compiling() or torch_state.transforming():
         return False
     if not (torch.is_grad_enabled() and logits.requires_grad):
@@ -190,6 +192,12 @@ def _may_overwrite(logits: Tensor, target: Tensor) -> bool:
             "inplace_backward: input is a leaf that requires grad or a view of one, and "
             "overwriting it would lose the values being trained: expected the output of an "
             "operation"
+        )
+    made_by: Any = base.grad_fn
+    if hasattr(made_by, "_raw_saved_result"):  # as that of tanh, exp and softmax
+        raise RuntimeError(
+            "inplace_backward: expected an input that its own backward does not need, got the "
+            f"output of {made_by.name()}"
         )
     if target.dim() == 2 and target.numel() and _storage(target) == _storage(logits):
         raise RuntimeError(

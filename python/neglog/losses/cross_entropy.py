@@ -23,7 +23,7 @@ from neglog.checks import (
     to_rows,
 )
 from neglog.losses._result import LossStats, change_rows, public, without_stats
-from neglog.losses._rows import RowOptions, common_dtype, loss_of_rows, torch_loss
+from neglog.losses._rows import RowOptions, common_dtype, loss_of_rows, may_overwrite, torch_loss
 from neglog.losses._types import Backend, Reduction
 from neglog.ops.dtypes import real_dtype
 
@@ -229,14 +229,11 @@ def masked_cross_entropy(
     counted = mask.expand(positions).reshape(-1)
     logits = rows_of_last_axis(input)
     if probabilities:
-        logits, target = with_probabilities(logits, rows_of_last_axis(target), weight)
-        result = masked_rows(where, logits, target, counted, weight, options)
+        result = masked_rows(where, logits, rows_of_last_axis(target), counted, weight, options)
     else:
         # A counted target that is MASKED itself moves to the next number, which is no class either.
         index = to_indices(target).clamp(min=MASKED + 1)
         labels = torch.where(counted, index, MASKED)
-        if where.backend == "torch" and not inplace_backward:  # what does not count may be NaN
-            logits = torch.where(counted[:, None], logits, 0)
         result = loss_of_rows(where, logits, labels, weight, options)
         if return_stats:
             result = _zero_stats(result.loss, result, counted)
@@ -257,9 +254,17 @@ def _masked_by_selection(
     where: route.Route, logits: Tensor, target: Tensor, counted: Tensor, weight: Tensor | None,
     options: RowOptions,
 ) -> LossStats:  # fmt: skip
-    """Rows with a distribution as target have no ignore_index: those that count are selected."""
+    """Rows with a distribution as target have no ignore_index: those that count are selected.
+
+    Before they are converted, which copies them too; if all count, nothing is copied.
+    """
+    if options.inplace_backward:
+        may_overwrite(logits, target)  # its errors do not depend on the mask
     rows = counted.nonzero().squeeze(1)
-    result = loss_of_rows(where, logits[rows], target[rows], weight, options)
+    if len(rows) == len(counted):
+        return loss_of_rows(where, *with_probabilities(logits, target, weight), weight, options)
+    selected = with_probabilities(logits[rows], target[rows], weight)
+    result = loss_of_rows(where, *selected, weight, options)
 
     def among_all(x: Tensor) -> Tensor:
         return x.new_zeros(counted.shape[0]).index_put((rows,), x)
@@ -272,8 +277,8 @@ def _masked_by_zeros(
     options: RowOptions,
 ) -> LossStats:  # fmt: skip
     """The same with all rows, where no size may depend on data: torch.compile and torch.func."""
-    kept, real = counted[:, None], real_dtype(logits.dtype)
-    x, q = (torch.where(kept, part, 0).to(real) for part in (logits, target))
+    kept, dtype = counted[:, None], common_dtype(logits, target, weight)
+    x, q = (torch.where(kept, part, 0).to(real_dtype(dtype)) for part in (logits, target))
     result = loss_of_rows(
         where, x, q, weight, options._replace(reduction="none", num_items=None, loss_dtype=None)
     )
@@ -282,7 +287,7 @@ def _masked_by_zeros(
         loss = loss.sum() / (counted.sum() if options.num_items is None else options.num_items)
     elif options.reduction == "sum":
         loss = loss.sum()
-    loss = options.cast(loss, logits.dtype)
+    loss = options.cast(loss, dtype)
     return _zero_stats(loss, result, counted) if options.return_stats else without_stats(loss)
 
 

@@ -258,9 +258,9 @@ def _of_probabilities(
     where = route.choose(input, linear_weight, backend=backend, weight=weight)
     logits = F.linear(input, linear_weight, linear_bias)
     positions = logits.shape[:-1]
-    rows = with_probabilities(rows_of_last_axis(logits), rows_of_last_axis(target), weight)
+    rows = rows_of_last_axis(logits), rows_of_last_axis(target)
     if mask is None:
-        result = loss_of_rows(where, *rows, weight, options)
+        result = loss_of_rows(where, *with_probabilities(*rows, weight), weight, options)
     else:
         result = masked_rows(where, *rows, mask.expand(positions).reshape(-1), weight, options)
     return change_rows(result, lambda x: x.view(positions), options.reduction)

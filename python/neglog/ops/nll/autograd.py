@@ -238,6 +238,18 @@ def late_divisor(total_weight: Tensor, dtype: torch.dtype, reduction: int) -> Te
     return torch.where(total_weight == 0, 1, total_weight)
 
 
+def _gradient_in_place(ctx: Any) -> Tensor:
+    try:
+        (grad,) = ctx.saved_tensors
+    except RuntimeError as error:
+        raise RuntimeError(
+            "inplace_backward: the gradient that lies in the input's memory was handed over to an "
+            "earlier backward, or overwritten since: expected one backward, and one loss of each "
+            f"input. {error}"
+        ) from None
+    return grad
+
+
 class InPlaceNLL(Function):
     """Loss, lse, correct, entropy; the logits become their gradient for an upstream of 1."""
 
@@ -266,7 +278,7 @@ class InPlaceNLL(Function):
             )
         if grad_loss is None:
             return (None,) * ARGUMENTS
-        (grad,) = ctx.saved_tensors
+        grad = _gradient_in_place(ctx)
         if ctx.counted is not None:
             grad_loss = torch.where(ctx.counted, grad_loss, 1)
         scale_in_place(grad, grad_loss if ctx.divisor is None else grad_loss / ctx.divisor)
