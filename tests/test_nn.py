@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import pickle
 
 import pytest
 import torch
@@ -157,7 +158,6 @@ def test_modules_refuse_unknown_options(kind):
 def test_the_queue_holds_the_last(sizes):
     queue = neglog.nn.Queue(10, 2)
     pushed = torch.empty(0, 2)
-    assert queue().shape == (0, 2)
     for seed, size in enumerate(sizes):
         batch = normal(size, 2, seed=seed, dtype=torch.float32)
         queue.push(batch.requires_grad_())
@@ -170,7 +170,6 @@ def test_the_queue_holds_the_last(sizes):
 def test_a_queue_of_negatives():
     query, key = pair(8, 4)
     queue = neglog.nn.Queue(6, 4, dtype=torch.float64)
-    torch.testing.assert_close(neglog.info_nce(query, key, queue()), (query * 0).sum())
     queue.push(normal(5, 4))
     loss = neglog.info_nce(query, key, queue())
     expected = neglog.info_nce(query, key, normal(5, 4))
@@ -191,6 +190,77 @@ def test_the_queue_is_saved(tmp_path):
     assert torch.equal(queue(), other())
     assert len(other) == 5
     assert repr(other) == "Queue(size=5, dim=3)"
+
+
+def test_an_empty_queue_warns():
+    """Its loss is 0 for ever if nobody pushes."""
+    query, key = pair(8, 4)
+    queue = neglog.nn.Queue(6, 4, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="Queue: it holds no keys.*push"):
+        negatives = queue()
+    torch.testing.assert_close(neglog.info_nce(query, key, negatives), (query * 0).sum())
+
+
+def test_a_queue_saved_with_numbers_beside_its_keys():
+    """As state dicts were before the numbers became a buffer, alone and within a module."""
+    queue = neglog.nn.Queue(5, 3)
+    for seed in range(3):
+        queue.push(normal(3, 3, seed=seed))
+    filled, following = queue.position.tolist()
+    state = {"keys": queue.keys, "_extra_state": {"filled": filled, "next": following}}
+    alone, within = neglog.nn.Queue(5, 3), torch.nn.ModuleDict({"queue": neglog.nn.Queue(5, 3)})
+    alone.load_state_dict(state)
+    within.load_state_dict({f"queue.{name}": value for name, value in state.items()})
+    for each in (alone, within["queue"], copy.deepcopy(queue), pickle.loads(pickle.dumps(queue))):
+        assert torch.equal(each(), queue())
+        each.push(normal(1, 3, seed=9))
+        assert each.position.tolist() == [5, 0]
+    assert state["_extra_state"]
+
+
+def test_a_queue_on_a_device_waits_for_others_alone(monkeypatch):
+    """Its numbers are read there only after something else than itself has written them."""
+    waits, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: waits.append(x) or tolist(x))
+    monkeypatch.setattr(neglog.nn, "_costs_no_wait", lambda x: False)
+    queue, other = neglog.nn.Queue(5, 3), neglog.nn.Queue(5, 3)
+    for each in (queue, other):
+        each.push(normal(2, 3))
+    waits.clear()
+    for _ in range(3):
+        queue.push(normal(2, 3))
+        assert queue().shape == (len(queue), 3)
+    assert not waits
+    queue.load_state_dict(other.state_dict())
+    assert (len(queue), len(copy.deepcopy(queue)), len(queue.double())) == (2, 2, 2)
+    queue.position.copy_(torch.tensor([4, 4]))  # as DistributedDataParallel broadcasts
+    assert len(queue) == 4
+    with torch.inference_mode():
+        queue.push(normal(2, 3))
+        assert len(queue) == len(neglog.nn.Queue(5, 3)) + 5
+    assert len(queue) == 5
+
+
+def test_a_compiled_step_with_a_queue():
+    """The numbers are those of each call, and nothing is compiled anew for them."""
+    torch.compiler.reset()
+    queue, plain, graphs = neglog.nn.Queue(5, 3), neglog.nn.Queue(5, 3), []
+
+    def compiled_by(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def step(queue, x):
+        queue.push(x * 2)
+        return queue().sum() + len(queue)
+
+    compiled = torch.compile(step, backend=compiled_by, dynamic=True)
+    for seed in range(12):
+        x = normal(1 + seed % 2, 3, seed=seed)
+        torch.testing.assert_close(compiled(queue, x), step(plain, x))
+        if seed == 6:
+            before = len(graphs)
+    assert len(graphs) == before
 
 
 def test_a_queue_of_no_size():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -226,12 +227,15 @@ class SupConLoss(_Loss, function=sup_con):
 class Queue(torch.nn.Module):
     """The last `size` keys pushed, as negatives for `info_nce` (MoCo, arXiv:1911.05722).
 
-    A batch may have any number of rows, the last of an epoch too. The keys are a buffer, so they
-    move and are saved with the module; `push` needs no gradient and keeps none. Call both outside
-    what torch.compile compiles, and give it the keys: it takes a module's numbers for constants.
+    A batch may have any number of rows, the last of an epoch too. What it holds are buffers: the
+    keys, and `position`, how many there are and the row that the next one takes. So they move, are
+    saved, and are broadcast by DistributedDataParallel with the module. Inside what torch.compile
+    compiles, both calls break the graph. On a device the numbers are known without waiting for it,
+    unless something else wrote them since: a broadcast, or a state dict.
     """
 
     keys: Tensor
+    position: Tensor
 
     def __init__(
         self, size: int, dim: int, *, dtype: torch.dtype | None = None, device: Any = None
@@ -240,15 +244,40 @@ class Queue(torch.nn.Module):
         if size < 1 or dim < 1:
             raise ValueError(f"Queue: expected size and dim of at least 1, got {size} and {dim}")
         self.register_buffer("keys", torch.zeros(size, dim, dtype=dtype, device=device))
-        self.filled = 0
-        self.next = 0
+        self.register_buffer("position", torch.zeros(2, dtype=torch.int64, device=device))
+        self._known: tuple[Tensor, int, list[int]] | None = None
 
     def __len__(self) -> int:
-        return self.filled
+        return self._position()[0]
+
+    def _position(self) -> list[int]:
+        position = self.position
+        if _costs_no_wait(position):
+            return position.tolist()
+        version, known = _version(position), self._known
+        if known is None or known[0] is not position or known[1] != version or version < 0:
+            known = self._known = position, version, position.tolist()
+        return known[2]
+
+    def _move(self, filled: int, following: int) -> None:
+        self.position[0] = filled  # a number at a time: to copy a tensor there would wait
+        self.position[1] = following
+        if not torch.compiler.is_compiling():
+            self._known = self.position, _version(self.position), [filled, following]
 
     def forward(self) -> Tensor:
-        """(len, D): a copy, since the next push may come before the backward of what used it."""
-        return self.keys[: self.filled].clone()
+        """(len, D): a copy, since the next push may come before the backward of what used it.
+
+        Warns if there are none: without negatives a loss is 0, and so is its gradient.
+        """
+        filled = self._position()[0]
+        if not filled:
+            warnings.warn(
+                "Queue: it holds no keys, and against none the loss is 0; push() keys after each "
+                "step, and leave the loss out while len() is 0",
+                stacklevel=2,
+            )
+        return self.keys[:filled].clone()
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
@@ -267,17 +296,27 @@ class Queue(torch.nn.Module):
             keys = keys.clone()  # its own keys
         keys = keys[-size:]
         rows = keys.shape[0]
-        to_end = min(rows, size - self.next)
-        self.keys[self.next : self.next + to_end] = keys[:to_end]
+        filled, start = self._position()
+        to_end = min(rows, size - start)
+        self.keys[start : start + to_end] = keys[:to_end]
         self.keys[: rows - to_end] = keys[to_end:]
-        self.next = (self.next + rows) % size
-        self.filled = min(size, self.filled + rows)
+        self._move(min(size, filled + rows), (start + rows) % size)
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"filled": self.filled, "next": self.next}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.filled, self.next = state["filled"], state["next"]
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        numbers = state_dict.pop(f"{prefix}_extra_state", None)  # where they were no buffer
+        if numbers is not None:
+            position = torch.tensor([numbers["filled"], numbers["next"]])
+            state_dict[f"{prefix}position"] = position
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}"
+
+
+def _version(x: Tensor) -> int:
+    """Changes with each change of x in place; that of one made in inference mode is not counted."""
+    return -1 if x.is_inference() else x._version
+
+
+def _costs_no_wait(x: Tensor) -> bool:
+    return x.is_cpu or torch.compiler.is_compiling()

@@ -352,6 +352,45 @@ class Synchronised(nn.SyncBatchNorm):
         return x
 
 
+def queues(rank, world):
+    """The numbers of a queue are broadcast with its keys."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.queue = nn.Linear(3, 3), neglog.nn.Queue(8, 3)
+
+        def forward(self, x):
+            return self.linear(x) + 0 * self.queue().sum()
+
+    model = Model()
+    module = DistributedDataParallel(model)
+    model.queue.push(torch.full((2 + 3 * rank, 3), rank + 1.0))
+    module(torch.ones(2, 3)).sum().backward()
+    assert model.queue.position.tolist() == [2, 2]  # those of the first process
+    assert torch.equal(model.queue(), torch.ones(2, 3))
+    model.queue.push(torch.full((1, 3), 5.0))
+    assert model.queue.keys[2].tolist() == [5, 5, 5]
+
+
+def biases(rank, world):
+    """A bias that changes nothing has a gradient, for which the module waits."""
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.bias = (nn.Parameter(torch.tensor(x)) for x in (2.0, -1.0))
+
+        def forward(self, image, text):
+            return neglog.clip_loss(image, text, self.scale, self.bias)
+
+    loss = DistributedDataParallel(Loss())
+    for step in range(3):
+        image, text = batch(rank, step, torch.float32)
+        loss(image["image"], text["text"]).backward()
+    assert loss.module.bias.grad == 0
+
+
 def what_cannot_be(rank, world):
     """Each is refused, on all ranks."""
     linear = DistributedDataParallel(nn.Linear(6, 4).double())
@@ -397,7 +436,7 @@ CHECKS = [
     plain, single_precision, small_buckets, bucket_views, accumulation, static_graph,
     static_graph_with_views_and_unused, unused_parameters, tied, last_tower_frozen,
     first_tower_frozen_late, hooks, functions, losses, buffers, part_of_the_ranks,
-    gathered_over_steps, mixed_steps, evaluation, what_cannot_be, sharded,
+    gathered_over_steps, mixed_steps, evaluation, queues, biases, what_cannot_be, sharded,
 ]  # fmt: skip
 OF_THREE = [plain, functions, static_graph]
 

@@ -29,7 +29,8 @@ def clip_loss(
     Args:
         image_features, text_features: (N, D), compared by dot product: normalise them first.
         logit_scale: what similarities are multiplied by; a tensor () receives a gradient.
-        logit_bias: changes nothing, as in open_clip: a number added to all logits leaves softmax.
+        logit_bias: changes nothing, as in open_clip: a number added to all logits leaves softmax. A
+            tensor receives a gradient of 0.
         group: a torch.distributed process group: this process's images against the texts of all,
             and its texts against all images, with gradients back to all. The mean over processes,
             as DistributedDataParallel takes it of gradients, is then the loss of the whole batch.
@@ -45,10 +46,15 @@ def clip_loss(
         losses = [
             _of_processes(where, *sides, scale, group) for sides in ((image, text), (text, image))
         ]
-        return reduce_and_cast((losses[0] + losses[1]) / 2, "mean", image_features)
-    rows = torch.arange(image.shape[0], device=image.device)
-    compared = compare(where, image, text, scale, positive=rows, columns=True)
-    loss = (compared.row_loss + compared.column_loss) / 2
+    else:
+        rows = torch.arange(image.shape[0], device=image.device)
+        compared = compare(where, image, text, scale, positive=rows, columns=True)
+        losses = [compared.row_loss, compared.column_loss]
+    loss = (losses[0] + losses[1]) / 2
+    if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
+        # A gradient of 0, as torch's formula has it: DistributedDataParallel waits for one. inf * 0
+        # would be NaN.
+        loss = loss + 0 * number(logit_bias, image).nan_to_num(0, 0, 0)
     return reduce_and_cast(loss, "mean", image_features)
 
 
