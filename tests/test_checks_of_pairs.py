@@ -17,8 +17,10 @@ BAD = {
     "one dimension": (RuntimeError, r"query: expected shape \(N, D\), got \[4\]", (Q[0], K), {}),
     "three dimensions": (RuntimeError, r"positive_key: expected shape \(N, D\), got \[3, 5, 4\]",
                          (Q, OWN), {}),
-    "integers": (RuntimeError, "query: expected a floating-point dtype, got torch.int64",
+    "integers": (RuntimeError, "query: expected dtype float32, .* or float16, got torch.int64",
                  (Q.long(), K), {}),
+    "float8": (RuntimeError, "query: expected dtype float32, .*, got torch.float8_e4m3fn",
+               (Q.to(torch.float8_e4m3fn), K.to(torch.float8_e4m3fn)), {}),
     "dtypes": (RuntimeError, "positive_key: expected dtype torch.float32, got torch.float64",
                (Q, K.double()), {}),
     "rows": (RuntimeError, r"positive_key: expected 3 rows, those of query, got \[2, 4\]",
@@ -79,10 +81,30 @@ BAD = {
                    (Q, K, K), {"hard_negative_weight": float("nan")}),
     "weight complex": (RuntimeError, "hard_negative_weight: expected a real dtype", (Q, K, K),
                        {"hard_negative_weight": torch.tensor(1j)}),
+    "ids without exclude": (ValueError, "negative_ids: expected none without exclude",
+                            (Q, K, NEG), {"negative_ids": torch.arange(5)}),
+    "ids without negatives": (ValueError, "negative_ids: expected none without negative_keys",
+                              (Q, K), {"negative_ids": IDS, "exclude": IDS}),
+    "ids' shape": (RuntimeError, r"negative_ids: expected shape \[5\], got \[3\]", (Q, K, NEG),
+                   {"negative_ids": IDS, "exclude": IDS}),
+    "paired ids' shape": (RuntimeError, r"negative_ids: expected shape \[5\] or \[3, 5\], got",
+                          (Q, K, OWN), {"negative_ids": IDS, "exclude": IDS, **PAIRED}),
+    "ids' dtype": (RuntimeError, "negative_ids: expected integers, got torch.float32", (Q, K, NEG),
+                   {"negative_ids": torch.ones(5), "exclude": IDS}),
+    "own weight, queue": (ValueError, "own_negative_weight: expected 0 without .*'in_batch', got 1",
+                          (Q, K, K), {"own_negative_weight": 1}),
+    "own weight alone": (ValueError, "own_negative_weight: expected 0 without negative_keys",
+                         (Q, K), {"own_negative_weight": 1.0}),
+    "own weight, rows": (RuntimeError, r"negative_keys: expected 3 rows, one .* got \[5, 4\]",
+                         (Q, K, NEG), {"own_negative_weight": 1, "negative_mode": "in_batch"}),
+    "own weight's value": (ValueError, "own_negative_weight: expected a finite number, got nan",
+                           (Q, K, K), {"own_negative_weight": float("nan")}),
+    "own weight's gradient": (ValueError, "own_negative_weight: expected no gradient", (Q, K, K),
+                              {"own_negative_weight": torch.ones((), requires_grad=True)}),
     "exclude, smoothing": (ValueError, "exclude: expected none with label_smoothing", (Q, K),
                            {"exclude": IDS, "label_smoothing": 0.1}),
-    "exclude, queue": (ValueError, "exclude: expected none with .*'unpaired'", (Q, K, NEG),
-                       {"exclude": IDS}),
+    "exclude, queue": (ValueError, "exclude: expected .*'unpaired' .*without negative_ids",
+                       (Q, K, NEG), {"exclude": IDS}),
 }  # fmt: skip
 
 
@@ -127,6 +149,50 @@ def test_temperature_of_each_row():
         neglog.nt_xent(Q, K, torch.ones(3))
 
 
+# Each loss that has one asks for itself; "no" is true.
+@pytest.mark.parametrize("name", ["info_nce", "nt_xent", "dcl", "sup_con"])
+def test_normalize_is_a_bool(name):
+    with pytest.raises(TypeError, match="normalize: expected a bool, got str"):
+        CALLS[name](normalize="no")
+
+
+@pytest.mark.parametrize("flag", ["symmetric", "return_stats"])
+def test_flags_of_info_nce_are_bools(flag):
+    with pytest.raises(TypeError, match=f"{flag}: expected a bool, got int"):
+        CALLS["info_nce"](**{flag: 1})
+
+
+EXCLUDING = ["info_nce", "clip_loss", "siglip_loss", "nt_xent", "dcl"]
+
+
+@pytest.mark.parametrize("name", EXCLUDING)
+def test_exclude(name):
+    for error, message, ids in (
+        (RuntimeError, r"exclude: expected shape \[3\], got \[2\]", IDS[:2]),
+        (RuntimeError, "exclude: expected integers, got torch.float32", IDS.float()),
+        (TypeError, "exclude: expected a Tensor, got list", [1, 2, 3]),
+    ):
+        with pytest.raises(error, match=message):
+            CALLS[name](exclude=ids)
+
+
+@pytest.mark.parametrize("group", ["world", True, 3])
+@pytest.mark.parametrize("name", ["clip_loss", "siglip_loss"])
+def test_group(name, group):
+    kind = type(group).__name__
+    with pytest.raises(TypeError, match=f"group: expected a ProcessGroup .* or None, got {kind}"):
+        CALLS[name](group=group)
+
+
+# What float() takes, and what a comparison with it would let pass.
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_scale_and_bias_are_finite(value):
+    with pytest.raises(ValueError, match="logit_scale: expected a finite number, got"):
+        neglog.clip_loss(Q, K, value)
+    with pytest.raises(ValueError, match="logit_bias: expected a finite number, got"):
+        neglog.siglip_loss(Q, K, 1.0, value)
+
+
 OPTIONS = {
     "unknown": (TypeError, "options: expected None or {'workspace_mb': number}", {"chunk": 3}),
     "number": (TypeError, "options: expected None or {'workspace_mb': number}, got 3", 3),
@@ -145,6 +211,14 @@ def test_options(name, error, message, options):
         CALLS[name](options=options)
 
 
+# Less than a byte is above 0 too. 600 rows: by this loss's tiles, were any made of none.
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_smallest_workspace(symmetric):
+    x = torch.randn(600, 4)
+    found = neglog.info_nce(x, x, symmetric=symmetric, options={"workspace_mb": 1e-9})
+    torch.testing.assert_close(found, neglog.info_nce(x, x, symmetric=symmetric))
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_backend(name):
     with pytest.raises(ValueError, match="unknown backend: 'gpu'"):
@@ -160,7 +234,7 @@ def test_reduction(name):
 OTHERS = {
     "clip rows": (RuntimeError, "text_features: expected 3 rows, those of image_features",
                   lambda: neglog.clip_loss(Q, K[:2], 1.0)),
-    "siglip integers": (RuntimeError, "image_features: expected a floating-point dtype",
+    "siglip integers": (RuntimeError, "image_features: expected dtype float32, float64",
                         lambda: neglog.siglip_loss(Q.int(), K.int(), 1.0, 0.0)),
     "scale shape": (RuntimeError, r"logit_scale: expected shape \[\], got \[3\]",
                     lambda: neglog.clip_loss(Q, K, torch.ones(3))),
@@ -177,10 +251,17 @@ OTHERS = {
                lambda: neglog.sup_con(Q, IDS[:2])),
     "labels' dtype": (RuntimeError, "labels: expected integers, got torch.float32",
                       lambda: neglog.sup_con(Q, IDS.float())),
-    "labels' type": (TypeError, "labels: expected a Tensor, got list",
-                     lambda: neglog.sup_con(Q, [0, 1, 2])),
-    "features": (RuntimeError, r"features: expected shape \(N, D\), got \[3, 5, 4\]",
-                 lambda: neglog.sup_con(OWN, IDS)),
+    "labels' type": (TypeError, "labels: expected a Tensor, or a list, .*, got str",
+                     lambda: neglog.sup_con(Q, "abc")),
+    "labels' number": (RuntimeError, r"labels: expected shape \[3\], got \[2\]",
+                       lambda: neglog.sup_con(Q, ["a", "b"])),
+    "labels' values": (TypeError, "labels: expected hashable values, got one of .*'list'",
+                       lambda: neglog.sup_con(Q, [1, 1, [2]])),
+    "no labels": (TypeError, r"labels: expected .* None with \[3, 4\]", lambda: neglog.sup_con(Q)),
+    "features": (RuntimeError, r"features: expected shape \(N, D\), got \[1, 3, 5, 4\]",
+                 lambda: neglog.sup_con(OWN[None], IDS)),
+    "views' labels": (RuntimeError, r"labels: expected shape \[3\], got \[15\]",
+                      lambda: neglog.sup_con(OWN, torch.arange(15))),
 }  # fmt: skip
 
 

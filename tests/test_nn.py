@@ -124,6 +124,32 @@ def test_modules(module, arguments, function):
     torch.testing.assert_close(module(*arguments), function())
 
 
+@pytest.mark.parametrize(
+    ("module", "options"), [(neglog.nn.CLIPLoss(), (3.0,)), (neglog.nn.SigLIPLoss(), (3.0, -1.0))]
+)
+def test_output_dict_of_open_clip(module, options):
+    """open_clip's training loop calls its losses with output_dict=True and sums the values."""
+    found = module(A, B, *options, output_dict=True)
+    torch.testing.assert_close(found, {"contrastive_loss": module(A, B, *options)})
+
+
+# What differs from batch to batch is given to the call.
+@pytest.mark.parametrize(
+    ("module", "function", "further"),
+    [
+        (neglog.nn.CLIPLoss(), neglog.clip_loss, (3.0,)),
+        (neglog.nn.SigLIPLoss(), neglog.siglip_loss, (3.0, -1.0)),
+        (neglog.nn.NTXentLoss(), neglog.nt_xent, ()),
+        (neglog.nn.DCLLoss(), neglog.dcl, ()),
+    ],
+)
+def test_ids_at_the_call(module, function, further):
+    ids = torch.arange(20) // 2
+    torch.testing.assert_close(
+        module(A, B, *further, exclude=ids), function(A, B, *further, exclude=ids)
+    )
+
+
 def test_options_at_the_call_come_first():
     module = neglog.nn.InfoNCELoss(0.2, symmetric=True)
     ids = torch.arange(20) // 2

@@ -18,6 +18,8 @@ INTEGERS: tuple[Any, ...] = (int, torch.SymInt)
 REALS: tuple[Any, ...] = (float, int, torch.SymFloat)
 # As aten numbers them.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+# In which embeddings are multiplied; torch multiplies no others, such as float8, into losses.
+EMBEDDINGS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Below this, 1 / temperature overflows float32.
 SMALLEST_TEMPERATURE = 3e-39
 
@@ -394,8 +396,10 @@ def check_embeddings(same_rows: bool = True, /, **named: Any) -> None:
             raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
         if x.dim() != 2:
             raise RuntimeError(f"{name}: expected shape (N, D), got {_shape(x)}")
-        if not x.dtype.is_floating_point:
-            raise RuntimeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+        if x.dtype not in EMBEDDINGS:
+            raise RuntimeError(
+                f"{name}: expected dtype float32, float64, bfloat16 or float16, got {x.dtype}"
+            )
         if x.device != first.device:
             raise RuntimeError(f"{name}: expected device {first.device}, got {x.device}")
         if x.dtype != first.dtype and not _multiplies(x, first):
@@ -412,11 +416,13 @@ def check_embeddings(same_rows: bool = True, /, **named: Any) -> None:
 
 
 def check_comparison(
-    temperature: Any, reduction: Any, per_sample: bool = False, **named: Any
-) -> None:
+    temperature: Any, reduction: Any, normalize: Any, /, per_sample: bool = False,
+    same_rows: bool = True, **named: Any,
+) -> None:  # fmt: skip
     """What every loss of embeddings takes; per_sample: a temperature for each row too."""
-    check_embeddings(**named)
+    check_embeddings(same_rows, **named)
     check_reduction(reduction)
+    check_flags(normalize=normalize)
     (first, *_) = named.values()
     check_temperature(temperature, first.shape[0], per_sample)
 
@@ -449,21 +455,40 @@ def check_temperature(temperature: Any, rows: int, per_sample: bool) -> None:
 
 
 def check_scalar(name: str, value: Any) -> None:
-    """A number or a tensor of one, whose gradient is given."""
+    """A finite number or a tensor of one, whose gradient is given."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() > 1:
             raise RuntimeError(f"{name}: expected shape [], got {_shape(value)}")
-    elif not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
+        return
+    check_real(name, value)
+    if not -math.inf < float(value) < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_real(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name}: expected a number or a Tensor, got {type(value).__name__}")
+
+
+def check_flags(**named: Any) -> None:
+    """True or False: any other object would stand for one of them by its truth, 'no' for True."""
+    for name, value in named.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_groups(name: str, groups: Any, like: Tensor) -> None:
     """Ids or labels (N,), integers, of the rows of `like`."""
-    if not isinstance(groups, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(groups).__name__}")
+    check_integers(name, groups, like)
     if groups.dim() != 1 or groups.shape[0] != like.shape[0]:
         raise RuntimeError(f"{name}: expected shape [{like.shape[0]}], got {_shape(groups)}")
-    if groups.dtype.is_floating_point or groups.dtype.is_complex or groups.dtype == torch.bool:
-        raise RuntimeError(f"{name}: expected integers, got {groups.dtype}")
-    if groups.device != like.device:
-        raise RuntimeError(f"{name}: expected device {like.device}, got {groups.device}")
+
+
+def check_integers(name: str, x: Any, like: Tensor) -> None:
+    """Integers of any shape, where `like` is."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+        raise RuntimeError(f"{name}: expected integers, got {x.dtype}")
+    if x.device != like.device:
+        raise RuntimeError(f"{name}: expected device {like.device}, got {x.device}")

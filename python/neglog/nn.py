@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -184,43 +184,55 @@ class InfoNCELoss(_Loss, function=info_nce):
 
 
 class CLIPLoss(_Loss, function=clip_loss):
-    """neglog.clip_loss as a module, called as open_clip's ClipLoss."""
+    """neglog.clip_loss as a module, called as open_clip's ClipLoss.
+
+    With output_dict it returns {"contrastive_loss": loss}, as that does.
+    """
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
-        logit_bias: float | Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        return clip_loss(image_features, text_features, logit_scale, logit_bias, **self._given())
+        logit_bias: float | Tensor | None = None, output_dict: bool = False, *,
+        exclude: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:  # fmt: skip
+        loss = clip_loss(
+            image_features, text_features, logit_scale, logit_bias, exclude=exclude, **self._given()
+        )
+        return {"contrastive_loss": loss} if output_dict else loss
 
 
 class SigLIPLoss(_Loss, function=siglip_loss):
-    """neglog.siglip_loss as a module, called as open_clip's SigLipLoss."""
+    """neglog.siglip_loss as a module, called as open_clip's SigLipLoss, with output_dict too."""
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
-        logit_bias: float | Tensor,
-    ) -> Tensor:  # fmt: skip
-        return siglip_loss(image_features, text_features, logit_scale, logit_bias, **self._given())
+        logit_bias: float | Tensor, output_dict: bool = False, *, exclude: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:  # fmt: skip
+        loss = siglip_loss(
+            image_features, text_features, logit_scale, logit_bias, exclude=exclude, **self._given()
+        )
+        return {"contrastive_loss": loss} if output_dict else loss
 
 
 class NTXentLoss(_Loss, function=nt_xent):
     """neglog.nt_xent as a module, called with two views z_i, z_j."""
 
-    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
-        return nt_xent(z_i, z_j, **self._given())
+    def forward(self, z_i: Tensor, z_j: Tensor, *, exclude: Tensor | None = None) -> Tensor:
+        return nt_xent(z_i, z_j, exclude=exclude, **self._given())
 
 
 class DCLLoss(_Loss, function=dcl):
     """neglog.dcl as a module, called with two views z_i, z_j."""
 
-    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
-        return dcl(z_i, z_j, **self._given())
+    def forward(self, z_i: Tensor, z_j: Tensor, *, exclude: Tensor | None = None) -> Tensor:
+        return dcl(z_i, z_j, exclude=exclude, **self._given())
 
 
 class SupConLoss(_Loss, function=sup_con):
     """neglog.sup_con as a module, called with features and labels."""
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self, features: Tensor, labels: Tensor | Sequence[Hashable] | None = None
+    ) -> Tensor:
         return sup_con(features, labels, **self._given())
 
 

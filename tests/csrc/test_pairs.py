@@ -62,7 +62,8 @@ def backward(kind, *arguments):
 
 def sigmoid(kind, given):
     tiles = (1, given.tile_dtype, "", [True] * 4)
-    return schedule.sigmoid(kind, schema.sigmoid.Arguments(*given[:5], *tiles))
+    groups = (given.query_group, given.key_group)
+    return schedule.sigmoid(kind, schema.sigmoid.Arguments(*given[:5], *groups, *tiles))
 
 
 def on_cpu(given):
@@ -220,14 +221,15 @@ def test_pairs_refuses_what_it_would_misread(device):
             forward(**wrong)
 
 
-# As above.
+# As above; all pairs, and without those of one group.
+@pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (6, 5), (66, 131), (130, 300)], ids=str)
-def test_siglip_against_the_composite(device, dtype, shape, monkeypatch):
+def test_siglip_against_the_composite(device, dtype, shape, groups, monkeypatch):
     for name in ("WIDTH", "CUDA_WIDTH"):
         monkeypatch.setattr(schedule, name, 97)
-    given = pairs(dtype, device.name, *shape, one_bias=True, positive=True)
+    given = pairs(dtype, device.name, *shape, one_bias=True, positive=True, groups=groups)
     leaves = [x.detach().double().cpu().requires_grad_() for x in given[:4]]
-    expected = formula.sigmoid(*leaves, given.positive.cpu())
+    expected = formula.sigmoid(Pairs(*leaves, *on_cpu(given)[4:]))
     exact = torch.autograd.grad(expected, leaves)
     with dispatch.record() as ran:
         loss, *grads = sigmoid(CudaTiles, given)

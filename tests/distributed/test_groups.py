@@ -25,6 +25,11 @@ def batch():
     return image, text, torch.tensor(10.0, dtype=torch.float64), torch.tensor(-3.0).double()
 
 
+def ids():
+    """Of each row, shared with rows of its own process and of others."""
+    return torch.arange(WORLD * ROWS) * 7 % 50
+
+
 def loss_and_gradients(name, inputs, **options):
     inputs = [x.clone().requires_grad_() for x in inputs]
     loss = getattr(neglog, name)(*inputs, **options)
@@ -41,6 +46,10 @@ def work(rank, place, results):
     for name, backend in CASES:
         loss, grads = loss_and_gradients(name, inputs, group=dist.group.WORLD, backend=backend)
         found[name, backend] = (loss.numpy(), [g.numpy() for g in grads])
+        loss, grads = loss_and_gradients(
+            name, inputs, group=dist.group.WORLD, backend=backend, exclude=ids()[mine]
+        )
+        found[name, backend, "exclude"] = (loss.numpy(), [g.numpy() for g in grads])
     refused = ""
     try:
         neglog.clip_loss(image[: 3 + rank], text[: 3 + rank], scale, group=dist.group.WORLD)
@@ -61,11 +70,15 @@ def processes(tmp_path_factory):
     return found
 
 
-# The gathers are the same above every kernel: one, and the formula.
+# The gathers are the same above every kernel: one, and the formula. Ids of rows are gathered too.
+@pytest.mark.parametrize("excluding", [False, True])
 @pytest.mark.parametrize(("name", "backend"), CASES)
-def test_the_mean_over_processes_is_the_whole(processes, name, backend):
-    loss, grads = loss_and_gradients(name, batch())
-    losses, parts = zip(*(found[name, backend] for _, found, _ in processes), strict=True)
+def test_the_mean_over_processes_is_the_whole(processes, name, backend, excluding):
+    options, key = {}, (name, backend)
+    if excluding:
+        options, key = {"exclude": ids()}, (*key, "exclude")
+    loss, grads = loss_and_gradients(name, batch(), **options)
+    losses, parts = zip(*(found[key] for _, found, _ in processes), strict=True)
     assert sum(float(part) for part in losses) / WORLD == pytest.approx(float(loss))
     for index, whole in enumerate(grads):
         of_each = [torch.as_tensor(part[index]) / WORLD for part in parts]

@@ -1,5 +1,7 @@
 """What all contrastive losses share: values, gradients, precision, edges, against the formulas."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from tests.support.contrastive_cases import (
     gradients,
     learned,
     normal,
+    of_learned,
     pair,
 )
 
@@ -133,6 +136,58 @@ def test_logits_of_a_hundred(backend, name):
         assert mine <= 1.2 * other + 2e-6, (ours, theirs)
 
 
+EXCLUDING = [name for name in LOSSES if name not in ("info_nce", "sup_con")]
+
+
+# Ids of some, of all, and any integers; one row and rests of blocks; several tiles.
+@pytest.mark.parametrize("rows", [1, 2, 7, 31, 300])
+@pytest.mark.parametrize("ids", ["some", "all", "extreme"])
+@pytest.mark.parametrize("name", EXCLUDING)
+def test_rows_of_one_id_are_no_negatives(backend, name, ids, rows):
+    if name == "dcl" and (ids == "all" or rows == 1):
+        return  # nothing to be held against: test_nt_xent.py has that
+    extremes = [torch.iinfo(torch.int64).min, -1, 0, torch.iinfo(torch.int64).max]
+    exclude = {
+        "some": (torch.arange(rows) * 5 % max(2, rows // 2)).to(torch.int32),
+        "all": torch.full((rows,), 3),
+        "extreme": torch.tensor(extremes)[torch.arange(rows) % 4],
+    }[ids]
+    arguments = case(name, rows, 6, temperature=0.3)
+    with dispatch.record() as ran:
+        found = getattr(neglog, name)(*arguments, exclude=exclude, options=TILES)
+        grads = gradients(found, learned(arguments))
+    assert {part.partition(":")[2] for part in ran} == {backend}
+    expected = getattr(formulas, name)(*arguments, exclude=exclude)
+    torch.testing.assert_close(found, expected.mean(), rtol=1e-9, atol=1e-10)
+    expected = gradients(expected.mean(), learned(arguments), allow_unused=True)
+    torch.testing.assert_close(grads, expected, rtol=1e-8, atol=1e-10)
+
+
+# Tiles of 16 bits, and of float32 by both kinds of kernels.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", EXCLUDING)
+def test_error_without_rows_of_one_id_is_within_torchs(kernel_backend, name, dtype):
+    arguments, exclude = case(name, 300, 40, dtype), torch.arange(300) % 40
+    found = getattr(neglog, name)(*arguments, exclude=exclude)
+    formula = partial(getattr(formulas, name), exclude=exclude)
+    exact = [x.detach().double().requires_grad_() for x in arguments]
+    truth = (formula(*exact).mean(), *gradients(formula(*exact).mean(), exact))
+    of_torch = formula(*arguments).mean()
+    theirs = (of_torch, *gradients(of_torch, learned(arguments)))
+    for mine, other, t in zip((found, *gradients(found, learned(arguments))), theirs, truth,
+                              strict=True):  # fmt: skip
+        error, allowed = ((x.double() - t).norm() / t.norm() for x in (mine, other))
+        assert error <= 2 * allowed + max(1e-6, torch.finfo(dtype).eps * (t.dim() == 0))
+
+
+@pytest.mark.parametrize("name", EXCLUDING)
+def test_derivatives_without_rows_of_one_id(name):
+    loss = partial(getattr(neglog, name), exclude=torch.tensor([0, 1, 0, 1, 2]))
+    function, inputs = of_learned(loss, case(name, 5, 3, temperature=0.5))
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
 # Each reduction of nothing is another number.
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -147,6 +202,50 @@ def test_empty_batches(backend, name, reduction):
     found = torch.autograd.grad(loss.sum(), learned(arguments), allow_unused=True)
     assert all(g is None or g.shape == x.shape
                for g, x in zip(found, learned(arguments), strict=True))  # fmt: skip
+
+
+# A mean over nothing has an upstream that is not finite.
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_empty_batch_has_gradients_of_zero(backend, name):
+    arguments = case(name, 0, 3)
+    options = {} if name in OF_ONE_NUMBER else {"reduction": "mean"}
+    loss = getattr(neglog, name)(*arguments, **options)
+    for found in torch.autograd.grad(loss, learned(arguments), allow_unused=True):
+        assert found is None or not found.any()
+
+
+# In each argument of rows; dot products, as a normalised row of inf is NaN.
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("form", ["rows", "symmetric", "queue", "in_batch", "paired"])
+def test_what_is_not_finite_spoils_what_it_spoils_in_torch(backend, form, smoothing, value):
+    """One number of one row: every row's loss is what the formula says, finite, inf or NaN."""
+    options = {"symmetric": form == "symmetric", "normalize": False, "label_smoothing": smoothing}
+    for place in range(2 if form in ("rows", "symmetric") else 3):
+        inputs = [*pair(6, 3), normal(6, 2, 3) if form == "paired" else normal(5, 3)]
+        inputs = [x.detach() for x in inputs[: 2 if form in ("rows", "symmetric") else 3]]
+        inputs[place].view(-1)[4] = value
+        if len(inputs) == 3:
+            options["negative_mode"] = "unpaired" if form == "queue" else form
+        given = {"reduction": "none", "temperature": 0.7, **options}
+        found, expected = neglog.info_nce(*inputs, **given), formulas.info_nce(*inputs, **given)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_sup_con_of_a_feature_that_is_not_finite(backend, normalize, value):
+    """Rows that have a mate; one that has none counts as 0, whatever its features."""
+    x, labels = normal(8, 3, seed=3), torch.tensor([0, 0, 1, 1, 1, 2, 2, 3])
+    x[2, 1] = value
+    found = neglog.sup_con(x, labels, 0.5, "none", normalize=normalize)
+    y = F.normalize(x, dim=1) if normalize else x
+    scores = (y @ y.t() / 0.5).fill_diagonal_(-torch.inf)
+    log_p, mates = torch.log_softmax(scores, 1), formulas.others_of_an_id(labels)
+    expected = torch.stack([-log_p[i][mates[i]].mean() if mates[i].any() else log_p.new_zeros(())
+                            for i in range(8)])  # fmt: skip
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert not found[2].isfinite()
 
 
 def test_the_kernels_take_every_size():

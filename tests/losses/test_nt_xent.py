@@ -24,3 +24,11 @@ def test_decoupled_from_nothing(backend):
     z_i, z_j = pair(1, 3)
     assert neglog.dcl(z_i, z_j) == -INF
     assert torch.autograd.grad(neglog.dcl(z_i, z_j), z_i)[0].isfinite().all()
+
+
+def test_decoupled_from_rows_of_one_id_alone(backend):
+    z_i, z_j = pair(4, 3)
+    ids = torch.zeros(4, dtype=torch.long)
+    loss = neglog.dcl(z_i, z_j, reduction="none", exclude=ids)
+    assert loss.tolist() == [-INF] * 8
+    assert torch.autograd.grad(loss.sum(), z_i)[0].isfinite().all()

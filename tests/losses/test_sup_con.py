@@ -1,5 +1,6 @@
 """neglog.sup_con alone; test_contrastive.py has what all losses share."""
 
+import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import losses as metric_learning
@@ -9,6 +10,7 @@ from tests.support import contrastive_formulas as formulas
 from tests.support.contrastive_cases import (
     gradients,
     labels_of,
+    normal,
     pair,
 )
 
@@ -63,3 +65,44 @@ def test_sup_con_of_one_long_row(backend):
     ours = neglog.sup_con(z, labels, 1e4, "none", normalize=False)
     exact = neglog.sup_con(z.double(), labels, 1e4, "none", normalize=False)
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+# As the authors' SupContrast takes them: with labels, and without; one view and several.
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_views(backend, views, labelled):
+    """Rows (N, V, D) are N * V rows, each with its sample's label, or with its sample for one."""
+    z = normal(7, views, 5).requires_grad_()
+    labels = labels_of(7) if labelled else None
+    of_rows = (torch.arange(7) if labels is None else labels).repeat_interleave(views)
+    for reduction in ("mean", "sum", "none"):
+        found = neglog.sup_con(z, labels, 0.2, reduction)
+        expected = formulas.sup_con(z.flatten(0, 1), of_rows, 0.2, reduction)
+        assert reduction != "none" or found.shape == (7, views)
+        torch.testing.assert_close(found.flatten(), expected.flatten())
+        torch.testing.assert_close(*(gradients(x.flatten(), (z,)) for x in (found, expected)))
+
+
+def test_two_views_without_labels_are_nt_xent(backend):
+    z_i, z_j = pair(31, 5)
+    found = neglog.sup_con(torch.stack([z_i, z_j], 1), temperature=0.5)
+    torch.testing.assert_close(found, neglog.nt_xent(z_i, z_j))
+
+
+# What datasets hold: names, pairs, arrays of either.
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["cat", "dog", "cat", "owl", "dog", "cat"],
+        ("cat", "dog", "cat", "owl", "dog", "cat"),
+        [("a", 1), ("a", 2), ("a", 1), ("b", 1), ("a", 2), ("a", 1)],
+        np.array(["cat", "dog", "cat", "owl", "dog", "cat"]),
+        np.array([7, -1, 7, 2**60, -1, 7]),
+        np.array([0.5, 1.5, 0.5, 2.5, 1.5, 0.5]),
+    ],
+    ids=["list", "tuple", "pairs", "array of str", "array of int", "array of float"],
+)
+def test_labels_that_are_no_tensor(backend, labels):
+    z = normal(6, 5)
+    expected = neglog.sup_con(z, torch.tensor([0, 1, 0, 2, 1, 0]))
+    torch.testing.assert_close(neglog.sup_con(z, labels), expected)

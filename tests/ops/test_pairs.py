@@ -125,8 +125,8 @@ def test_opcheck_of_pairs(columns, per_row, keep):
 @pytest.mark.parametrize("wanted", [[True] * 4, [False, True, False, True]])
 def test_opcheck_of_siglip(dtype, wanted):
     image, text, scale, bias = case("siglip_loss", 7, 3, dtype)
-    positive = torch.arange(7)
-    inputs = (image, text, scale, bias, positive)
+    rows, group = torch.arange(7), torch.arange(7) // 3
+    inputs = (image, text, scale, bias, rows, group, group)
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     tiles = (1 << 16, dtype, "")
     given = (*inputs, *tiles, wanted)

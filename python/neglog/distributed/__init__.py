@@ -48,8 +48,17 @@ class _SumOfOwn(Function):
         return _Gather.apply(grad, ctx.group), None
 
 
+def check_group(group: Any) -> None:
+    if not isinstance(group, getattr(distributed, "ProcessGroup", ())):
+        raise TypeError(
+            "group: expected a ProcessGroup of torch.distributed or None, "
+            f"got {type(group).__name__}"
+        )
+
+
 def gathered(x: Tensor, group: Any) -> tuple[Tensor, int]:
-    """The embeddings (N, D) of all processes, by rank, and the row at which this process's begin.
+    """The embeddings (N, D), or ids (N,), of all processes, by rank, and the row at which this
+    process's begin.
 
     Each process's gradient of the whole comes back to whom the rows belong, summed.
 

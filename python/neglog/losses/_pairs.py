@@ -95,10 +95,11 @@ def dots(x: Tensor, y: Tensor) -> Tensor:
 
 def with_stats(
     where: Route, loss: Tensor, pairs: Pairs, lse: Tensor, positive_score: Tensor
-) -> LossStats:
-    """With entropy and correctness of each row, its positive among the pairs or not."""
+) -> tuple[LossStats, Tensor]:
+    """With entropy and correctness of each row, its positive among the pairs or not; and the column
+    of the highest score."""
     if where.backend == "torch":
-        correct, entropy = formula.statistics(positive_score, pairs)
+        correct, entropy, best = formula.statistics(positive_score, pairs)
     else:
-        correct, entropy = autograd.statistics(positive_score, *pairs)
-    return LossStats(loss, lse, correct, entropy)
+        correct, entropy, best = autograd.statistics(positive_score, *pairs)
+    return LossStats(loss, lse, correct, entropy), best

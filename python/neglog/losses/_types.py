@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, TypedDict
 
+from torch import Tensor
+
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 NegativeMode: TypeAlias = Literal["unpaired", "paired", "in_batch"]
+Positives: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
 Backend: TypeAlias = Literal["cython", "numba", "cuda", "torch"]
 
 

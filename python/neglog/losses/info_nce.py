@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from neglog import availability, route
-from neglog.checks import (
-    check_comparison,
-    check_embeddings,
-    check_groups,
-    check_scalar,
-    number_on,
-    to_smoothing,
-)
+from neglog.checks import check_comparison, check_flags, number_on, to_smoothing
+from neglog.losses._negatives import Negatives, check_negatives
 from neglog.losses._pairs import (
     Compared,
     compare,
@@ -26,17 +21,16 @@ from neglog.losses._pairs import (
     with_stats,
     workspace_of,
 )
+from neglog.losses._positives import PositiveKeys, positives_of, take_rows
 from neglog.losses._result import LossStats, reduce_and_cast, without_stats
 from neglog.losses._rows import RowOptions, torch_cross_entropy
-from neglog.losses._types import Backend, NegativeMode, Reduction, WorkspaceOptions
+from neglog.losses._types import Backend, NegativeMode, Positives, Reduction, WorkspaceOptions
 from neglog.losses.linear_cross_entropy import loss_by_tiles
-from neglog.ops.pairs.formula import correct_and_entropy
+from neglog.ops.pairs.formula import loss_beside, statistics_of
 from neglog.tiles import plan
 
 ROW_BYTES = plan.DEFAULT_WORKSPACE_MB << 20
-NO_GROUP = torch.iinfo(torch.int64).min
 OWN_NEGATIVES = "each query's own negatives are more numbers than their scores"
-NEGATIVE_MODES = get_args(NegativeMode)
 
 
 @overload
@@ -44,8 +38,10 @@ def info_nce(
     query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None,
     temperature: float | Tensor = 0.1, reduction: Reduction = "mean",
     negative_mode: NegativeMode = "unpaired", *,
-    symmetric: bool = False, normalize: bool = True, exclude: Tensor | None = None,
-    hard_negative_weight: float | Tensor = 0.0, label_smoothing: float = 0.0,
+    positives: Positives = None, symmetric: bool = False, normalize: bool = True,
+    exclude: Tensor | None = None, negative_ids: Tensor | None = None,
+    hard_negative_weight: float | Tensor = 0.0, own_negative_weight: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
     return_stats: Literal[False] = False, options: WorkspaceOptions | None = None,
     backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
@@ -54,8 +50,10 @@ def info_nce(
     query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None,
     temperature: float | Tensor = 0.1, reduction: Reduction = "mean",
     negative_mode: NegativeMode = "unpaired", *,
-    symmetric: bool = False, normalize: bool = True, exclude: Tensor | None = None,
-    hard_negative_weight: float | Tensor = 0.0, label_smoothing: float = 0.0,
+    positives: Positives = None, symmetric: bool = False, normalize: bool = True,
+    exclude: Tensor | None = None, negative_ids: Tensor | None = None,
+    hard_negative_weight: float | Tensor = 0.0, own_negative_weight: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
     return_stats: Literal[True], options: WorkspaceOptions | None = None,
     backend: Backend | None = None,
 ) -> LossStats: ...  # fmt: skip
@@ -64,8 +62,10 @@ def info_nce(
     query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None,
     temperature: float | Tensor = 0.1, reduction: Reduction = "mean",
     negative_mode: NegativeMode = "unpaired", *,
-    symmetric: bool = False, normalize: bool = True, exclude: Tensor | None = None,
-    hard_negative_weight: float | Tensor = 0.0, label_smoothing: float = 0.0,
+    positives: Positives = None, symmetric: bool = False, normalize: bool = True,
+    exclude: Tensor | None = None, negative_ids: Tensor | None = None,
+    hard_negative_weight: float | Tensor = 0.0, own_negative_weight: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
     return_stats: bool, options: WorkspaceOptions | None = None,
     backend: Backend | None = None,
 ) -> Tensor | LossStats: ...  # fmt: skip
@@ -73,8 +73,10 @@ def info_nce(
     query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None,
     temperature: float | Tensor = 0.1, reduction: Reduction = "mean",
     negative_mode: NegativeMode = "unpaired", *,
-    symmetric: bool = False, normalize: bool = True, exclude: Tensor | None = None,
-    hard_negative_weight: float | Tensor = 0.0, label_smoothing: float = 0.0,
+    positives: Positives = None, symmetric: bool = False, normalize: bool = True,
+    exclude: Tensor | None = None, negative_ids: Tensor | None = None,
+    hard_negative_weight: float | Tensor = 0.0, own_negative_weight: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
     return_stats: bool = False, options: WorkspaceOptions | None = None,
     backend: Backend | None = None,
 ) -> Tensor | LossStats:  # fmt: skip
@@ -89,19 +91,31 @@ def info_nce(
         temperature: what similarities are divided by: a number, a tensor () or, for each query,
             (N,); the tensor receives a gradient.
         reduction: "mean", "sum" or "none", (N,).
-        symmetric: the mean of this loss and that of each key against all queries. Without
-            negative_keys.
+        positives: several positives a query, or none; positive_key may then be (M, D). (N, P)
+            integers: rows of positive_key, -1 where a query has fewer; or (N, M) bool: True for a
+            positive; or a pair of integers (N,), (M,): ids of the queries and of positive_key, of
+            which those with the query's id are its positives. The loss is the mean over them of
+            -log p, each against all keys, as in `sup_con`. A query without one has loss 0 and no
+            share in the "mean". Without negative_keys, or with those "in_batch".
+        symmetric: the mean of this loss and that of each key against all queries, of which those
+            are positives that it is a positive of. Without negative_keys; with positives, reduced.
         normalize: similarities are cosines; False: dot products. 16-bit embeddings are normalised
             in float32, so a zero vector stays one.
         exclude: (N,) integers: other rows with the same one are no negatives of each other, such
-            as duplicates.
-        hard_negative_weight: added to the scores of negative_keys, as SimCSE does: a number, or a
+            as duplicates. Without positives, which say so themselves.
+        negative_ids: (M,) integers, with "paired" also (N, M): a negative key whose id is that of
+            a query in `exclude` is no negative of it, such as one that a queue still holds.
+        hard_negative_weight: added to the scores of negative_keys, of every query: a number, or a
             tensor without gradient (M,), with "paired" also (N, M). -inf leaves a key out, such as
             padding.
+        own_negative_weight: with negative_keys (N, D) "in_batch": added, besides, to the score of
+            query i with key i of them alone, its own hard negative, as SimCSE does. A number, or a
+            tensor () without gradient.
         label_smoothing: this much of the target's mass is spread over all keys that are not left
             out.
         return_stats: LossStats(loss, logsumexp, correct, entropy), (N,) but for the loss, of each
-            query among its keys; correct where no key scores above the positive.
+            query among its keys; correct where no key scores above the positive, with `positives`
+            where the key with the highest score is one.
         options: {"workspace_mb": number}, the budget for similarities; otherwise
             NEGLOG_WORKSPACE_MB, else 256. If all fit in it they are kept for the backward: 3
             matmuls where there are otherwise 4.
@@ -109,110 +123,58 @@ def info_nce(
 
     Raises:
         RuntimeError for shapes, dtypes and devices that do not fit, ValueError for values,
-        TypeError for types.
+        TypeError for types, IndexError for positives that are no rows of positive_key.
 
     Source: arXiv:1807.03748; the arguments are those of info-nce-pytorch.
     """
     check_comparison(
-        temperature, reduction, per_sample=True, query=query, positive_key=positive_key
-    )
+        temperature, reduction, normalize, per_sample=True, same_rows=positives is None,
+        query=query, positive_key=positive_key,
+    )  # fmt: skip
     label_smoothing = to_smoothing(label_smoothing)
-    if negative_mode not in NEGATIVE_MODES:
-        raise ValueError(f"negative_mode: expected one of {NEGATIVE_MODES}, got {negative_mode!r}")
-    if negative_keys is not None:
-        _check_negatives(query, negative_keys, negative_mode, symmetric, hard_negative_weight)
-    if exclude is not None:
-        _check_exclude(exclude, query, negative_keys, negative_mode, label_smoothing)
-    paired = negative_keys is not None and negative_mode == "paired"
+    check_flags(return_stats=return_stats)
+    negatives = Negatives(
+        negative_keys, negative_mode, exclude, negative_ids, hard_negative_weight,
+        own_negative_weight,
+    )  # fmt: skip
+    check_negatives(
+        negatives, query, positive_key, positives, symmetric, reduction, label_smoothing
+    )
     z, key = embeddings(query, normalize), embeddings(positive_key, normalize)
-    further = None if negative_keys is None else embeddings(negative_keys, normalize)
+    if negative_keys is not None:
+        negatives = negatives._replace(keys=embeddings(negative_keys, normalize))
     where = route.choose(
         z, key, backend=backend, workspace=workspace_of(options),
-        by_torch=OWN_NEGATIVES if paired else None,
+        by_torch=OWN_NEGATIVES if negatives.paired else None,
     )  # fmt: skip
     scale = scale_of(temperature, z)
-    alone = further is None and exclude is None and not (return_stats or symmetric)
+    asked = _Asked(where, label_smoothing, return_stats)
+    plain = negative_keys is None and exclude is None and positives is None
+    alone = plain and not (return_stats or symmetric)
     if alone and reduction != "none" and route.forms_early(where, z, temperature):
         loss = _by_rows(where, z, key, temperature, reduction, label_smoothing)
         return reduce_and_cast(loss, "none", query)
-    if further is None or negative_mode == "in_batch":
-        result = _in_batch(
-            where, z, key, further, scale, hard_negative_weight, exclude, label_smoothing,
-            symmetric, return_stats,
-        )  # fmt: skip
-    elif negative_mode == "unpaired":
-        bias = _bias(hard_negative_weight, 0, further.shape[0], scale)
-        result = _of_queue(where, z, key, further, scale, bias, label_smoothing, return_stats)
+    if positives is not None:
+        several = positives_of(positives, key)
+        result = _of_several(asked, z, key, negatives, scale, several, symmetric, reduction)
+        reduction = "none"
+    elif negatives.in_batch:
+        result = _in_batch(asked, z, key, negatives, scale, symmetric=symmetric)
+    elif negatives.paired:
+        result = _of_own_negatives(asked, z, key, negatives, scale)
     else:
-        result = _of_own_negatives(
-            z, key, further, scale, hard_negative_weight, label_smoothing, return_stats
-        )
+        result = _of_queue(asked, z, key, negatives, scale)
     loss = reduce_and_cast(result.loss, reduction, query)
     # Not _replace, which torch.compile of 2.11 cannot give back.
     return LossStats(loss, *result[1:]) if return_stats else loss
 
 
-# Checks
+class _Asked(NamedTuple):
+    """What all forms take."""
 
-
-def _check_exclude(
-    exclude: Any, query: Tensor, negative_keys: Any, mode: str, label_smoothing: float
-) -> None:
-    check_groups("exclude", exclude, query)
-    if label_smoothing or (negative_keys is not None and mode != "in_batch"):
-        raise ValueError(
-            "exclude: expected none with label_smoothing, 'unpaired' or 'paired' negatives"
-        )
-
-
-def _check_negatives(
-    query: Tensor, negative_keys: Any, mode: str, symmetric: bool, weight: Any
-) -> None:
-    if symmetric:
-        raise ValueError("symmetric: expected False with negative_keys, which have no queries")
-    if mode != "paired":
-        check_embeddings(False, query=query, negative_keys=negative_keys)
-    elif not isinstance(negative_keys, Tensor):
-        raise TypeError(f"negative_keys: expected a Tensor, got {type(negative_keys).__name__}")
-    elif negative_keys.dim() != 3 or negative_keys.shape[::2] != query.shape:
-        raise RuntimeError(
-            f"negative_keys: expected shape ({query.shape[0]}, M, {query.shape[1]}) for 'paired', "
-            f"got {list(negative_keys.shape)}"
-        )
-    else:
-        check_embeddings(False, query=query, negative_keys=negative_keys.flatten(0, 1))
-    if isinstance(weight, Tensor):
-        _check_weight(weight, negative_keys, mode)
-    else:
-        check_scalar("hard_negative_weight", weight)
-        if not float(weight) < torch.inf:
-            raise ValueError(f"hard_negative_weight: expected numbers below inf, got {weight}")
-
-
-def _check_weight(weight: Tensor, negative_keys: Tensor, mode: str) -> None:
-    shapes = [[], [negative_keys.shape[-2]]]
-    if mode == "paired":
-        shapes.append(list(negative_keys.shape[:2]))
-    if list(weight.shape) not in shapes:
-        raise RuntimeError(
-            f"hard_negative_weight: expected shape {' or '.join(map(str, shapes))}, "
-            f"got {list(weight.shape)}"
-        )
-    if weight.is_complex() or weight.dtype == torch.bool:
-        raise RuntimeError(f"hard_negative_weight: expected a real dtype, got {weight.dtype}")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("hard_negative_weight: expected no gradient; detach() it")
-
-
-def _bias(weight: float | Tensor, plain: int, weighted: int, scale: Tensor) -> Tensor | None:
-    """What is added to the scores of `plain` columns, 0, and then of `weighted` ones."""
-    if not weighted or (not isinstance(weight, Tensor) and weight == 0):
-        return None
-    value = number_on(weight, scale.dtype, scale.device)
-    return torch.cat([scale.new_zeros(plain), value.expand(weighted)])
-
-
-# Its forms
+    where: route.Route
+    smoothing: float
+    stats: bool
 
 
 def _by_rows(
@@ -233,31 +195,95 @@ def _by_rows(
 
 
 def _in_batch(
-    where: route.Route, query: Tensor, key: Tensor, further: Tensor | None, scale: Tensor,
-    weight: float | Tensor, exclude: Tensor | None, smoothing: float, symmetric: bool, stats: bool,
+    asked: _Asked, query: Tensor, key: Tensor, negatives: Negatives, scale: Tensor, *,
+    several: PositiveKeys | None = None, symmetric: bool = False,
 ) -> LossStats:  # fmt: skip
-    """Queries against their positives and, besides, further keys that belong to nobody."""
+    """Queries against their positives, the others' and, besides, further keys."""
     rows = torch.arange(query.shape[0], device=query.device)
-    keys, bias, own, of_keys = key, None, exclude, exclude
-    if further is not None:
-        keys = torch.cat([key, further])
-        bias = _bias(weight, key.shape[0], further.shape[0], scale)
-    if exclude is not None:
-        own, of_keys = _groups(exclude, keys.shape[0] - key.shape[0])
+    keys = key if negatives.keys is None else torch.cat([key, negatives.keys])
+    bias, (of_queries, of_keys) = negatives.bias(key.shape[0], scale), negatives.groups()
+    weighs_own = negatives.weighs_own
     compared = compare(
-        where, query, keys, scale, bias=bias, positive=rows, query_group=own, key_group=of_keys,
-        columns=symmetric,
+        asked.where, query, keys, scale, bias=bias,
+        positive=rows if several is None else several.first,
+        excluded=rows + key.shape[0] if weighs_own else None,
+        query_group=of_queries, key_group=of_keys, columns=symmetric,
     )  # fmt: skip
-    loss = compared.row_loss
-    if smoothing:
-        mean_key, mean_bias, _ = _mean_of_kept(keys, bias, scale)
+    loss, lse = compared.row_loss, compared.row_lse
+    own = _own_score(query, negatives, scale) if weighs_own else None
+    if own is not None:
+        # To log(e^loss + e^d), d being own - positive_score: as in loss_beside.
+        loss = loss + F.softplus(own - compared.positive_score - loss, threshold=40)
+        lse = lse + F.softplus(own - lse, threshold=40)
+    if several is not None:
+        # A loss that may be near 0 needs the score that its log-sum-exp was made of.
+        of_many = lse - scale * dots(query, several.mean(key))
+        loss = torch.where(several.number == 1, loss, of_many)
+    if asked.smoothing:
+        mean_key, mean_bias, number = _mean_of_kept(keys, bias, scale)
         mean_score = scale * dots(query, mean_key) + mean_bias
-        loss = torch.lerp(loss, compared.row_lse - mean_score, smoothing)
+        if own is not None:
+            of_own = number_on(negatives.own_weight, scale.dtype, scale.device)
+            mean_score = mean_score + torch.where(own == -torch.inf, 0, of_own) / number
+        loss = _smoothed(loss, lse - mean_score, asked.smoothing)
+    if several is not None:
+        loss = torch.where(several.number > 0, loss, 0)
     if symmetric:
-        loss = (loss + _column_loss(compared, smoothing)) / 2
-    if not stats:
+        loss = (loss + _column_loss(compared, asked.smoothing)) / 2
+    if not asked.stats:
         return without_stats(loss)
-    return with_stats(where, loss, compared.pairs, compared.row_lse, compared.positive_score)
+    stats, best = with_stats(asked.where, loss, compared.pairs, lse, compared.positive_score)
+    if several is not None:
+        stats = stats._replace(correct=several.holds(best))
+    return stats if own is None else _stats_with_own(stats, compared, own, best)
+
+
+def _of_several(
+    asked: _Asked, query: Tensor, key: Tensor, negatives: Negatives, scale: Tensor,
+    several: PositiveKeys, symmetric: bool, reduction: str,
+) -> LossStats:  # fmt: skip
+    """Reduced over the queries that have a positive."""
+    result = _in_batch(asked, query, key, negatives, scale, several=several)
+    loss = several.reduced(result.loss, reduction)
+    if symmetric and not statically_known_true(query.shape[0] == 0):
+        if scale.dim():
+            query, scale = (query * scale[:, None]).to(query.dtype), scale.new_ones(())
+        # The roles are exchanged, as only a query's loss can be told from its only positive.
+        of_keys = several.transposed()
+        asked = asked._replace(stats=False)
+        back = _in_batch(asked, key, query, negatives, scale, several=of_keys)
+        loss = (loss + of_keys.reduced(back.loss, reduction)) / 2
+    return LossStats(loss, *result[1:])
+
+
+def _own_score(query: Tensor, negatives: Negatives, scale: Tensor) -> Tensor:
+    """Of each query with its own hard negative."""
+    score = scale * dots(query, negatives.keys)
+    score = score + number_on(negatives.own_weight, scale.dtype, scale.device)
+    bias = negatives.bias(0, scale)
+    if bias is not None:
+        score = score + bias
+    if negatives.ids is not None:
+        score = score.masked_fill(negatives.exclude.long() == negatives.ids.long(), -torch.inf)
+    return score
+
+
+@torch.no_grad()
+def _stats_with_own(stats: LossStats, compared: Compared, own: Tensor, best: Tensor) -> LossStats:
+    """Of all keys, from those of all but each query's own hard negative."""
+    pairs = compared.pairs
+    p = torch.exp(own - stats.logsumexp)
+    others = 1 - p
+    entropy = torch.special.entr(p) + torch.special.entr(others) + others * stats.entropy
+    highest = pairs.scale * dots(pairs.query, take_rows(pairs.key, best))
+    if pairs.bias is not None:
+        highest = highest + pairs.bias[best]
+    return stats._replace(correct=stats.correct & (own <= highest), entropy=entropy)
+
+
+def _smoothed(loss: Tensor, uniform: Tensor, smoothing: float) -> Tensor:
+    """Not torch.lerp, which makes NaN of two that are inf."""
+    return (1 - smoothing) * loss + smoothing * uniform
 
 
 def _mean_of_kept(
@@ -273,12 +299,6 @@ def _mean_of_kept(
     return total / number, torch.where(kept, bias, 0).sum() / number, kept.sum()
 
 
-def _groups(exclude: Tensor, further: int) -> tuple[Tensor, Tensor]:
-    """Of the queries, and of the keys, the `further` ones of which are in nobody's."""
-    own = exclude.long()
-    return own, own if not further else torch.cat([own, own.new_full((further,), NO_GROUP)])
-
-
 def _column_loss(compared: Compared, smoothing: float) -> Tensor:
     """Each key against all queries."""
     if not smoothing:
@@ -288,43 +308,51 @@ def _column_loss(compared: Compared, smoothing: float) -> Tensor:
     of_row = scale[:, None] if scale.dim() else scale
     mean_query = (query * of_row).mean(0, keepdim=True, dtype=scale.dtype)
     mean_score = dots(pairs.key, mean_query)
-    return torch.lerp(compared.column_loss, compared.column_lse - mean_score, smoothing)
+    return _smoothed(compared.column_loss, compared.column_lse - mean_score, smoothing)
 
 
 def _of_queue(
-    where: route.Route, query: Tensor, key: Tensor, negatives: Tensor, scale: Tensor,
-    bias: Tensor | None, smoothing: float, stats: bool,
-) -> LossStats:  # fmt: skip
+    asked: _Asked, query: Tensor, key: Tensor, negatives: Negatives, scale: Tensor
+) -> LossStats:
     """Queries against their positive and keys that belong to nobody."""
-    compared = compare(where, query, negatives, scale, bias=bias)
+    bias, (of_queries, of_keys) = negatives.bias(0, scale), negatives.groups()
+    compared = compare(
+        asked.where, query, negatives.keys, scale, bias=bias, query_group=of_queries,
+        key_group=of_keys,
+    )  # fmt: skip
     score = scale * dots(query, key)
-    # -log(e^s / (e^s + e^lse)); beyond 40 softplus is its argument to the last digit of a double.
-    loss = F.softplus(compared.row_lse - score, threshold=40)
-    lse = loss + score
-    if smoothing:
-        mean_key, mean_bias, kept = _mean_of_kept(negatives, bias, scale)
+    loss = loss_beside(compared.row_lse, score)
+    lse = torch.where(score == -torch.inf, compared.row_lse, loss + score)
+    if asked.smoothing:
+        mean_key, mean_bias, kept = _mean_of_kept(negatives.keys, bias, scale)
         others = kept * (scale * dots(query, mean_key) + mean_bias)
-        loss = torch.lerp(loss, lse - (others + score) / (kept + 1), smoothing)
-    return with_stats(where, loss, compared.pairs, lse, score) if stats else without_stats(loss)
+        loss = _smoothed(loss, lse - (others + score) / (kept + 1), asked.smoothing)
+    if not asked.stats:
+        return without_stats(loss)
+    return with_stats(asked.where, loss, compared.pairs, lse, score)[0]
 
 
 def _of_own_negatives(
-    query: Tensor, key: Tensor, negatives: Tensor, scale: Tensor, weight: float | Tensor,
-    smoothing: float, stats: bool,
-) -> LossStats:  # fmt: skip
+    asked: _Asked, query: Tensor, key: Tensor, negatives: Negatives, scale: Tensor
+) -> LossStats:
     """(N, 1 + M) scores: fewer than the negatives' own numbers, so they are made in memory."""
     availability.ran("pairs", "torch")
-    similarity = torch.bmm(negatives, query.unsqueeze(2)).squeeze(2).to(scale.dtype)
+    similarity = torch.bmm(negatives.keys, query.unsqueeze(2)).squeeze(2).to(scale.dtype)
     of_row = scale[:, None] if scale.dim() else scale
-    others = similarity * of_row + number_on(weight, scale.dtype, scale.device)
+    weight = number_on(negatives.weight, scale.dtype, scale.device)
+    others = similarity * of_row + weight
+    if negatives.ids is not None:
+        same = negatives.exclude.long()[:, None] == negatives.ids.long()
+        others = others.masked_fill(same, -torch.inf)
     scores = torch.cat([(dots(query, key) * scale)[:, None], others], 1)
     target = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
     loss = torch_cross_entropy(scores, target, reduction="none")
-    if smoothing:
-        kept = scores != -torch.inf
-        mean_score = torch.where(kept, scores, 0).sum(1) / kept.sum(1)
-        loss = torch.lerp(loss, torch.logsumexp(scores, 1) - mean_score, smoothing)
-    if not stats:
+    if asked.smoothing:
+        kept = (weight != -torch.inf).expand_as(others)  # and the positive
+        mean_score = scores[:, 0] + torch.where(kept, others, 0).sum(1)
+        mean_score = mean_score / (kept.sum(1) + 1)
+        loss = _smoothed(loss, torch.logsumexp(scores, 1) - mean_score, asked.smoothing)
+    if not asked.stats:
         return without_stats(loss)
-    correct, entropy = correct_and_entropy(scores[:, 0], scores)
+    correct, entropy, _ = statistics_of(scores[:, 0], scores)
     return LossStats(loss, torch.logsumexp(scores, 1), correct, entropy)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,34 +11,40 @@ from torch import Tensor
 from neglog import route
 from neglog.checks import check_comparison, check_groups
 from neglog.losses._pairs import compare, embeddings, scale_of, workspace_of
+from neglog.losses._positives import add_rows, mean_of, take_rows, widened
 from neglog.losses._result import reduce_and_cast
 from neglog.losses._types import Backend, Reduction, WorkspaceOptions
 from neglog.ops.dtypes import real_dtype
 
 
 def sup_con(
-    features: Tensor, labels: Tensor, temperature: float | Tensor = 0.1,
-    reduction: Reduction = "mean", *, normalize: bool = True,
+    features: Tensor, labels: Tensor | Sequence[Hashable] | None = None,
+    temperature: float | Tensor = 0.1, reduction: Reduction = "mean", *, normalize: bool = True,
     options: WorkspaceOptions | None = None, backend: Backend | None = None,
 ) -> Tensor:  # fmt: skip
     """Supervised contrastive loss: -log p of a row's label mates, averaged over them.
 
     Args:
-        features: (N, D); labels: (N,) integers.
+        features: (N, D), or (N, V, D): V views of each sample, which are rows of its label.
+        labels: (N,) integers; or a list, tuple or array of N hashable values, such as names. None,
+            with (N, V, D): the other views of its sample are a row's mates.
         temperature: a number or a tensor (), which receives a gradient.
         reduction: a row without a mate has loss 0 and no share in the "mean", which is 0 if no row
-            has one, as pytorch-metric-learning's SupConLoss has it.
+            has one, as pytorch-metric-learning's SupConLoss has it. "none" gives (N,) or (N, V).
         normalize, options, backend: as in `info_nce`.
 
-    Source: arXiv:2004.11362, its L_out.
+    Source: arXiv:2004.11362, its L_out; the views are those of the authors' SupContrast.
     """
-    check_comparison(temperature, reduction, features=features)
-    check_groups("labels", labels, features)
-    z = embeddings(features, normalize)
+    views, flat = None, features
+    if isinstance(features, Tensor) and features.dim() == 3:
+        views, flat = features.shape[1], features.flatten(0, 1)
+    check_comparison(temperature, reduction, normalize, features=flat)
+    labels = _integers(labels, features)
+    z = embeddings(flat, normalize)
     where = route.choose(z, backend=backend, workspace=workspace_of(options))
     scale = scale_of(temperature, z)
     rows = torch.arange(z.shape[0], device=z.device)
-    mates = _Mates.of(labels)
+    mates = _Mates.of(labels if views is None else labels.repeat_interleave(views))
     # A row's only mate is a positive, whose loss may be near 0 and then needs the score that its
     # log-sum-exp was made of. With more mates than one the loss is log 2 or more.
     only = mates.number == 1
@@ -46,8 +53,41 @@ def sup_con(
     of_many = compared.row_lse - scale * mates.mean_score(z)
     loss = torch.where(only, compared.row_loss, torch.where(mates.number > 0, of_many, 0))
     if reduction == "mean":
-        loss, reduction = loss.sum() / (mates.number > 0).sum().clamp(min=1), "none"
-    return reduce_and_cast(loss, reduction, features)
+        loss, reduction = mean_of(loss, mates.number > 0), "none"
+    elif views is not None:
+        loss = loss.unflatten(0, features.shape[:2])
+    return reduce_and_cast(loss, reduction, flat)
+
+
+def _integers(labels: Any, features: Tensor) -> Tensor:
+    """Labels as a tensor of integers, which are equal where the labels are."""
+    if labels is None:
+        if features.dim() != 3:
+            raise TypeError(
+                "labels: expected a Tensor or a sequence; None with features of shape (N, V, D) "
+                f"alone, got None with {list(features.shape)}"
+            )
+        return torch.arange(features.shape[0], device=features.device)
+    if not isinstance(labels, Tensor):
+        labels = _numbers_of(labels, features.device)
+    check_groups("labels", labels, features)
+    return labels
+
+
+def _numbers_of(labels: Any, device: torch.device) -> Tensor:
+    """Of an array, a list or a tuple of values that can be compared with each other."""
+    values: Iterable[Any] = labels.tolist() if hasattr(labels, "tolist") else labels
+    if not isinstance(values, list | tuple):
+        raise TypeError(
+            "labels: expected a Tensor, or a list, tuple or array of hashable values, "
+            f"got {type(labels).__name__}"
+        )
+    known: dict[Any, int] = {}
+    try:
+        numbers = [known.setdefault(value, len(known)) for value in values]
+    except TypeError as error:
+        raise TypeError(f"labels: expected hashable values, got one of {error}") from None
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 class _Mates(NamedTuple):
@@ -71,17 +111,9 @@ class _Mates(NamedTuple):
 
     def mean_score(self, z: Tensor) -> Tensor:
         """Each row's mean similarity to its mates, by sums over labels."""
-        # In double: a sum less one of its terms cancels where that is the longest.
-        wide = z.double() if z.device.type in ("cpu", "cuda") else z.to(real_dtype(z.dtype))
-        others = _sum_of_label(wide, self.of_row) - wide
+        # A sum less one of its terms cancels where that is the longest: in double.
+        wide = widened(z)
+        of_labels = add_rows(torch.zeros_like(wide), self.of_row, wide)
+        others = take_rows(of_labels, self.of_row) - wide
         score = (wide * others).sum(-1) / self.number.clamp(min=1)
         return score.to(real_dtype(z.dtype))
-
-
-def _sum_of_label(wide: Tensor, of_row: Tensor) -> Tensor:
-    """For each row the sum over its label's rows, and its derivative, in one order: on CUDA threads
-    race in index_add, which is the backward of index_select too; on the CPU in that of indexing."""
-    zeros = torch.zeros_like(wide)
-    if wide.is_cuda:
-        return zeros.index_put((of_row,), wide, accumulate=True)[of_row]
-    return zeros.index_add(0, of_row, wide).index_select(0, of_row)

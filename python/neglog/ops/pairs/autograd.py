@@ -74,7 +74,7 @@ schema.backward.differentiable(_setup_backward, _double_backward)
 
 
 def statistics(positive_score: Tensor, *pairs: Any) -> Any:
-    """correct and entropy (N,), without gradient."""
+    """correct, entropy and best (N,), without gradient."""
     return schema.statistics(
         *(x.detach() if isinstance(x, Tensor) else x for x in (positive_score, *pairs))
     )
@@ -83,13 +83,14 @@ def statistics(positive_score: Tensor, *pairs: Any) -> Any:
 # The loss by sigmoids
 
 SIGMOID = ("query", "key", "scale", "bias")
+SIGMOID_OTHERS = ("positive", "query_group", "key_group")
 
 
 def _setup_sigmoid(ctx: Any, a: Any, results: Any) -> None:
     ctx.mark_non_differentiable(*results[1:])
     formed = results._asdict()
     del formed["loss"]
-    save(ctx, **_named(a, (*SIGMOID, "positive")), **formed)
+    save(ctx, **_named(a, SIGMOID + SIGMOID_OTHERS), **formed)
 
 
 def _sigmoid_backward(ctx: Any, grad: Any) -> dict[str, Any]:
@@ -99,16 +100,16 @@ def _sigmoid_backward(ctx: Any, grad: Any) -> dict[str, Any]:
 
 
 def _setup_sigmoid_backward(ctx: Any, a: Any, results: Any) -> None:
-    save(ctx, **_named(a, ("grad", *SIGMOID, "positive")))
+    save(ctx, **_named(a, ("grad", *SIGMOID, *SIGMOID_OTHERS)))
 
 
 def _sigmoid_double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
     kept = saved(ctx)
     inputs = {name: kept[name] for name in SIGMOID}
+    others = {name: kept[name] for name in SIGMOID_OTHERS}
 
     def forward(*learned: Any) -> tuple[Tensor, ...]:
-        query, key, scale, bias = learned
-        return (formula.sigmoid(query, key, scale, bias, kept["positive"]),)
+        return (formula.sigmoid(Pairs.of_sigmoid(*learned, **others)),)
 
     return second_derivative(forward, {"grad": kept["grad"]}, inputs, grad._asdict())
 

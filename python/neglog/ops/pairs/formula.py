@@ -35,10 +35,25 @@ def excluded(pairs: Pairs) -> Tensor | None:
 
 
 def log_sum_exp(z: Tensor, dim: int) -> Tensor:
-    """torch.logsumexp, whose second derivative is NaN where every number is -inf: here it is 0."""
+    """torch.logsumexp, whose second derivative is NaN where every number is -inf: here it is 0.
+
+    Where a number is +inf it is NaN, as softmax is.
+    """
     empty = (z == -torch.inf).all(dim)
     lse = torch.logsumexp(z.masked_fill(empty.unsqueeze(dim), 0), dim)
-    return lse.masked_fill(empty, -torch.inf)
+    return _nan_for_inf(lse).masked_fill(empty, -torch.inf)
+
+
+def _nan_for_inf(x: Tensor) -> Tensor:
+    """x, and NaN where it is +inf, for the gradient too."""
+    return x * torch.where(x == torch.inf, torch.nan, 1.0)
+
+
+def loss_beside(others: Tensor, score: Tensor) -> Tensor:
+    """-log(e^score / (e^score + e^others)), as log(1 + e^d) with d = others - score: the
+    log-sum-exp of both, less the score, has no digits left where the loss is near 0. Beyond 40 it
+    is d to the last digit of a double."""
+    return F.softplus(others - _nan_for_inf(score), threshold=40)
 
 
 def pairs(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -54,29 +69,28 @@ def pairs(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if pairs.excluded is None and pairs.query_group is None and pairs.bias is None:
         row_loss = -F.log_softmax(z, 1).gather(1, own).squeeze(1)
         return row_loss, column_loss, log_sum_exp(z, 1), column_lse, score
-    # log(1 + e^d), as lse - score has no digits left where the loss is near 0; beyond 40 it is d to
-    # the last digit of a double.
     others = log_sum_exp(z.scatter(1, own, -torch.inf), 1)
-    loss = F.softplus(others - score, threshold=40)
+    loss = loss_beside(others, score)
     left_out = z.gather(1, own).squeeze(1) == -torch.inf  # the positive is not among the keys
     row_loss = torch.where(left_out, others - score, loss)
     return row_loss, column_loss, torch.where(left_out, others, loss + score), column_lse, score
 
 
-def sigmoid(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, positive: Tensor) -> Tensor:
-    """The sum over all pairs of -log sigmoid(+-score)."""
-    scores = (query @ key.t()).to(scale.dtype) * scale + bias
-    own = torch.arange(key.shape[0], device=key.device) == positive[:, None]
-    sign = 2.0 * own.to(scale.dtype) - 1.0
-    return -F.logsigmoid(sign * scores).sum()
+def sigmoid(pairs: Pairs) -> Tensor:
+    """The sum over all pairs of -log sigmoid(+-score); those left out have -log sigmoid(inf), 0."""
+    assert pairs.positive is not None
+    z = scores(pairs)[1]
+    own = torch.arange(z.shape[1], device=z.device) == pairs.positive[:, None]
+    return -F.logsigmoid(torch.where(own, z, -z)).sum()
 
 
 # Of scores whose statistics are formed at once; half a dozen temporaries have their size.
 STATISTICS_BYTES = 4 << 20
 
 
-def statistics(positive_score: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Of each row: whether no key scores above its positive, and the entropy in nats.
+def statistics(positive_score: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: whether no key scores above its positive, the entropy in nats, and which key has
+    the highest score, -1 for a positive that is not among the keys.
 
     Another walk over the similarities, some rows at a time. positive_score (N,) is used where the
     positives are not among the keys.
@@ -90,19 +104,24 @@ def statistics(positive_score: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
             part = pairs.rows(rows)
             plain, z = scores(part)
             if part.positive is None:
-                own = positive_score[rows]
+                own, first = positive_score[rows], -1
                 z = torch.cat([own[:, None], z], 1)
             else:  # from this product: another may round differently, and would seem to be beaten
-                own = plain.gather(1, part.positive[:, None]).squeeze(1)
-            found.append(correct_and_entropy(own, z))
+                own, first = plain.gather(1, part.positive[:, None]).squeeze(1), 0
+            correct, entropy, best = statistics_of(own, z)
+            found.append((correct, entropy, best + first))
     if not found:
-        return positive_score.new_zeros(0, dtype=torch.bool), positive_score.new_zeros(0)
-    correct, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return correct, entropy
+        new = positive_score.new_zeros
+        return new(0, dtype=torch.bool), new(0), new(0, dtype=torch.int64)
+    correct, entropy, best = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return correct, entropy, best
 
 
-def correct_and_entropy(score: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether no score is above the positive's, and -sum p log p; (N,), without gradient."""
-    log_p = torch.log_softmax(scores.detach(), 1)
+def statistics_of(score: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether no score is above the positive's, -sum p log p, and the place of the highest; (N,),
+    without gradient."""
+    score, scores = score.detach(), scores.detach()
+    log_p = torch.log_softmax(scores, 1)
     entropy = -torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1)
-    return score.detach() >= scores.detach().amax(1), entropy
+    highest, best = scores.max(1)
+    return score >= highest, entropy, best

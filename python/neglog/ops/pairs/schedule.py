@@ -241,10 +241,7 @@ def backward(kind: Any, a: Any) -> tuple[Tensor, ...]:
 
 
 def sigmoid(kind: Any, a: Any) -> tuple[Tensor, ...]:
-    pairs = Pairs(
-        a.query, a.key, a.scale, a.bias, a.positive, None, None, None, False, False, a.workspace,
-        a.tile_dtype, a.backend,
-    ).ready()  # fmt: skip
+    pairs = Pairs.of_sigmoid(*a[: a._fields.index("wanted")]).ready()
     tiles = kind("pairs_sigmoid", pairs, False)
     sums = Sums(pairs, a.wanted[0] or a.wanted[2], a.wanted[1])
     loss, slopes = (a.query.new_zeros(len(a.query), dtype=torch.float64) for _ in range(2))
@@ -262,13 +259,17 @@ def sigmoid_backward(a: Any) -> tuple[Tensor, ...]:
     """In new memory: the graph may be walked again."""
     formed = (a.grad_query, a.grad_key, a.grad_scale, a.grad_bias)
     likes = (a.query, a.key, a.scale, a.bias)
+    if not len(a.query):  # a mean over no rows has an infinite upstream: 0 times it is NaN
+        return tuple(
+            torch.zeros_like(kept, dtype=x.dtype) for kept, x in zip(formed, likes, strict=True)
+        )
     return tuple(
         torch.mul(kept, a.grad, out=new_memory(kept.shape, kept, x.dtype))
         for kept, x in zip(formed, likes, strict=True)
     )
 
 
-def statistics(a: Any) -> tuple[Tensor, Tensor]:
+def statistics(a: Any) -> tuple[Tensor, ...]:
     return formula.statistics(a.positive_score, Pairs.of(a))
 
 

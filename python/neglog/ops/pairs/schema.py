@@ -26,8 +26,11 @@ column_loss (N,) = column_lse[positive] - positive_score; row_lse (N,), column_l
 positive_score (N,); then what the backward needs: row_low (N,), column_low (M,), kept (N, M).
 
 pairs_sigmoid has scale and bias () and a positive; it returns the loss () and gradients of query,
-key, scale and bias, (0,) where not wanted. Its upstream is one number, so a tile's gradient is
-known as soon as the tile is: 3 matmuls in all.
+key, scale and bias, (0,) where not wanted. Pairs that are left out have no part in its sum. Its
+upstream is one number, so a tile's gradient is known as soon as the tile is: 3 matmuls in all.
+
+pairs_statistics returns correct, entropy and best (N,): the column with the highest score, or -1
+for a positive that is not among the keys.
 """
 
 from __future__ import annotations
@@ -59,16 +62,17 @@ backward = Op(
 )
 sigmoid = Op(
     "pairs_sigmoid(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor positive, "
-    f"{TILES}, bool[4] wanted) -> (Tensor loss, Tensor grad_query, Tensor grad_key, "
-    "Tensor grad_scale, Tensor grad_bias)"
+    f"Tensor? query_group, Tensor? key_group, {TILES}, bool[4] wanted) -> (Tensor loss, "
+    "Tensor grad_query, Tensor grad_key, Tensor grad_scale, Tensor grad_bias)"
 )
 sigmoid_backward = Op(
     "pairs_sigmoid_backward(Tensor grad, Tensor query, Tensor key, Tensor scale, Tensor bias, "
-    "Tensor positive, Tensor grad_query, Tensor grad_key, Tensor grad_scale, Tensor grad_bias) "
-    "-> (Tensor query, Tensor key, Tensor scale, Tensor bias)"
+    "Tensor positive, Tensor? query_group, Tensor? key_group, Tensor grad_query, Tensor grad_key, "
+    "Tensor grad_scale, Tensor grad_bias) -> (Tensor query, Tensor key, Tensor scale, Tensor bias)"
 )
 statistics = Op(
-    f"pairs_statistics(Tensor positive_score, {PAIRS}) -> (Tensor correct, Tensor entropy)"
+    f"pairs_statistics(Tensor positive_score, {PAIRS}) -> "
+    "(Tensor correct, Tensor entropy, Tensor best)"
 )
 
 _TILE = (
@@ -112,6 +116,16 @@ class Pairs(NamedTuple):
     @classmethod
     def of(cls, arguments: Any) -> Pairs:
         return cls(*attrgetter(*cls._fields)(arguments))
+
+    @classmethod
+    def of_sigmoid(
+        cls, query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, positive: Tensor,
+        query_group: Tensor | None, key_group: Tensor | None, *tiles: Any,
+    ) -> Pairs:  # fmt: skip
+        """Of the arguments of pairs_sigmoid; `tiles` may be left out where none are made."""
+        tiles = tiles or (0, query.dtype, "")
+        return cls(query, key, scale, bias, positive, None, query_group, key_group, False, False,
+                   *tiles)  # fmt: skip
 
     @property
     def real(self) -> torch.dtype:
@@ -235,5 +249,6 @@ statistics.shapes(
     lambda a: (
         a.positive_score.new_empty(a.query.shape[0], dtype=torch.bool),
         torch.empty_like(a.positive_score),
+        a.positive_score.new_empty(a.query.shape[0], dtype=torch.int64),
     )
 )

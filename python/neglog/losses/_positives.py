@@ -1,0 +1,214 @@
+"""Several positives a query: which keys they are, and what is summed over them.
+
+Nothing here has a number for each query and key, unless the caller's mask has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neglog import torch_state
+from neglog.checks import check_groups, check_integers
+from neglog.losses._result import reduce
+from neglog.ops.dtypes import real_dtype
+
+
+class PositiveKeys(ABC):
+    """The keys, of M, that are the positives of each of N queries."""
+
+    number: Tensor  # (N,) how many
+    first: Tensor  # (N,) one of them; 0 where there is none
+
+    @abstractmethod
+    def sums(self, keys: Tensor) -> Tensor:
+        """Over each query's positives, (N, D), of `keys` (M, D)."""
+
+    @abstractmethod
+    def holds(self, column: Tensor) -> Tensor:
+        """Whether the key `column` (N,) is a positive of each query."""
+
+    @abstractmethod
+    def transposed(self) -> PositiveKeys:
+        """Of each key, the queries that it is a positive of."""
+
+    def mean(self, keys: Tensor) -> Tensor:
+        """Of each query's positives, (N, D) in the accumulation dtype; 0 where there is none."""
+        total = self.sums(widened(keys)) / self.number.clamp(min=1)[:, None]
+        return total.to(real_dtype(keys.dtype))
+
+    def reduced(self, loss: Tensor, reduction: str) -> Tensor:
+        """Over the queries that have a positive: the others' losses are 0."""
+        return mean_of(loss, self.number > 0) if reduction == "mean" else reduce(loss, reduction)
+
+
+class _OfMask(PositiveKeys):
+    def __init__(self, mask: Tensor) -> None:
+        self.mask, self.number = mask, mask.sum(1)
+        self.first = mask.to(torch.uint8).argmax(1)
+
+    def sums(self, keys: Tensor) -> Tensor:
+        return self.mask.to(keys.dtype) @ keys
+
+    def holds(self, column: Tensor) -> Tensor:
+        inside = column < self.mask.shape[1]
+        found = self.mask.gather(1, column.clamp(max=self.mask.shape[1] - 1)[:, None])
+        return found.squeeze(1) & inside
+
+    def transposed(self) -> PositiveKeys:
+        return _OfMask(self.mask.t())
+
+
+class _OfIds(PositiveKeys):
+    def __init__(self, query_ids: Tensor, key_ids: Tensor) -> None:
+        self.query_ids, self.key_ids = query_ids.long(), key_ids.long()
+        # torch.unique, whose result's size depends on the values, would break a graph that is
+        # being compiled.
+        found, order = self.key_ids.sort(stable=True)
+        start = torch.searchsorted(found, self.query_ids)
+        self.number = torch.searchsorted(found, self.query_ids, right=True) - start
+        # An id's place in the order of all; that of an id without a key is another's or none.
+        self.of_query = start.clamp(max=found.shape[0] - 1)
+        self.of_key = torch.searchsorted(found, self.key_ids)
+        self.first = torch.where(self.number > 0, order[self.of_query], 0)
+
+    def sums(self, keys: Tensor) -> Tensor:
+        of_ids = add_rows(torch.zeros_like(keys), self.of_key, keys)
+        return torch.where((self.number > 0)[:, None], take_rows(of_ids, self.of_query), 0)
+
+    def holds(self, column: Tensor) -> Tensor:
+        keys = self.key_ids.shape[0]
+        return (self.key_ids[column.clamp(max=keys - 1)] == self.query_ids) & (column < keys)
+
+    def transposed(self) -> PositiveKeys:
+        return _OfIds(self.key_ids, self.query_ids)
+
+
+class _OfRows(PositiveKeys):
+    """Of (N, P) rows of keys, -1 where a query has fewer."""
+
+    def __init__(self, rows: Tensor, keys: Any) -> None:
+        self.rows, self.keys, self.named = rows.long(), keys, rows >= 0
+        self.number = self.named.sum(1)
+        self.key_of = self.rows.clamp(min=0)
+        self.first = self.key_of.amax(1)
+
+    def sums(self, keys: Tensor) -> Tensor:
+        # By columns: all at once would be N x P x D numbers.
+        columns = zip(self.key_of.unbind(1), self.named.unbind(1), strict=True)
+        parts = (take_rows(keys, key) * named[:, None] for key, named in columns)
+        return sum(parts, start=keys.new_zeros(()))
+
+    def holds(self, column: Tensor) -> Tensor:
+        return (self.rows == column[:, None]).any(1)
+
+    def transposed(self) -> PositiveKeys:
+        return _Named(self)
+
+
+class _Named(PositiveKeys):
+    """Of each key, the queries that name it."""
+
+    def __init__(self, naming: _OfRows) -> None:
+        self.naming = naming
+        key, named = naming.key_of.flatten(), naming.named.flatten()
+        none = key.new_zeros(naming.keys)
+        self.number = none.index_add(0, key, named.long())
+        query = torch.arange(naming.rows.shape[0], device=key.device)[:, None]
+        query = torch.where(naming.named, query, 0).flatten()
+        self.first = none.scatter_reduce(0, key, query, "amax")
+
+    def sums(self, keys: Tensor) -> Tensor:
+        total = keys.new_zeros(self.naming.keys, keys.shape[1])
+        for key, named in zip(
+            self.naming.key_of.unbind(1), self.naming.named.unbind(1), strict=True
+        ):
+            total = add_rows(total, key, keys * named[:, None])
+        return total
+
+    def holds(self, column: Tensor) -> Tensor:
+        raise NotImplementedError("asked of queries alone")
+
+    def transposed(self) -> PositiveKeys:
+        return self.naming
+
+
+def positives_of(given: Any, keys: Tensor) -> PositiveKeys:
+    """What was checked."""
+    if not isinstance(given, Tensor):
+        return _OfIds(*given)
+    return _OfMask(given) if given.dtype == torch.bool else _OfRows(given, keys.shape[0])
+
+
+def check_positives(given: Any, query: Tensor, key: Tensor) -> None:
+    rows, keys = query.shape[0], key.shape[0]
+    if isinstance(given, tuple | list) and len(given) == 2:
+        check_groups("positives[0]", given[0], query)
+        check_groups("positives[1]", given[1], key)
+    elif not isinstance(given, Tensor):
+        raise TypeError(
+            "positives: expected a Tensor or a pair (query ids, key ids) of them, "
+            f"got {type(given).__name__}"
+        )
+    elif given.dtype == torch.bool:
+        if list(given.shape) != [rows, keys]:
+            raise RuntimeError(
+                f"positives: expected shape [{rows}, {keys}] of a mask, got {list(given.shape)}"
+            )
+        if given.device != query.device:
+            raise RuntimeError(f"positives: expected device {query.device}, got {given.device}")
+    else:
+        _check_rows(given, query, keys)
+    if rows and not keys:
+        raise RuntimeError(f"positive_key: expected a row at least, got {list(key.shape)}")
+
+
+def _check_rows(given: Tensor, query: Tensor, keys: Any) -> None:
+    check_integers("positives", given, query)
+    if given.dim() != 2 or given.shape[0] != query.shape[0] or not given.shape[1]:
+        raise RuntimeError(
+            f"positives: expected shape ({query.shape[0]}, P), P from 1, got {list(given.shape)}"
+        )
+    if torch_state.readable(given) and given.numel():
+        low, high = (int(x) for x in given.aminmax())
+        if low < -1 or high >= keys:
+            raise IndexError(
+                f"positives: expected rows of positive_key, 0 to {keys - 1}, or -1, "
+                f"got {low if low < -1 else high}"
+            )
+
+
+# Sums over rows that indices name
+
+
+def mean_of(loss: Tensor, counted: Tensor) -> Tensor:
+    """Over what counts, the rest being 0; 0 where nothing does."""
+    return loss.sum() / counted.sum().clamp(min=1)
+
+
+def widened(x: Tensor) -> Tensor:
+    """In double where there is one: many numbers may be added up."""
+    return x.double() if x.device.type in ("cpu", "cuda") else x.to(real_dtype(x.dtype))
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], whose derivative adds up in one order: on CUDA threads race in the backward of
+    index_select, on the CPU in that of indexing."""
+    return x[index] if x.is_cuda else x.index_select(0, index)
+
+
+def add_rows(total: Tensor, index: Tensor, x: Tensor) -> Tensor:
+    """`total` with x_i added to its row index_i, in one order: on CUDA threads race in
+    index_add."""
+    if x.is_cuda:
+        return total.index_put((index,), x, accumulate=True)
+    return total.index_add(0, index, x)
+
+
+def numbered(ids: Tensor) -> Tensor:
+    """Numbers from 0 of ids that may be any: one is another's where the ids are."""
+    ids = ids.long().contiguous()
+    return torch.searchsorted(ids.sort()[0], ids)
