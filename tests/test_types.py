@@ -34,12 +34,17 @@ reveal_type(neglog.linear_cross_entropy(x, head, target, return_stats=True))  # 
 reveal_type(neglog.info_nce(x, x, temperature=0.2))  # shows Tensor
 reveal_type(neglog.info_nce(x, x, None, 0.2, "sum", return_stats=True))  # shows LossStats
 
+neglog.info_nce(x, x, positives=mask[:, None] & mask, symmetric=True)
+neglog.info_nce(x, x, positives=(target, target), return_stats=True)
+neglog.info_nce(x, x, positives=[1, 2])  # error call-overload
+
 # Losses with one result
 reveal_type(neglog.clip_loss(x, x, 10.0, options={"workspace_mb": 1}))  # shows Tensor
 reveal_type(neglog.siglip_loss(x, x, 10.0, -10.0))  # shows Tensor
 reveal_type(neglog.nt_xent(x, x, 0.5, "none"))  # shows Tensor
 reveal_type(neglog.dcl(x, x, normalize=False))  # shows Tensor
 reveal_type(neglog.sup_con(x, target, backend="torch"))  # shows Tensor
+neglog.sup_con(x, ["a", "b", "a", "b"])
 reveal_type(neglog.cached_step(torch.nn.Linear(8, 4), (x, x), neglog.info_nce))  # shows Tensor
 
 # Arguments
@@ -59,6 +64,8 @@ nn.LinearCrossEntropyLoss(8, 9, bias=True, shift=True).forward(x, target, mask=m
 reveal_type(nn.InfoNCELoss(0.1, return_stats=True).forward(x, x))  # shows Tensor | LossStats
 reveal_type(nn.CLIPLoss().forward(x, x, 10.0))  # shows Tensor
 reveal_type(nn.SigLIPLoss().forward(x, x, 10.0, -10.0))  # shows Tensor
+reveal_type(nn.CLIPLoss().forward(x, x, 10.0, output_dict=True))  # shows dict
+reveal_type(nn.SigLIPLoss().forward(x, x, 10.0, -10.0, output_dict=True))  # shows dict
 reveal_type(nn.NTXentLoss(0.5).forward(x, x))  # shows Tensor
 reveal_type(nn.DCLLoss().forward(x, x))  # shows Tensor
 reveal_type(nn.SupConLoss().forward(x, target))  # shows Tensor

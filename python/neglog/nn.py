@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from inspect import Parameter, Signature, signature
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -189,6 +189,18 @@ class CLIPLoss(_Loss, function=clip_loss):
     With output_dict it returns {"contrastive_loss": loss}, as that does.
     """
 
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None, output_dict: Literal[False] = False, *,
+        exclude: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None, *, output_dict: Literal[True],
+        exclude: Tensor | None = None,
+    ) -> dict[str, Tensor]: ...  # fmt: skip
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None, output_dict: bool = False, *,
@@ -203,6 +215,17 @@ class CLIPLoss(_Loss, function=clip_loss):
 class SigLIPLoss(_Loss, function=siglip_loss):
     """neglog.siglip_loss as a module, called as open_clip's SigLipLoss, with output_dict too."""
 
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
+        logit_bias: float | Tensor, output_dict: Literal[False] = False, *,
+        exclude: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
+        logit_bias: float | Tensor, output_dict: Literal[True], *, exclude: Tensor | None = None,
+    ) -> dict[str, Tensor]: ...  # fmt: skip
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
         logit_bias: float | Tensor, output_dict: bool = False, *, exclude: Tensor | None = None,
