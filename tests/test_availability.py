@@ -176,6 +176,7 @@ def test_without_any_kernel_torch_runs_and_kernels_say_what_to_install():
     )
     result = python(code)
     assert result.stdout == "['nll:torch', 'nll:torch']\n"
+    assert result.stderr.count("RuntimeWarning: neglog: no kernels can run here, so torch's") == 1
     assert "ImportError: neglog: no kernels can run here" in result.stderr
     assert "pip install numba" in result.stderr
 

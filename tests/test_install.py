@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import code_blocks
+
 ROOT = Path(__file__).parent.parent
+README = code_blocks.read(ROOT / "README.md")
 SOURCES = (
     "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "kernels",
     "python", "bench", "examples",
@@ -76,6 +79,42 @@ def test_install_without_a_compiler(tmp_path, environment, said):
     assert level == "None not built: neglog was installed without a C++ compiler"
     assert losses == ["[1.3862944 1.3862944]"] * 2
     assert ran.stderr.count("no compiled kernels can run here, so Numba compiles") == 1
+
+
+BUILT = ("*.pyc", "*.nbc", "*.nbi", "*.so")
+
+
+@pytest.fixture(scope="module")
+def source_distribution(tmp_path_factory) -> set[str]:
+    """The files of an sdist, as setuptools lists them before it packs them."""
+    folder = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
+    environment = os.environ | {"NEGLOG_COMPILE": "0", "NEGLOG_CUDA": "0"}
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment)
+    (listed,) = folder.glob("*/SOURCES.txt")
+    return set(listed.read_text().splitlines())
+
+
+def test_the_sdist_has_all_that_its_tests_read(source_distribution):
+    """conftest and support, without which they are not collected, and what they run and emulate."""
+    for folder in ("tests", "bench", "csrc", "docs", "examples", "kernels"):
+        files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+        wanted = {str(x.relative_to(ROOT)) for x in files if not any(map(x.match, BUILT))}
+        assert wanted, folder
+        assert wanted <= source_distribution
+    assert {"Makefile", "setup.py", "python/neglog/__init__.pyi"} <= source_distribution
+
+
+def test_the_sdist_has_nothing_that_was_built(source_distribution):
+    assert not [x for x in source_distribution if any(map(Path(x).match, BUILT))]
+    assert not [x for x in source_distribution if x.startswith(("build/", ".venv/"))]
+
+
+def test_the_links_of_the_readme_lead_somewhere_in_the_sdist(source_distribution):
+    links = {target.partition("#")[0] for _, target in code_blocks.links(README)} - {""}
+    assert "docs/losses.md" in links
+    folders = {str(folder) for file in source_distribution for folder in Path(file).parents}
+    assert links <= source_distribution | folders
 
 
 def test_a_failing_compiler_is_an_error_where_compiling_is_demanded(tmp_path):

@@ -8,6 +8,7 @@ its public function. `explain` gives a user the same answer without the computat
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache, partial
@@ -151,9 +152,21 @@ def _for_tensor(
     best = availability.best(device.type)
     if demanded == "torch" or refusal or best is None:
         why = "it was demanded" if demanded == "torch" else refusal or NO_KERNELS
+        if why is NO_KERNELS and not torch_state.compiling():
+            _warn_once_that_torch_runs()
         return Route("torch", why, False, dtype, 0, "")
     why = "it was demanded" if demanded else availability.state(best).why
     return Route(demanded or best, why, False, dtype, 0, demanded or "")
+
+
+@cache
+def _warn_once_that_torch_runs() -> None:
+    reasons = "; ".join(f"{name}: {availability.state(name).why}" for name in ("cython", "numba"))
+    warnings.warn(
+        f"neglog: no kernels can run here, so torch's own functions compute ({reasons})",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 def _by_torch(where: Route, why: str) -> Route:
