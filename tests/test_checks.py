@@ -237,6 +237,13 @@ def test_the_range_of_targets(backend, name, value, rows, options):
         calls(rows)[name](target, **options)
 
 
+@pytest.mark.parametrize("argument", ["num_items", "logit_scale", "z_loss", "softcap"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_number_on_the_meta_device(name, argument):
+    with pytest.raises(RuntimeError, match=f"{argument}: expected device cpu, got meta"):
+        calls(3)[name](torch.arange(3), **{argument: torch.ones((), device="meta")})
+
+
 # Types that torch takes, and those that only neglog's options have.
 ACCEPTED = {
     "uint8": lambda t: (t.to(torch.uint8), {}),

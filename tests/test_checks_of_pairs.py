@@ -142,6 +142,18 @@ def test_temperature(name, error, message, value):
         CALLS[name](temperature=value)
 
 
+def test_numbers_on_the_meta_device():
+    one = torch.ones((), device="meta")
+    for function, arguments, named in (
+        (neglog.info_nce, (Q, K), "temperature"),
+        (neglog.nt_xent, (Q, K), "temperature"),
+        (neglog.clip_loss, (Q, K), "logit_scale"),
+        (neglog.siglip_loss, (Q, K, 1.0), "logit_bias"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{named}: expected device cpu, got meta"):
+            function(*arguments, **{named: one})
+
+
 def test_temperature_of_each_row():
     with pytest.raises(ValueError, match="temperature: expected numbers above 0, got 0"):
         neglog.info_nce(Q, K, temperature=torch.tensor([1.0, 0.0, 1.0]))

@@ -1,5 +1,7 @@
 """The route of a call: a table of what decides it, and what `explain` says."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -253,3 +255,33 @@ def test_explain_of_modules_and_of_mistakes():
     with dispatch.record() as ran:  # a call after it is a call
         neglog.cross_entropy(logits(), LABELS)
     assert ran == [f"nll:{BEST}"]
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_explain_of_what_is_compiled(compiled_before):
+    """It says what would run without torch.compile, whether there is a graph already or not."""
+    torch.compiler.reset()
+    module = neglog.nn.CrossEntropyLoss()
+    module.compile(backend="eager")
+    compiled = (
+        torch.compile(neglog.cross_entropy, backend="eager"),
+        torch.compile(neglog.nn.CrossEntropyLoss(), backend="eager"),
+        module,
+        partial(torch.compile(neglog.cross_entropy, backend="eager"), z_loss=0.1),
+    )
+    for function in compiled:
+        if compiled_before:
+            function(logits(), LABELS)
+        with dispatch.record() as ran:
+            assert neglog.explain(function, logits(), LABELS).backend == BEST
+        assert ran == []
+
+
+def test_explain_in_what_is_compiled():
+    def traced(x):
+        return x + len(neglog.explain(neglog.cross_entropy, x, LABELS).why)
+
+    for whole in (False, True):
+        torch.compiler.reset()
+        with pytest.raises(RuntimeError, match=r"neglog\.explain: expected a call outside"):
+            torch.compile(traced, fullgraph=whole, backend="eager")(logits())

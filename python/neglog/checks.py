@@ -333,20 +333,20 @@ def check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
 
 
 def check_extensions(
-    reduction: str, logit_scale: Any, softcap: Any, z_loss: Any, num_items: Any
+    input: Tensor, reduction: str, logit_scale: Any, softcap: Any, z_loss: Any, num_items: Any
 ) -> None:
     """What neglog adds to torch's arguments."""
-    _check_number("logit_scale", logit_scale, learns=True)
-    _check_number("z_loss", z_loss)
+    _check_number("logit_scale", logit_scale, input, learns=True)
+    _check_number("z_loss", z_loss, input)
     if _known(z_loss) and z_loss < 0:
         raise ValueError(f"z_loss: expected a number from 0, got {z_loss}")
     if softcap is not None:
-        _check_number("softcap", softcap)
-        if not 0 < softcap < math.inf:
+        _check_number("softcap", softcap, input)
+        if _known(softcap) and not 0 < softcap < math.inf:
             raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
     if num_items is None:
         return
-    _check_number("num_items", num_items)
+    _check_number("num_items", num_items, input)
     if _known(num_items) and num_items < 0:
         raise ValueError(f"num_items: expected a number from 0, got {num_items}")
     if reduction == "none":
@@ -371,11 +371,12 @@ def check_loss_dtype(loss_dtype: Any, input: Tensor) -> None:
         )
 
 
-def _check_number(name: str, value: Any, learns: bool = False) -> None:
+def _check_number(name: str, value: Any, input: Tensor, learns: bool = False) -> None:
     """A number or a tensor of one; unless it `learns`, not one whose gradient would be lost."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {_shape(value)}")
+        check_has_number(name, value, input)
         if value.requires_grad and torch.is_grad_enabled() and not learns:
             raise ValueError(
                 f"{name}: expected a number without gradient, got a tensor that requires grad; "
@@ -385,6 +386,12 @@ def _check_number(name: str, value: Any, learns: bool = False) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     elif not -math.inf < float(value) < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_has_number(name: str, value: Any, like: Tensor) -> None:
+    """Not a tensor on the meta device, unless `like` is there too: it holds no number."""
+    if isinstance(value, Tensor) and value.is_meta and not like.is_meta:
+        raise RuntimeError(f"{name}: expected device {like.device}, got {value.device}")
 
 
 def check_embeddings(same_rows: bool = True, /, **named: Any) -> None:
@@ -425,6 +432,7 @@ def check_comparison(
     check_flags(normalize=normalize)
     (first, *_) = named.values()
     check_temperature(temperature, first.shape[0], per_sample)
+    check_has_number("temperature", temperature, first)
 
 
 def check_reduction(reduction: Any) -> None:
@@ -454,8 +462,9 @@ def check_temperature(temperature: Any, rows: int, per_sample: bool) -> None:
                 raise ValueError(f"temperature: expected numbers above 0, got {float(value)}")
 
 
-def check_scalar(name: str, value: Any) -> None:
+def check_scalar(name: str, value: Any, like: Tensor) -> None:
     """A finite number or a tensor of one, whose gradient is given."""
+    check_has_number(name, value, like)
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() > 1:
             raise RuntimeError(f"{name}: expected shape [], got {_shape(value)}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.jit.frontend import NotSupportedError
 from torch.nn.modules.loss import _WeightedLoss
 
 from neglog.losses._result import LossStats
@@ -36,6 +37,15 @@ def _named(function: Callable[..., Any], *excluded: str) -> dict[str, Parameter]
     parameters = signature(function).parameters.items()
     several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     return {name: x for name, x in parameters if name not in excluded and x.kind not in several}
+
+
+class _NotScriptable(NotSupportedError):
+    """torch's error for what TorchScript cannot express, without a line of source to point at."""
+
+    def __init__(self, message: str) -> None:
+        Exception.__init__(self, message)
+
+    __str__ = Exception.__str__
 
 
 class _Loss(torch.nn.Module):
@@ -79,6 +89,13 @@ class _Loss(torch.nn.Module):
 
     def _given(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._options}
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks for, at any depth of a model."""
+        raise _NotScriptable(
+            f"torch.jit.script: expected no {type(self).__name__}, whose arguments TorchScript has "
+            "no types for; use torch.compile or torch.export, or torch.jit.trace, which take it"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         group = getattr(self, "group", None)

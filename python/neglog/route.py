@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from neglog import availability, torch_state
 from neglog.tiles import gemm
@@ -72,18 +71,23 @@ def explain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Ro
 
         print(neglog.explain(neglog.cross_entropy, logits, target))
 
-    function: a loss of neglog, a module of neglog.nn, or a functools.partial of one. Raises what
-    the call's checks of its arguments raise (the values of a target are not read), and TypeError
-    for another function, which is not called.
+    function: a loss of neglog, a module of neglog.nn, or a functools.partial of one; compiled, it
+    is explained as it is without torch.compile. Raises what the call's checks of its arguments
+    raise (the values of a target are not read), and TypeError for another function, which is not
+    called.
     """
     inner = function.func if isinstance(function, partial) else function
+    inner = getattr(inner, "_orig_mod", inner)
     if isinstance(inner, torch.nn.Module):
         inner = type(inner).forward
     if not str(getattr(inner, "__module__", "")).startswith(("neglog.losses.", "neglog.nn")):
         raise TypeError(f"function: expected a loss of neglog, got {function!r}")
+    if torch_state.compiling():
+        raise RuntimeError("neglog.explain: expected a call outside what torch.compile traces")
     token = _explaining.set(True)
     try:
-        function(*arguments, **options)
+        with torch_state.without_dynamo():
+            function(*arguments, **options)
     except _Explained as explained:
         return explained.route
     finally:
@@ -133,7 +137,7 @@ def keeps(route: Route, rows: Any, columns: Any, learns: bool) -> bool:
     While a size is symbolic this is not known, and they are not kept: no graph depends on a size.
     """
     size = rows * columns * route.tile_dtype.itemsize
-    return learns and statically_known_true(size <= route.workspace)
+    return learns and torch_state.known_true(size <= route.workspace)
 
 
 @cache

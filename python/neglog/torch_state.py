@@ -5,6 +5,8 @@ What is traced or transformed needs the registered op; what is eager may take a 
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 # What torch.compile and torch.export put in a tensor's place; no other subclass is known.
 TRACED = (FakeTensor, FunctionalTensor)
@@ -23,6 +27,13 @@ AUTOCASTS = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_a
 def compiling() -> bool:
     """Whether torch.compile or torch.export is tracing Python."""
     return torch.compiler.is_compiling()
+
+
+def without_dynamo() -> AbstractContextManager[Any]:
+    """Functions that torch.compile made run as they were. Where none was made, torch's compiler is
+    not imported, which takes a second."""
+    imported = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if imported else nullcontext()
 
 
 def transforming() -> bool:
@@ -77,15 +88,42 @@ def batched(arguments: tuple) -> bool:
     return any(isinstance(x, Tensor) and is_batched(x) for x in arguments)
 
 
+def concrete(x: Tensor) -> bool:
+    """Whether it holds numbers, which nobody traces or maps over. What is decided by numbers of
+    another tensor would stand in the graph for all that come later, or has no answer."""
+    if compiling() or x.is_meta or traced(x):
+        return False
+    functorch = torch._C._functorch
+    return not (functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x))
+
+
 def readable(x: Tensor) -> bool:
     """Whether its numbers can be read without waiting for a device or breaking a graph."""
-    return x.is_cpu and type(x) in PLAIN and not compiling() and not transforming()
+    return x.is_cpu and concrete(x) and type(x) in PLAIN
+
+
+def recording() -> bool:
+    """Whether a graph is made that runs again: by torch.compile, export, jit.trace or make_fx."""
+    if compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None
+
+
+def known_true(comparison: Any) -> bool:
+    """Whether sizes compare so for certain: not while one is symbolic, nor under torch.jit.trace,
+    where it is a tensor."""
+    return not isinstance(comparison, Tensor) and statically_known_true(comparison)
+
+
+def jit_tracing() -> bool:
+    """Whether torch.jit.trace runs, whose graph is for inputs with gradients and without."""
+    return not compiling() and torch._C._get_tracing_state() is not None
 
 
 def constant(x: Tensor) -> bool:
     """Whether its number may be read now: no tracer must see it, and no derivative follows it."""
     learns = x.requires_grad and torch.is_grad_enabled()
-    return not (learns or traced(x) or transforming() or differentiating_forward())
+    return not (learns or transforming() or differentiating_forward()) and concrete(x)
 
 
 def saved_tensors_hooked() -> bool:

@@ -1,47 +1,35 @@
-"""torch.export with dynamic rows: no traced Python compares a size, so one graph serves all."""
+"""torch.export and torch.compile with dynamic rows: no traced Python compares a size, so that one
+graph serves all."""
 
 import pytest
 import torch
+from torch.export import Dim
 
 import neglog
+from tests.support.traced_calls import (
+    CALLS,
+    HEAD,
+    LABELS,
+    PAIR_CALLS,
+    ROWS,
+    X,
+    assert_same,
+    has_rows,
+    of_rows,
+    outcome,
+)
 
-ROWS = 40
-X = torch.randn(ROWS, 9, generator=torch.Generator().manual_seed(0))
-LABELS = torch.arange(ROWS) % 9
-HEAD = X[:9].clone()
-
-CALLS = {
-    "cross_entropy": (lambda x, t: neglog.cross_entropy(x, t), (X, LABELS)),
-    "cross_entropy, none": (
-        lambda x, t: neglog.cross_entropy(x, t, reduction="none"), (X, LABELS),
-    ),
-    "cross_entropy, statistics": (
-        lambda x, t: neglog.cross_entropy(x, t, return_stats=True).entropy, (X, LABELS),
-    ),
-    "masked_cross_entropy": (
-        lambda x, t: neglog.masked_cross_entropy(x, t, t > 2), (X, LABELS),
-    ),
-    "linear_cross_entropy": (
-        lambda x, t: neglog.linear_cross_entropy(x, HEAD, t), (X, LABELS),
-    ),
-    "info_nce": (lambda x, y: neglog.info_nce(x, y), (X, 2 * X)),
-    "info_nce, symmetric": (
-        lambda x, y: neglog.info_nce(x, y, symmetric=True, label_smoothing=0.1), (X, 2 * X),
-    ),
-    "info_nce, statistics": (
-        lambda x, y: neglog.info_nce(x, y, return_stats=True).entropy, (X, 2 * X),
-    ),
-    "info_nce, exclude": (
-        lambda x, ids: neglog.info_nce(x, 2 * x, exclude=ids), (X, LABELS),
-    ),
-    "clip_loss": (
-        lambda x, y: neglog.clip_loss(x, y, 3.0, options={"workspace_mb": 0.5}), (X, 2 * X),
-    ),
-    "siglip_loss": (lambda x, y: neglog.siglip_loss(x, y, 3.0, -1.0), (X, 2 * X)),
-    "nt_xent": (lambda x, y: neglog.nt_xent(x, y), (X, 2 * X)),
-    "dcl": (lambda x, y: neglog.dcl(x, y), (X, 2 * X)),
-    "sup_con": (lambda x, labels: neglog.sup_con(x, labels), (X, LABELS)),
-}  # fmt: skip
+# The fewest rows that may be dynamic. 600: not all similarities fit in the workspace. 15,000: more
+# logits than the gradient is formed of in the forward, and than one thread takes.
+FEWEST, MANY_PAIRS, MANY_ROWS = 2, 600, 15_000
+DIMENSIONS = {
+    "bounded": lambda: Dim("rows", min=2, max=20_000),
+    "unbounded": lambda: Dim("rows", min=2),
+    "auto": lambda: Dim.AUTO,
+    "dynamic": lambda: Dim.DYNAMIC,
+}
+# One form of each loss.
+PLAIN = [name for name in CALLS if "," not in name]
 
 
 class Module(torch.nn.Module):
@@ -53,17 +41,72 @@ class Module(torch.nn.Module):
         return self.function(*given)
 
 
-# strict traces by Dynamo, the other runs the Python with symbolic sizes: each has its own view of
-# what a comparison with a size is. 2 rows are the fewest that may be dynamic; at 600 rows
-# all similarities no longer fit in clip_loss's workspace.
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize(("function", "given"), CALLS.values(), ids=CALLS.keys())
-def test_rows_are_dynamic(function, given, strict):
-    rows = torch.export.Dim("rows", min=2)
-    shapes = (tuple({0: rows} for _ in given),)
-    exported = torch.export.export(Module(function), given, dynamic_shapes=shapes, strict=strict)
-    module = exported.module()
-    for count in (2, 600):
-        times = count // ROWS + 1
-        inputs = [x.repeat(times, *[1] * (x.dim() - 1))[:count] for x in given]
-        torch.testing.assert_close(module(*inputs), function(*inputs), equal_nan=True)
+def exported(function, given, dimension, strict=False):
+    rows = dimension()
+    shapes = (tuple({0: rows} if has_rows(x) else None for x in given),)
+    return torch.export.export(
+        Module(function), tuple(given), dynamic_shapes=shapes, strict=strict
+    ).module()
+
+
+def sizes_of(name):
+    return (FEWEST, MANY_PAIRS if name in PAIR_CALLS else MANY_ROWS)
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS.values(), ids=DIMENSIONS.keys())
+@pytest.mark.parametrize("name", CALLS)
+def test_rows_are_dynamic(name, dimension):
+    function, given = CALLS[name]
+    program = exported(function, given, dimension)
+    for count in sizes_of(name):
+        assert_same(*(outcome(f, of_rows(given, count)) for f in (program, function)))
+
+
+# Dynamo has its own view of what a comparison with a size is.
+@pytest.mark.parametrize("name", PLAIN)
+def test_by_dynamo(name):
+    function, given = CALLS[name]
+    program = exported(function, given, DIMENSIONS["bounded"], strict=True)
+    for count in sizes_of(name):
+        assert_same(*(outcome(f, of_rows(given, count)) for f in (program, function)))
+
+
+def test_positions_of_sequences_are_dynamic():
+    """With shift, both sizes of (batch, positions)."""
+
+    def function(x, t):
+        return neglog.linear_cross_entropy(x, HEAD, t, shift=True)
+
+    given = X.view(4, 10, -1), LABELS.view(4, 10)
+    shapes = ({0: Dim("batch"), 1: Dim("positions", min=2)},) * 2
+    program = torch.export.export(Module(function), given, dynamic_shapes=(shapes,)).module()
+    for shape in ((2, 20), (20, 2), (1, 40)):
+        x, t = (each.reshape(*shape, *each.shape[2:]) for each in given)
+        torch.testing.assert_close(program(x, t), function(x, t))
+
+
+# Where a dimension is marked, another number of rows that compiles anew is an error.
+@pytest.mark.parametrize("marks", [{}, {"min": 2, "max": 20_000}], ids=["any", "bounded"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_marked_rows_compile_once(name, marks):
+    torch.compiler.reset()
+    function, given = CALLS[name]
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    marked = [x.clone() for x in given]
+    for x in marked:
+        if has_rows(x):
+            torch._dynamo.mark_dynamic(x, 0, **marks)
+    assert_same([compiled(*marked)], [function(*given)])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for count in sizes_of(name):
+            rows = of_rows(given, count)
+            assert_same([compiled(*rows)], [function(*rows)])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_compiled_dynamic_gradients(name):
+    torch.compiler.reset()
+    function, given = CALLS[name]
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (ROWS, *sizes_of(name)):
+        assert_same(*(outcome(f, of_rows(given, count)) for f in (compiled, function)))

@@ -134,8 +134,18 @@ def test_opcheck_of_siglip(dtype, wanted):
     _, *formed = torch.ops.neglog.pairs_sigmoid.default(*given)
     grad = torch.ones((), dtype=scale.dtype, requires_grad=True)
     formed = [x.detach() for x in formed]
-    given = (grad, *inputs, *formed)
+    given = (grad, *inputs, *formed, *tiles, wanted)
     opcheck(torch.ops.neglog.pairs_sigmoid_backward.default, given, test_utils=utilities)
+
+
+def test_siglip_forms_in_the_backward_what_the_forward_did_not():
+    """As of a graph that was made without gradients."""
+    inputs = (*case("siglip_loss", 7, 3), torch.arange(7), None, None)
+    found = []
+    for wanted in ([True] * 4, [False] * 4):
+        loss = torch.ops.neglog.pairs_sigmoid(*inputs, 1 << 16, torch.float64, "", wanted)[0]
+        found.append(torch.autograd.grad(2 * loss, inputs[:4]))
+    torch.testing.assert_close(*found)
 
 
 # A tile has the dtype of what is kept, or a wider one; Numba's functions are the same in each.

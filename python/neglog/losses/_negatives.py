@@ -154,7 +154,7 @@ def _check_own_weight(given: Negatives, query: Tensor) -> None:
     if isinstance(weight, Tensor):
         _check_weight(name, weight, [[]])
     else:
-        check_scalar(name, weight)
+        check_scalar(name, weight, query)
     if not given.weighs_own:
         return
     if given.keys is None or given.mode != "in_batch":

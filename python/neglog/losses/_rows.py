@@ -51,7 +51,8 @@ class RowOptions(NamedTuple):
         """Whether any of them is none of torch's."""
         return (
             isinstance(self.logit_scale, Tensor) or self.logit_scale != 1.0
-            or self.softcap is not None or self.z_loss != 0.0 or self.num_items is not None
+            or isinstance(self.z_loss, Tensor) or self.z_loss != 0.0
+            or self.softcap is not None or self.num_items is not None
             or self.return_stats or self.inplace_backward
         )  # fmt: skip
 
@@ -122,7 +123,7 @@ def _by_formula(
     options: Options, stats: bool,
 ) -> LossStats:  # fmt: skip
     availability.ran("nll", "torch")
-    if target.dim() == 1 and not torch_state.compiling():
+    if target.dim() == 1 and torch_state.readable(target):
         check_range(logits, target, options.ignore_index)
     loss, lse, _, correct, entropy = formula.nll(logits, target, weight, num_items, options, stats)
     return LossStats(loss, lse, correct, entropy) if stats else without_stats(loss)
@@ -180,7 +181,7 @@ def _as_kernels_take_it(input: Tensor, target: Tensor) -> Tensor:
 def may_overwrite(logits: Tensor, target: Tensor) -> bool:
     """Whether a gradient may lie over the logits. Raises RuntimeError where that was asked for and
     would destroy something."""
-    if torch_state.compiling() or torch_state.transforming():
+    if torch_state.recording() or torch_state.transforming():
         return False
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neglog import availability, route
+from neglog import availability, route, torch_state
 from neglog.checks import check_embeddings, check_groups, check_scalar
 from neglog.distributed import check_group, gathered
 from neglog.losses._pairs import compare, embeddings, number, workspace_of
@@ -116,7 +116,8 @@ def siglip_loss(
         availability.ran("pairs_sigmoid", "torch")
         total = formula.sigmoid(Pairs.of_sigmoid(*given))
     else:
-        wanted = [torch.is_grad_enabled() and x.requires_grad for x in learned]
+        learns = torch.is_grad_enabled() and not torch_state.jit_tracing()
+        wanted = [learns and x.requires_grad for x in learned]
         total = autograd.sigmoid(*given, wanted).loss
     return reduce_and_cast(total / image.shape[0], "sum", image_features)
 
@@ -125,9 +126,9 @@ def _check(
     image: Any, text: Any, logit_scale: Any, logit_bias: Any, exclude: Any, group: Any
 ) -> None:
     check_embeddings(image_features=image, text_features=text)
-    check_scalar("logit_scale", logit_scale)
+    check_scalar("logit_scale", logit_scale, image)
     if logit_bias is not None:
-        check_scalar("logit_bias", logit_bias)
+        check_scalar("logit_bias", logit_bias, image)
     if exclude is not None:
         check_groups("exclude", exclude, image)
     if group is not None:

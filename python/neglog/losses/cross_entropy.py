@@ -133,7 +133,7 @@ def cross_entropy(
     )  # fmt: skip
     extends_torch = options.extends_torch()
     if extends_torch:
-        check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
+        check_extensions(input, reduction, logit_scale, softcap, z_loss, num_items)
     where = route.choose(input, backend=backend, weight=weight)
     if where.backend == "torch" and not extends_torch:
         return torch_loss(input, target, weight, options)
@@ -150,7 +150,7 @@ def cross_entropy(
 
 def to_indices(target: Tensor) -> Tensor:
     """Class indices (N,), int64."""
-    target = target if target.dim() == 1 else target.reshape(-1)
+    target = target if target.dim() == 1 else target.flatten()
     return target if target.dtype is torch.int64 else target.long()
 
 
@@ -215,7 +215,7 @@ def masked_cross_entropy(
     """
     check_masked(input, target, mask)
     _, label_smoothing = to_options(MASKED, reduction, label_smoothing)
-    check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
+    check_extensions(input, reduction, logit_scale, softcap, z_loss, num_items)
     check_loss_dtype(loss_dtype, input)
     probabilities = is_probabilities(input, target)
     if weight is not None:
@@ -226,7 +226,7 @@ def masked_cross_entropy(
     )  # fmt: skip
     where = route.choose(input, backend=backend, weight=weight)
     positions = input.shape[:-1]
-    counted = mask.expand(positions).reshape(-1)
+    counted = mask.expand(positions).flatten()
     logits = rows_of_last_axis(input)
     if probabilities:
         result = masked_rows(where, logits, rows_of_last_axis(target), counted, weight, options)
@@ -245,8 +245,7 @@ def masked_rows(
     options: RowOptions,
 ) -> LossStats:  # fmt: skip
     """Rows with a distribution as target, of which `counted` (N,) says which count."""
-    traced = torch_state.compiling() or torch_state.transforming()
-    run = _masked_by_zeros if traced else _masked_by_selection
+    run = _masked_by_selection if torch_state.concrete(counted) else _masked_by_zeros
     return run(where, logits, target, counted, weight, options)
 
 
@@ -276,7 +275,7 @@ def _masked_by_zeros(
     where: route.Route, logits: Tensor, target: Tensor, counted: Tensor, weight: Tensor | None,
     options: RowOptions,
 ) -> LossStats:  # fmt: skip
-    """The same with all rows, where no size may depend on data: torch.compile and torch.func."""
+    """The same with all rows, where no size may depend on data: under tracers and torch.func."""
     kept, dtype = counted[:, None], common_dtype(logits, target, weight)
     x, q = (torch.where(kept, part, 0).to(real_dtype(dtype)) for part in (logits, target))
     result = loss_of_rows(

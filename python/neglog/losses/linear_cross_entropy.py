@@ -131,7 +131,7 @@ def linear_cross_entropy(
         -100 if ignore_index is None else ignore_index, reduction, label_smoothing
     )
     check_linear(input, linear_weight, linear_bias, target, mask, shift)
-    check_extensions(reduction, logit_scale, softcap, z_loss, num_items)
+    check_extensions(input, reduction, logit_scale, softcap, z_loss, num_items)
     check_loss_dtype(loss_dtype, input)
     workspace, filter_eps = _tile_options(options, input)
     row_options = RowOptions(
@@ -177,8 +177,7 @@ def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> T
     if mask is not None:
         target = torch.where(mask, target, ignored)
     if shift:  # the input stays as it lies: only its labels move
-        last = torch.full_like(target[..., :1], ignored)
-        target = torch.cat([target[..., 1:], last], -1)
+        target = F.pad(target, (0, 1), value=ignored)[..., 1:]
     return target
 
 
@@ -189,7 +188,7 @@ def _of_labels(
     """Positions against their labels, by tiles if a kernel can."""
     given, linear_weight, linear_bias = head
     positions = labels.shape
-    given, labels = rows_of_last_axis(given), labels.reshape(-1)
+    given, labels = rows_of_last_axis(given), labels.flatten()
     scale = options.scale_as_tensor()
     if scale is not None:
         given = times_scale(given, scale, labels != options.ignore_index)
@@ -218,6 +217,7 @@ def loss_by_tiles(
     num_items = options.divisor(dtype, rows.device)
     # The upstream of "none" is not known yet, so its gradients wait for the backward.
     early = torch.is_grad_enabled() and options.reduction != "none"
+    early = early and not torch_state.jit_tracing()
     wanted = [early and part is not None and part.requires_grad for part in head]
     result = linear_nll(
         head, dtype, labels, weight, num_items, *options.for_op(), options.return_stats, wanted,
@@ -262,7 +262,7 @@ def _of_probabilities(
     if mask is None:
         result = loss_of_rows(where, *with_probabilities(*rows, weight), weight, options)
     else:
-        result = masked_rows(where, *rows, mask.expand(positions).reshape(-1), weight, options)
+        result = masked_rows(where, *rows, mask.expand(positions).flatten(), weight, options)
     return change_rows(result, lambda x: x.view(positions), options.reduction)
 
 

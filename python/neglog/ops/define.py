@@ -131,21 +131,28 @@ def saved(ctx: Any) -> dict[str, Any]:
 
 
 def _vmap_by_loop(function: Any) -> Any:
-    """vmap as the loop it stands for; one call of a kernel already fills the machine."""
+    """vmap as the loop it stands for; one call of a kernel already fills the machine.
+
+    Of a batch of 0 one call of zeros, the sums over it, says which shapes there are none of.
+    """
 
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> Any:
-        calls = [
-            function.apply(
-                *(  # a list's dim is a list
-                    value.select(dim, index) if isinstance(dim, int) else value
-                    for value, dim in zip(inputs, in_dims, strict=True)
-                )
+        def sample(value: Any, dim: Any, index: int) -> Any:
+            if not isinstance(dim, int):  # a list's dim is a list
+                return value
+            return (
+                value.select(dim, index) if info.batch_size else value.sum(dim, dtype=value.dtype)
             )
-            for index in range(info.batch_size)
+
+        calls = [
+            function.apply(*(sample(x, dim, index) for x, dim in zip(inputs, in_dims, strict=True)))
+            for index in range(max(1, info.batch_size))
         ]
         if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        stacked = tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
+            return torch.stack(calls)[: info.batch_size], 0
+        stacked = tuple(
+            torch.stack(outputs)[: info.batch_size] for outputs in zip(*calls, strict=True)
+        )
         return stacked, (0,) * len(stacked)
 
     return vmap

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ctypes import c_float
+
 import torch
 
 # As the kernels number them (kernels/cython/nll.pyx).
@@ -26,6 +28,12 @@ def divides_late(dtype: torch.dtype) -> bool:
     """Whether a mean's divisor waits for the backward. In float16 a gradient divided by thousands
     of rows is below the smallest number, and a loss scale that comes after cannot bring it back."""
     return dtype == torch.float16
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """As a tensor of the accumulation dtype holds it. An eager backward has the number itself, that
+    of the registered op a tensor: so they divide by the same."""
+    return value if dtype == torch.float64 else c_float(value).value
 
 
 def quotient(numerator: float, divisor: float) -> float:

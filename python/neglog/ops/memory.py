@@ -28,6 +28,11 @@ def new_rows(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tenso
     return new_memory((rows, stride), like, dtype)[:, :columns]
 
 
+def number(value: float, dtype: torch.dtype) -> Tensor:
+    """() on the CPU, whatever torch.set_default_device says: its memory may be written."""
+    return torch.scalar_tensor(value, dtype=dtype, device="cpu")
+
+
 def address(tensor: Tensor | None, start: int = 0) -> int:
     """Of the number at `start`; 0 for "not given". An empty tensor has no address: it gets 1,
     which nobody reads."""

@@ -197,7 +197,7 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 def fastest_linear() -> Callable[..., None]:
     """What makes logits fastest here, by a measurement."""
     x, weight = _random(PROBE_ROWS, PROBE_FEATURES), _random(PROBE_VOCAB, PROBE_FEATURES)
-    out = torch.empty(PROBE_ROWS, PROBE_VOCAB)
+    out = x.new_empty(PROBE_ROWS, PROBE_VOCAB)
     return _faster((linear_by_blas, linear_by_onednn), (x, weight, None, out), out)
 
 
@@ -205,7 +205,7 @@ def fastest_linear() -> Callable[..., None]:
 def fastest_add_outer() -> Callable[..., None]:
     """What adds to a weight's gradient fastest here, by a measurement."""
     s, x = _random(PROBE_ROWS, PROBE_VOCAB), _random(PROBE_ROWS, PROBE_FEATURES)
-    out = torch.zeros(PROBE_VOCAB, PROBE_FEATURES)
+    out = x.new_zeros(PROBE_VOCAB, PROBE_FEATURES)
     return _faster((add_outer_by_blas, add_outer_by_onednn), (s, x, out, True), out)
 
 
@@ -223,7 +223,8 @@ def _float32_wins(dtype: torch.dtype) -> bool:
     x, weight, s = (
         _random(*shape).to(dtype) for shape in ((rows, features), (vocab, features), (rows, vocab))
     )
-    grad_x, grad_weight = torch.empty_like(x), torch.empty(vocab, features)
+    grad_x = torch.empty_like(x)
+    grad_weight = x.new_empty(vocab, features, dtype=torch.float32)
 
     def products(s: Tensor) -> None:
         linear(x, weight, None, torch.empty_like(s))
@@ -238,7 +239,9 @@ def _float32_wins(dtype: torch.dtype) -> bool:
 
 
 def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    """float32 on the CPU, whatever torch's defaults are."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _faster(candidates: tuple[Any, Any], arguments: tuple, out: Tensor) -> Any:

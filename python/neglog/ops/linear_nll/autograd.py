@@ -31,7 +31,8 @@ def linear_nll(head: Sequence[Tensor | None], dtype: torch.dtype, *others: Any) 
     input: Any = head[0]
     stats = schema.forward.Arguments(*head, *others).stats
     # Hooks of saved tensors (checkpointing, offloading) get all that is saved, gradients too.
-    plain = not torch_state.traced(input) and not torch_state.transforming()
+    plain = input.device.type in ROWS
+    plain = plain and not torch_state.traced(input) and not torch_state.transforming()
     if plain and not torch_state.saved_tensors_hooked():
         return Rows.of(Rows(*EagerLinearNLL.apply(*head, dtype, *others)), stats)
     return Rows.of(schema.forward(*cast(head, dtype), *others), stats)

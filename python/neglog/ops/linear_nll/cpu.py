@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from neglog.kernels.threads import allowed
-from neglog.ops.dtypes import DTYPE_CODES, divides_late, quotient, real_dtype
+from neglog.ops.dtypes import DTYPE_CODES, divides_late, quotient, real_dtype, rounded
 from neglog.ops.linear_nll.tiles import Tile, Tiles
-from neglog.ops.memory import address
+from neglog.ops.memory import address, number
 from neglog.ops.nll import cpu as nll_cpu
 from neglog.ops.nll.schema import MEAN, NONE
 
@@ -23,10 +23,11 @@ class CpuRows:
         self._kernel = nll_cpu.load_kernel(op, a.backend)
         self._threads = allowed(torch.get_num_threads())
         count, real = len(tiles.target), real_dtype(a.input.dtype)
-        self.loss, self.lse, self.lse_low = (torch.empty(count, dtype=real) for _ in range(3))
+        new = a.input.new_empty
+        self.loss, self.lse, self.lse_low = (new(count, dtype=real) for _ in range(3))
         stats = getattr(a, "stats", False)
-        self.correct = torch.empty(count, dtype=torch.bool) if stats else None
-        self.entropy = torch.empty(count, dtype=real) if stats else None
+        self.correct = new(count, dtype=torch.bool) if stats else None
+        self.entropy = new(count, dtype=real) if stats else None
 
     @staticmethod
     def compacts(device: torch.device) -> bool:
@@ -40,10 +41,11 @@ class CpuRows:
             self._divisor = float(a.num_items)
         else:
             target = a.target.contiguous()
-            self._divisor = self._kernel.total_weight(
+            total = self._kernel.total_weight(
                 len(target), self.tiles.head.vocab, address(target), 0, address(self.weight),
                 a.ignore_index, DTYPE_CODES[a.input.dtype],
             )  # fmt: skip
+            self._divisor = rounded(total, real_dtype(a.input.dtype))
         late = divides_late(a.input.dtype) and self._divisor
         self.largest = quotient(1.0, self._divisor) if a.reduction == MEAN and not late else 1.0
 
@@ -77,8 +79,8 @@ class CpuRows:
         if reduction != NONE:
             total = float(loss.sum(dtype=torch.float64))
             value = quotient(total, self._divisor) if reduction == MEAN else total
-            loss = torch.scalar_tensor(value, dtype=loss.dtype)
-        total_weight = torch.scalar_tensor(self._divisor, dtype=loss.dtype)
+            loss = number(value, loss.dtype)
+        total_weight = number(self._divisor, loss.dtype)
         return loss, self.lse, total_weight, self.correct, self.entropy
 
     def _problem(self, tile: Tile) -> tuple:

@@ -26,14 +26,14 @@ from neglog.ops.nll.schema import NONE, OPTIONS
 TILES = "int workspace, ScalarType tile_dtype, float filter_eps, str backend"
 forward = Op(
     "linear_nll(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
-    f"Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, bool[3] wanted, {TILES}) -> "
+    f"Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, int[3] wanted, {TILES}) -> "
     "(Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, Tensor entropy, "
     "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 )
 backward = Op(
     "linear_nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor input, Tensor linear_weight, "
     "Tensor? linear_bias, Tensor target, Tensor? weight, Tensor total_weight, Tensor grad_input, "
-    f"Tensor grad_weight, Tensor grad_bias, {OPTIONS}, bool[3] wanted, {TILES}) -> "
+    f"Tensor grad_weight, Tensor grad_bias, {OPTIONS}, int[3] wanted, {TILES}) -> "
     "(Tensor input, Tensor linear_weight, Tensor linear_bias)"
 )
 

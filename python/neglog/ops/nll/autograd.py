@@ -226,7 +226,7 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> None:
         torch.autograd.graph.increment_version(grad)
     elif factor.dim():
         grad.mul_(factor.unsqueeze(1))
-    elif float(factor) != 1:
+    elif not torch_state.readable(factor) or float(factor) != 1:
         grad.mul_(factor)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from neglog import availability, kernels
 from neglog.kernels.threads import allowed
-from neglog.ops.dtypes import DTYPE_CODES, divides_late, quotient, real_dtype
-from neglog.ops.memory import address, adjacent_columns, new_memory
+from neglog.ops.dtypes import DTYPE_CODES, divides_late, quotient, real_dtype, rounded
+from neglog.ops.memory import address, adjacent_columns, new_memory, number
 from neglog.ops.nll import schema
 from neglog.ops.nll.schema import MEAN, NONE, empty_stats
 
@@ -19,7 +19,7 @@ GRAIN = 32768
 # Logits up to which the gradient is formed in the forward: beyond, a pass over memory that an
 # evaluation would not need is felt.
 FORMED_IN_FORWARD = 1 << 17
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 
 
 class Outputs(NamedTuple):
@@ -37,10 +37,10 @@ class Outputs(NamedTuple):
         if reduction == NONE:
             return self.row_loss
         value = quotient(self.total, self.divisor) if reduction == MEAN else self.total
-        return torch.scalar_tensor(value, dtype=self.row_loss.dtype)
+        return number(value, self.row_loss.dtype)
 
     def total_weight(self) -> Tensor:
-        return torch.scalar_tensor(self.divisor, dtype=self.row_loss.dtype)
+        return number(self.divisor, self.row_loss.dtype)
 
 
 def load_kernel(op: str, backend: str) -> Any:
@@ -70,10 +70,12 @@ def _ready(target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None
     return target, None if weight is None else weight.contiguous()
 
 
-def _divisor(kernel: Any, given: tuple, num_items: Tensor | None) -> float:
+def _divisor(kernel: Any, given: tuple, num_items: Tensor | None, real: torch.dtype) -> float:
     code, rows, vocab, _, _, target, probabilities, _, weight, ignore_index = given[:10]
+    if num_items is not None:
+        return float(num_items)
     total = kernel.total_weight(rows, vocab, target, probabilities, weight, ignore_index, code)
-    return total if num_items is None else float(num_items)
+    return rounded(total, real)
 
 
 def _begin(op: str, a: Any) -> tuple[Any, Tensor, tuple, tuple]:
@@ -88,9 +90,9 @@ def _begin(op: str, a: Any) -> tuple[Any, Tensor, tuple, tuple]:
 def forward(a: Any) -> Outputs:
     """Loss and statistics of rows."""
     kernel, logits, given, _alive = _begin("nll", a)
-    divisor = _divisor(kernel, given, a.num_items)
     real = real_dtype(logits.dtype)
-    row_loss, lse, lse_low = (torch.empty(len(logits), dtype=real) for _ in range(3))
+    divisor = _divisor(kernel, given, a.num_items, real)
+    row_loss, lse, lse_low = (logits.new_empty(len(logits), dtype=real) for _ in range(3))
     correct, entropy = empty_stats(logits, True) if a.stats else (_NOTHING, _NOTHING)
     total = kernel.forward(
         *given, row_loss.data_ptr(), lse.data_ptr(), lse_low.data_ptr(),
@@ -118,9 +120,9 @@ def backward(a: Any, divisor: float) -> Tensor:
 def forward_in_place(a: Any) -> Outputs:
     """Loss and statistics of rows, and their gradient in place of the logits."""
     kernel, rows, given, _alive = _begin("nll_", a)
-    divisor = _divisor(kernel, given, a.num_items)
     real = real_dtype(rows.dtype)
-    row_loss, lse = (torch.empty(len(rows), dtype=real) for _ in range(2))
+    divisor = _divisor(kernel, given, a.num_items, real)
+    row_loss, lse = (rows.new_empty(len(rows), dtype=real) for _ in range(2))
     correct, entropy = empty_stats(rows, a.stats)
     divides = a.reduction == MEAN and not (divides_late(rows.dtype) and divisor)
     total = kernel.forward_backward(
@@ -147,10 +149,10 @@ def forward_with_gradient(
         logits = logits.contiguous()
     target, weight = _ready(target, weight)
     given = problem(logits, target, weight, options)
-    divisor = _divisor(kernel, given, num_items)
     real = real_dtype(logits.dtype)
+    divisor = _divisor(kernel, given, num_items, real)
     rows, columns = logits.shape
-    room = torch.empty(2 * rows, dtype=real)  # of losses and log-sum-exps, which nobody reads
+    room = logits.new_empty(2 * rows, dtype=real)  # of losses and log-sum-exps, which nobody reads
     losses, out = room.data_ptr(), torch.empty_like(logits)
     threads = 1 if logits.numel() <= GRAIN else threads_for(logits)
     mean = options.reduction == MEAN
@@ -159,7 +161,7 @@ def forward_with_gradient(
         *given, losses, losses + rows * real.itemsize, 0, 0, scale, out.data_ptr(), columns,
         threads,
     )  # fmt: skip
-    return torch.scalar_tensor(quotient(total, divisor) if mean else total, dtype=real), out
+    return number(quotient(total, divisor) if mean else total, real), out
 
 
 def _forward(a: Any) -> tuple[Tensor, ...]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from neglog import torch_state
 from neglog.ops.dtypes import real_dtype, softcap_in
 from neglog.ops.nll.schema import MEAN, SUM, Options
 
@@ -42,7 +42,7 @@ def log_sum_exp(z: Tensor) -> Tensor:
 
 
 def _has_no_classes(z: Tensor) -> bool:
-    return statically_known_true(z.shape[1] == 0)
+    return torch_state.known_true(z.shape[1] == 0)
 
 
 def _mass(

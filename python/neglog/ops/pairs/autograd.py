@@ -91,11 +91,14 @@ def _setup_sigmoid(ctx: Any, a: Any, results: Any) -> None:
     formed = results._asdict()
     del formed["loss"]
     save(ctx, **_named(a, SIGMOID + SIGMOID_OTHERS), **formed)
+    ctx.tiles = (a.workspace, a.tile_dtype, a.backend)
 
 
 def _sigmoid_backward(ctx: Any, grad: Any) -> dict[str, Any]:
-    made = schema.sigmoid_backward(grad.loss, *saved(ctx).values())
     wanted = _named(ctx.wanted, SIGMOID)
+    made = schema.sigmoid_backward(
+        grad.loss, *saved(ctx).values(), *ctx.tiles, list(wanted.values())
+    )
     return {name: getattr(made, name) for name, want in wanted.items() if want}
 
 

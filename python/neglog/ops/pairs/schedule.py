@@ -255,17 +255,23 @@ def sigmoid(kind: Any, a: Any) -> tuple[Tensor, ...]:
     return loss.sum().to(pairs.real), *formed, of_bias.to(pairs.real)
 
 
-def sigmoid_backward(a: Any) -> tuple[Tensor, ...]:
-    """In new memory: the graph may be walked again."""
-    formed = (a.grad_query, a.grad_key, a.grad_scale, a.grad_bias)
+def sigmoid_backward(kind: Any, a: Any) -> tuple[Tensor, ...]:
+    """What the forward formed, times the upstream, or formed anew. In new memory: the graph may be
+    walked again."""
     likes = (a.query, a.key, a.scale, a.bias)
     if not len(a.query):  # a mean over no rows has an infinite upstream: 0 times it is NaN
         return tuple(
-            torch.zeros_like(kept, dtype=x.dtype) for kept, x in zip(formed, likes, strict=True)
+            x.new_zeros(x.shape if want else 0) for x, want in zip(likes, a.wanted, strict=True)
         )
+    formed: Sequence[Tensor] = (a.grad_query, a.grad_key, a.grad_scale, a.grad_bias)
+    if any(want and not kept.numel() for want, kept in zip(a.wanted, formed, strict=True)):
+        names = schema.sigmoid.Arguments._fields
+        formed = sigmoid(kind, schema.sigmoid.Arguments(*(getattr(a, name) for name in names)))[1:]
     return tuple(
         torch.mul(kept, a.grad, out=new_memory(kept.shape, kept, x.dtype))
-        for kept, x in zip(formed, likes, strict=True)
+        if want
+        else x.new_empty(0)
+        for kept, x, want in zip(formed, likes, a.wanted, strict=True)
     )
 
 
@@ -277,5 +283,5 @@ for _device, _kind in TILES.items():
     schema.forward.implement(_device, partial(forward, _kind))
     schema.backward.implement(_device, partial(backward, _kind))
     schema.sigmoid.implement(_device, partial(sigmoid, _kind))
-    schema.sigmoid_backward.implement(_device, sigmoid_backward)
+    schema.sigmoid_backward.implement(_device, partial(sigmoid_backward, _kind))
     schema.statistics.implement(_device, statistics)

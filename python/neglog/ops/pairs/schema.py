@@ -27,7 +27,8 @@ positive_score (N,); then what the backward needs: row_low (N,), column_low (M,)
 
 pairs_sigmoid has scale and bias () and a positive; it returns the loss () and gradients of query,
 key, scale and bias, (0,) where not wanted. Pairs that are left out have no part in its sum. Its
-upstream is one number, so a tile's gradient is known as soon as the tile is: 3 matmuls in all.
+upstream is one number, so a tile's gradient is known as soon as the tile is: 3 matmuls in all. A
+graph made without gradients wants none; if they are asked of it later, the backward forms them.
 
 pairs_statistics returns correct, entropy and best (N,): the column with the highest score, or -1
 for a positive that is not among the keys.
@@ -57,18 +58,19 @@ forward = Op(
 backward = Op(
     "pairs_backward(Tensor? grad_row_loss, Tensor? grad_column_loss, Tensor? grad_row_lse, "
     f"Tensor? grad_column_lse, Tensor? grad_positive_score, {PAIRS}, Tensor row_lse, "
-    "Tensor column_lse, Tensor row_low, Tensor column_low, Tensor kept, bool[3] wanted) -> "
+    "Tensor column_lse, Tensor row_low, Tensor column_low, Tensor kept, int[3] wanted) -> "
     "(Tensor query, Tensor key, Tensor scale)"
 )
 sigmoid = Op(
     "pairs_sigmoid(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor positive, "
-    f"Tensor? query_group, Tensor? key_group, {TILES}, bool[4] wanted) -> (Tensor loss, "
+    f"Tensor? query_group, Tensor? key_group, {TILES}, int[4] wanted) -> (Tensor loss, "
     "Tensor grad_query, Tensor grad_key, Tensor grad_scale, Tensor grad_bias)"
 )
 sigmoid_backward = Op(
     "pairs_sigmoid_backward(Tensor grad, Tensor query, Tensor key, Tensor scale, Tensor bias, "
     "Tensor positive, Tensor? query_group, Tensor? key_group, Tensor grad_query, Tensor grad_key, "
-    "Tensor grad_scale, Tensor grad_bias) -> (Tensor query, Tensor key, Tensor scale, Tensor bias)"
+    f"Tensor grad_scale, Tensor grad_bias, {TILES}, int[4] wanted) -> "
+    "(Tensor query, Tensor key, Tensor scale, Tensor bias)"
 )
 statistics = Op(
     f"pairs_statistics(Tensor positive_score, {PAIRS}) -> "
@@ -234,10 +236,9 @@ def _sigmoid_shapes(a: Any) -> tuple[Tensor, ...]:
 
 
 def _sigmoid_backward_shapes(a: Any) -> tuple[Tensor, ...]:
-    formed = (a.grad_query, a.grad_key, a.grad_scale, a.grad_bias)
     likes = (a.query, a.key, a.scale, a.bias)
     return tuple(
-        torch.empty_like(kept, dtype=x.dtype) for kept, x in zip(formed, likes, strict=True)
+        x.new_empty(x.shape if want else 0) for x, want in zip(likes, a.wanted, strict=True)
     )
 
 
