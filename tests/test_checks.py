@@ -1,6 +1,6 @@
 """What is said where an argument of a loss over classes is wrong, and what is accepted.
 
-Both at 3 rows and at 3,000: what a call accepts and raises does not depend on its size. Arguments
+Both at 3 rows and at 30,000: what a call accepts and raises does not depend on its size. Arguments
 are checked before a backend is chosen, except for the range of targets, which the kernels check.
 """
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import neglog
 
 # One that fits in a cache line, and one of many threads and tiles.
-ROWS = (3, 3000)
+ROWS = (3, 30_000)
 
 
 def names(table):

@@ -1,16 +1,27 @@
 """What a loss over classes means does not depend on how many numbers there are.
 
-tests/test_checks.py shows it for arguments and errors, this file for values.
+Each form of each loss with each option, at three sizes; then what once differed, or still has two
+paths. tests/test_checks.py shows it for arguments and errors, test_any_size_of_pairs.py for losses
+over embeddings.
 """
 
 import math
+from functools import cache
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch import Tensor
 
 import neglog
 from neglog import dispatch
+from neglog.losses._result import LossStats
+from tests.support.backends import BEST
+
+# One call of a kernel in one thread, a few tiles, and more logits than have their gradient formed
+# in the forward, on several threads. Few classes, so that these are many rows.
+SIZES = (5, 700, 30_000)
+CLASSES = 11
 
 # Below and above what nll calls small, and several tiles and threads.
 ROWS = (9, 3000)
@@ -26,6 +37,179 @@ def loss_of(name, logits, target, **options):
         return neglog.masked_cross_entropy(logits, target.clamp(min=0), target != -100, **options)
     weight = torch.eye(logits.shape[1], dtype=logits.dtype)
     return neglog.linear_cross_entropy(logits, weight, target, **options)
+
+
+def by_masked(logits, target, ignore_index=-100, **options):
+    counted = target != ignore_index
+    return neglog.masked_cross_entropy(logits, target.clamp(min=0), counted, **options)
+
+
+def by_axis_1(logits, target, **options):
+    """(N, C) as (N / 5, C, 5), as logits of segmentation lie."""
+    apart = logits.view(-1, 5, CLASSES).transpose(1, 2).contiguous()
+    made = neglog.cross_entropy(apart, target.view(-1, 5), **options)
+    if not isinstance(made, Tensor):
+        return LossStats(*(x.flatten() if x.dim() else x for x in made))
+    return made.flatten() if made.dim() else made
+
+
+def by_linear(logits, target, **options):
+    head = torch.eye(CLASSES, dtype=logits.dtype)
+    return neglog.linear_cross_entropy(logits, head, target, **options)
+
+
+def of_probabilities(function):
+    """With a distribution for each row, one of five, of which none is ignored."""
+
+    def loss(logits, target, ignore_index=None, **options):
+        rows = (torch.arange(len(target)) % 5)[:, None] + torch.arange(CLASSES)
+        return function(logits, rows.to(logits.dtype).sin().softmax(1), **options)
+
+    return loss
+
+
+def by_masked_probabilities(logits, target, ignore_index=-100, **options):
+    def masked(logits, probabilities, **options):
+        return neglog.masked_cross_entropy(logits, probabilities, target != ignore_index, **options)
+
+    return of_probabilities(masked)(logits, target, **options)
+
+
+FORMS = {
+    "cross_entropy": neglog.cross_entropy,
+    "axis 1": by_axis_1,
+    "masked": by_masked,
+    "linear": by_linear,
+    "probabilities": of_probabilities(neglog.cross_entropy),
+    "masked probabilities": by_masked_probabilities,
+    "linear, probabilities": of_probabilities(by_linear),
+}
+WEIGHT = torch.linspace(0.5, 2, CLASSES)
+EACH_OPTION = {
+    "plain": {},
+    "weight": {"weight": WEIGHT},
+    "ignore_index": {"ignore_index": 3},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "logit_scale": {"logit_scale": 0.5},
+    "tensor": {"logit_scale": torch.tensor(0.5), "z_loss": torch.tensor(0.1)},
+    "learned": {"logit_scale": torch.tensor(0.5, requires_grad=True)},
+    "softcap": {"softcap": 3.0},
+    "z_loss": {"z_loss": 0.1},
+    "stats": {"return_stats": True},
+    "in place": {"inplace_backward": True},
+    "loss_dtype": {"loss_dtype": torch.float64},
+    "all": {"weight": WEIGHT, "label_smoothing": 0.1, "logit_scale": 0.5, "softcap": 3.0,
+            "z_loss": 0.1, "return_stats": True},
+}  # fmt: skip
+
+
+@cache
+def batch(dtype):
+    """The largest batch, whose first rows are the smaller ones: logits, targets, upstream."""
+    rows = max(SIZES)
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(rows, CLASSES, generator=generator)).to(dtype)
+    target = torch.arange(rows) * 7 % CLASSES
+    for first, value in ((1, torch.nan), (13, torch.inf), (25, -torch.inf), (37, 6e4)):
+        logits[first::48, first % CLASSES] = value
+    logits[49::480] = -torch.inf
+    upstream = (torch.arange(rows) % 7 + 1).to(dtype) / 4
+    return logits, target, upstream
+
+
+def by_row(form, options, dtype, rows, backend):
+    """Loss, statistics and gradient of the first rows of the batch."""
+    logits, target, upstream = (x[:rows].clone() for x in batch(dtype))
+    target[1::3] = options.get("ignore_index", -100)
+    target[2::5] = options.get("ignore_index", -100)
+    logits.requires_grad_()
+    if "weight" in options:
+        options = options | {"weight": options["weight"].to(dtype)}
+    made = FORMS[form](logits * 1, target, reduction="none", backend=backend, **options)
+    loss, *stats = made if isinstance(made, LossStats) else [made]
+    (grad,) = torch.autograd.grad(loss, logits, upstream.to(loss.dtype))
+    return {"loss": loss.detach(), "grad": grad, **dict(enumerate(stats))}
+
+
+def cases():
+    """Each option; and without any each dtype. What a form does not take is left out."""
+    for form in FORMS:
+        for option, values in EACH_OPTION.items():
+            in_place = form.startswith("linear") and option == "in place"
+            no_index = "probabilities" in form and option == "ignore_index"
+            if not (in_place or no_index):
+                yield pytest.param(form, values, torch.float32, id=f"{form}-{option}")
+        for dtype in (torch.float64, torch.bfloat16, torch.float16):
+            yield pytest.param(form, EACH_OPTION["all"], dtype, id=f"{form}-{dtype}")
+
+
+# The logits hold NaN, inf and rows of -inf, some in rows that are ignored. A matmul of other size
+# may sum in another order, though by a unit matrix it adds zeros alone.
+@pytest.mark.parametrize(("form", "options", "dtype"), list(cases()))
+def test_a_row_is_what_it_is_at_any_size(form, options, dtype):
+    """Bit for bit: loss, statistics, gradient, whatever lies beside the row."""
+    small, middle, large = (by_row(form, options, dtype, rows, BEST) for rows in SIZES)
+    for name, expected in middle.items():
+        for rows, few, many in ((5, small[name], expected), (700, expected, large[name])):
+            assert many.dtype == few.dtype
+            torch.testing.assert_close(many[:rows], few, rtol=0, atol=0, equal_nan=True)
+
+
+# In float64, where two correct answers differ in the last digits alone.
+@pytest.mark.parametrize("option", EACH_OPTION)
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_formula_means_the_same(form, option):
+    options = EACH_OPTION[option]
+    if form.startswith("linear"):
+        options = {k: v for k, v in options.items() if k != "inplace_backward"}
+    for rows in SIZES[:2]:
+        found = by_row(form, options, torch.float64, rows, BEST)
+        expected = by_row(form, options, torch.float64, rows, "torch")
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+# A mean, and a sum over num_items, of five rows again and again are those of the five. In float16
+# the sum of 30,000 losses is beyond the dtype, and that of the five is not.
+@pytest.mark.parametrize("option", ["plain", "all", "in place"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mean_of_equal_rows_does_not_depend_on_their_number(form, dtype, option):
+    options = EACH_OPTION[option]
+    if form.startswith("linear"):
+        options = {k: v for k, v in options.items() if k != "inplace_backward"}
+    if "weight" in options:
+        options = options | {"weight": options["weight"].to(dtype)}
+    five = torch.linspace(-3, 3, 5 * CLASSES).view(5, CLASSES).sin().mul(4).to(dtype)
+    five[1] = torch.nan if "probabilities" not in form else 0
+    labels = torch.tensor([0, -100, 5, 7, 9])
+    found = {}
+    for rows in SIZES:
+        times = rows // 5
+        logits, target = five.repeat(times, 1).requires_grad_(), labels.repeat(times)
+        for divisor in ({}, {"num_items": torch.tensor(2 * times)}):
+            made = FORMS[form](logits * 1, target, **divisor, **options)
+            loss = made.loss if isinstance(made, LossStats) else made
+            (grad,) = torch.autograd.grad(loss, logits, torch.tensor(times, dtype=loss.dtype))
+            found.setdefault(len(divisor), []).append((loss.detach(), grad[:5], grad[-5:]))
+    for expected, *others in found.values():
+        assert expected[0].isfinite()
+        assert expected[1].isfinite().all()
+        for other in others:
+            torch.testing.assert_close(other, expected)
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if "probabilities" not in name])
+def test_of_rows_that_are_all_ignored(form):
+    """A mean of nothing is NaN as torch has it, a sum is 0, and no gradient is either."""
+    for rows in SIZES:
+        logits = torch.randn(rows, CLASSES, requires_grad=True)
+        target = torch.full((rows,), -100)
+        for reduction, expected in (("mean", torch.nan), ("sum", 0.0), ("none", 0.0)):
+            loss = FORMS[form](logits, target, reduction=reduction)
+            assert loss.shape == ((rows,) if reduction == "none" else ())
+            assert (loss.isnan() if reduction == "mean" else loss == 0).all(), expected
+            (grad,) = torch.autograd.grad(loss.sum(), logits)
+            assert not grad.any()
 
 
 def draw(rows, dtype=torch.float32):
@@ -90,19 +274,6 @@ def test_a_mean_in_float16_does_not_overflow(backend, name, rows):
     (grad,) = torch.autograd.grad(loss, logits, torch.tensor(1024.0, dtype=torch.float16))
     expected = torch.full((rows,), 1024 * (1 - math.exp(-2)) / rows)
     torch.testing.assert_close(-grad[:, 0].float(), expected, rtol=2e-3, atol=0)
-
-
-# Any logits: a row's loss and gradient are those that it has alone, whatever lies beside it.
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name", LOSSES[:2])
-def test_a_row_does_not_depend_on_those_beside_it(kernel_backend, name, dtype):
-    found = []
-    for rows in ROWS:
-        logits, target = draw(max(ROWS), dtype)
-        logits = logits.detach()[:rows].clone().requires_grad_()
-        loss = loss_of(name, logits, target[:rows], reduction="none")
-        found.append((loss.detach()[:9], torch.autograd.grad(loss.sum(), logits)[0][:9]))
-    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 # 131,072 logits are where the gradient stops to be formed in the forward.
