@@ -289,6 +289,37 @@ def test_a_compiled_step_with_a_queue():
     assert len(graphs) == before
 
 
+# Up to its size, past it, and more at once than it holds.
+@pytest.mark.parametrize("sizes", [[4], [4, 3, 1, 0, 4], [13, 5]])
+def test_ids_lie_beside_the_keys_of_a_queue(sizes, tmp_path):
+    queue, first = neglog.nn.Queue(6, 1, with_ids=True), 0
+    for size in sizes:
+        ids = torch.arange(first, first + size, dtype=torch.int32)
+        queue.push(ids[:, None].float(), ids=ids)
+        first += size
+        assert queue.key_ids().tolist() == queue()[:, 0].tolist()
+    torch.save(queue.state_dict(), tmp_path / "queue.pt")
+    other = neglog.nn.Queue(6, 1, with_ids=True)
+    other.load_state_dict(torch.load(tmp_path / "queue.pt"))
+    assert torch.equal(other.key_ids(), queue.key_ids())
+    assert repr(other) == "Queue(size=6, dim=1, with_ids=True)"
+
+
+def test_a_queue_with_ids_and_one_without():
+    queue, plain = neglog.nn.Queue(6, 4, with_ids=True), neglog.nn.Queue(6, 4)
+    keys = torch.zeros(2, 4)
+    for error, message, call in (
+        (TypeError, "ids: expected a Tensor, .* with_ids, got NoneType", lambda: queue.push(keys)),
+        (TypeError, "ids: expected None, got Tensor", lambda: plain.push(keys, torch.arange(2))),
+        (RuntimeError, r"ids: expected shape \[2\]", lambda: queue.push(keys, torch.arange(3))),
+        (ValueError, "key_ids: expected a Queue made with with_ids=True", plain.key_ids),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert len(queue) == len(plain) == 0
+    assert list(plain.state_dict()) == ["keys", "position"]
+
+
 def test_a_queue_of_no_size():
     with pytest.raises(ValueError, match="Queue: expected size and dim of at least 1, got 0 and 3"):
         neglog.nn.Queue(0, 3)

@@ -70,6 +70,7 @@ reveal_type(nn.NTXentLoss(0.5).forward(x, x))  # shows Tensor
 reveal_type(nn.DCLLoss().forward(x, x))  # shows Tensor
 reveal_type(nn.SupConLoss().forward(x, target))  # shows Tensor
 reveal_type(nn.Queue(16, 8).forward())  # shows Tensor
+reveal_type(nn.Queue(16, 8, with_ids=True).key_ids())  # shows Tensor
 nn.CrossEntropyLoss().forward(x)  # error call-arg
 nn.NTXentLoss().forward(x, 1)  # error arg-type
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.jit.frontend import NotSupportedError
 from torch.nn.modules.loss import _WeightedLoss
 
+from neglog.checks import check_groups
 from neglog.losses._result import LossStats
 from neglog.losses.clip import clip_loss, siglip_loss
 from neglog.losses.cross_entropy import cross_entropy, masked_cross_entropy
@@ -284,18 +285,25 @@ class Queue(torch.nn.Module):
     saved, and are broadcast by DistributedDataParallel with the module. Inside what torch.compile
     compiles, both calls break the graph. On a device the numbers are known without waiting for it,
     unless something else wrote them since: a broadcast, or a state dict.
+
+    with_ids: an integer is pushed with each key, and `key_ids()` gives those of the keys, as
+    `negative_ids` of `info_nce`: what the queue still holds of a query is no negative of it.
     """
 
     keys: Tensor
+    ids: Tensor | None
     position: Tensor
 
     def __init__(
-        self, size: int, dim: int, *, dtype: torch.dtype | None = None, device: Any = None
-    ) -> None:
+        self, size: int, dim: int, *, with_ids: bool = False, dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f"Queue: expected size and dim of at least 1, got {size} and {dim}")
         self.register_buffer("keys", torch.zeros(size, dim, dtype=dtype, device=device))
+        ids = torch.zeros(size, dtype=torch.int64, device=device) if with_ids else None
+        self.register_buffer("ids", ids)
         self.register_buffer("position", torch.zeros(2, dtype=torch.int64, device=device))
         self._known: tuple[Tensor, int, list[int]] | None = None
 
@@ -331,11 +339,17 @@ class Queue(torch.nn.Module):
             )
         return self.keys[:filled].clone()
 
-    @torch.no_grad()
-    def push(self, keys: Tensor) -> None:
-        """Take (N, D) in, in place of the oldest.
+    def key_ids(self) -> Tensor:
+        """(len,): of the keys that a call gives; a copy. Raises ValueError without `with_ids`."""
+        if self.ids is None:
+            raise ValueError("key_ids: expected a Queue made with with_ids=True")
+        return self.ids[: self._position()[0]].clone()
 
-        Raises RuntimeError for another number of features.
+    @torch.no_grad()
+    def push(self, keys: Tensor, ids: Tensor | None = None) -> None:
+        """Take (N, D), and with `with_ids` their (N,) integers, in, in place of the oldest.
+
+        Raises RuntimeError for another number of features, or of ids.
         """
         size, dim = self.keys.shape
         if not isinstance(keys, Tensor):
@@ -344,14 +358,15 @@ class Queue(torch.nn.Module):
             raise RuntimeError(f"keys: expected shape (N, {dim}), got {list(keys.shape)}")
         if not keys.dtype.is_floating_point:
             raise RuntimeError(f"keys: expected a floating-point dtype, got {keys.dtype}")
-        if keys.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr():
-            keys = keys.clone()  # its own keys
-        keys = keys[-size:]
-        rows = keys.shape[0]
+        if (ids is None) != (self.ids is None):
+            expected = "None" if self.ids is None else "a Tensor, as the Queue was made with_ids"
+            raise TypeError(f"ids: expected {expected}, got {type(ids).__name__}")
         filled, start = self._position()
-        to_end = min(rows, size - start)
-        self.keys[start : start + to_end] = keys[:to_end]
-        self.keys[: rows - to_end] = keys[to_end:]
+        if self.ids is not None:
+            check_groups("ids", ids, keys)
+            _put(self.ids, ids, start)
+        _put(self.keys, keys, start)
+        rows = min(size, keys.shape[0])
         self._move(min(size, filled + rows), (start + rows) % size)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
@@ -362,7 +377,18 @@ class Queue(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
-        return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}"
+        ids = "" if self.ids is None else ", with_ids=True"
+        return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}{ids}"
+
+
+def _put(held: Tensor, new: Any, start: int) -> None:
+    """The last rows of `new`, as many as there is room for, from row `start` on and round."""
+    if new.untyped_storage().data_ptr() == held.untyped_storage().data_ptr():
+        new = new.clone()  # what is held
+    new = new[-held.shape[0] :]
+    to_end = min(new.shape[0], held.shape[0] - start)
+    held[start : start + to_end] = new[:to_end]
+    held[: new.shape[0] - to_end] = new[to_end:]
 
 
 def _version(x: Tensor) -> int:

@@ -322,6 +322,8 @@ def _of_queue(
     )  # fmt: skip
     score = scale * dots(query, key)
     loss = loss_beside(compared.row_lse, score)
+    if not (asked.smoothing or asked.stats):
+        return without_stats(loss)
     lse = torch.where(score == -torch.inf, compared.row_lse, loss + score)
     if asked.smoothing:
         mean_key, mean_bias, kept = _mean_of_kept(negatives.keys, bias, scale)
