@@ -113,6 +113,21 @@ CALLS = {
     "nt_xent": lambda x, y: neglog.nt_xent(x, y),
     "dcl": lambda x, y: neglog.dcl(x, y),
     "sup_con": lambda x, y: neglog.sup_con(x + y, torch.arange(x.shape[0]) // 2),
+    "several positives": lambda x, y: neglog.info_nce(
+        x,
+        y,
+        positives=(torch.arange(x.shape[0]) // 2, torch.arange(x.shape[0]) // 3),
+        symmetric=True,
+    ),
+    "positives by rows": lambda x, y: neglog.info_nce(
+        x, y, positives=torch.arange(x.shape[0])[:, None] // torch.tensor([1, 2])
+    ),
+    "siglip_loss of ids": lambda x, y: neglog.siglip_loss(
+        x, y, 2.0, -1.0, exclude=torch.arange(x.shape[0]) // 2
+    ),
+    "own hard negatives": lambda x, y: neglog.info_nce(
+        x, y, y + x, negative_mode="in_batch", own_negative_weight=0.5
+    ),
 }
 
 
