@@ -10,6 +10,7 @@ from torch import Tensor
 from neglog import availability, route, torch_state
 from neglog.checks import check_embeddings, check_groups, check_scalar
 from neglog.distributed import check_group, gathered
+from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._pairs import compare, embeddings, number, workspace_of
 from neglog.losses._result import reduce_and_cast
 from neglog.losses._types import Backend, WorkspaceOptions
@@ -45,6 +46,8 @@ def clip_loss(
 
     Source: arXiv:2103.00020; the arguments are those of open_clip's ClipLoss.
     """
+    if any_distributed(image_features, text_features, logit_scale, logit_bias, exclude):
+        return on_whole_tensors(clip_loss, locals())
     _check(image_features, text_features, logit_scale, logit_bias, exclude, group)
     image, text = (embeddings(x, False) for x in (image_features, text_features))
     where = route.choose(image, text, backend=backend, workspace=workspace_of(options))
@@ -103,6 +106,8 @@ def siglip_loss(
 
     Source: arXiv:2303.15343; the arguments are those of open_clip's SigLipLoss.
     """
+    if any_distributed(image_features, text_features, logit_scale, logit_bias, exclude):
+        return on_whole_tensors(siglip_loss, locals())
     _check(image_features, text_features, logit_scale, logit_bias, exclude, group)
     image, text = (embeddings(x, False) for x in (image_features, text_features))
     where = route.choose(image, text, backend=backend, workspace=workspace_of(options))

@@ -22,6 +22,7 @@ from neglog.checks import (
     to_options,
     to_rows,
 )
+from neglog.distributed.tensors import any_distributed, on_whole_tensors, torch_serves
 from neglog.losses._result import LossStats, change_rows, public, without_stats
 from neglog.losses._rows import RowOptions, common_dtype, loss_of_rows, may_overwrite, torch_loss
 from neglog.losses._types import Backend, Reduction
@@ -112,6 +113,10 @@ def cross_entropy(
         RuntimeError: other shapes, dtypes, label_smoothing, the length of weight.
         TypeError: input or target is not a tensor, an option not of its type.
     """
+    if any_distributed(input, target, weight, logit_scale, num_items):
+        arguments = locals()
+        if not torch_serves(cross_entropy, arguments):
+            return on_whole_tensors(cross_entropy, arguments)
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
             cross_entropy, (input, target, weight), input, target, weight, size_average,
@@ -213,6 +218,8 @@ def masked_cross_entropy(
     Raises:
         As `cross_entropy`, and RuntimeError for a mask of another dtype, device or shape.
     """
+    if any_distributed(input, target, mask, weight, logit_scale, num_items):
+        return on_whole_tensors(masked_cross_entropy, locals())
     check_masked(input, target, mask)
     _, label_smoothing = to_options(MASKED, reduction, label_smoothing)
     check_extensions(input, reduction, logit_scale, softcap, z_loss, num_items)

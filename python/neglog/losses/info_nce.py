@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from neglog import availability, route
 from neglog.checks import check_comparison, check_flags, number_on, to_smoothing
+from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._negatives import Negatives, check_negatives
 from neglog.losses._pairs import (
     Compared,
@@ -127,6 +128,11 @@ def info_nce(
 
     Source: arXiv:1807.03748; the arguments are those of info-nce-pytorch.
     """
+    if any_distributed(
+        query, positive_key, negative_keys, temperature, positives, exclude, negative_ids,
+        hard_negative_weight, own_negative_weight,
+    ):  # fmt: skip
+        return on_whole_tensors(info_nce, locals())
     check_comparison(
         temperature, reduction, normalize, per_sample=True, same_rows=positives is None,
         query=query, positive_key=positive_key,

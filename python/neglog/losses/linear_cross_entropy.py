@@ -21,6 +21,7 @@ from neglog.checks import (
     to_options,
     to_rows,
 )
+from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._result import LossStats, change_rows, public
 from neglog.losses._rows import RowOptions, loss_of_rows, times_scale
 from neglog.losses._types import Backend, Reduction, TileOptions
@@ -119,6 +120,10 @@ def linear_cross_entropy(
 
     Source: torch.nn.functional.linear_cross_entropy; arXiv:2411.09009 for the idea.
     """
+    if any_distributed(
+        input, linear_weight, target, linear_bias, weight, mask, logit_scale, num_items
+    ):
+        return on_whole_tensors(linear_cross_entropy, locals())
     if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
         return handle_torch_function(
             linear_cross_entropy, (input, linear_weight, target, linear_bias, weight), input,

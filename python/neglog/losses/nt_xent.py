@@ -7,6 +7,7 @@ from torch import Tensor
 
 from neglog import route
 from neglog.checks import check_comparison, check_groups
+from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._pairs import compare, dots, embeddings, scale_of, workspace_of
 from neglog.losses._result import reduce_and_cast
 from neglog.losses._types import Backend, Reduction, WorkspaceOptions
@@ -30,6 +31,8 @@ def nt_xent(
 
     Source: arXiv:2002.05709; NTXentLoss of pytorch-metric-learning and of lightly.
     """
+    if any_distributed(z_i, z_j, temperature, exclude):
+        return on_whole_tensors(nt_xent, locals())
     where, z = _two_views(z_i, z_j, temperature, reduction, normalize, exclude, options, backend)
     rows = torch.arange(z.shape[0], device=z.device)
     positive = rows.roll(z_i.shape[0])
@@ -52,6 +55,8 @@ def dcl(
 
     Source: arXiv:2110.06848.
     """
+    if any_distributed(z_i, z_j, temperature, exclude):
+        return on_whole_tensors(dcl, locals())
     where, z = _two_views(z_i, z_j, temperature, reduction, normalize, exclude, options, backend)
     scale = scale_of(temperature, z)
     score = dots(z, z.roll(z_i.shape[0], 0)) * scale

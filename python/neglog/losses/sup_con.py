@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neglog import route
 from neglog.checks import check_comparison, check_groups
+from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._pairs import compare, embeddings, scale_of, workspace_of
 from neglog.losses._positives import add_rows, mean_of, take_rows, widened
 from neglog.losses._result import reduce_and_cast
@@ -35,6 +36,8 @@ def sup_con(
 
     Source: arXiv:2004.11362, its L_out; the views are those of the authors' SupContrast.
     """
+    if any_distributed(features, labels, temperature):
+        return on_whole_tensors(sup_con, locals())
     views, flat = None, features
     if isinstance(features, Tensor) and features.dim() == 3:
         views, flat = features.shape[1], features.flatten(0, 1)
