@@ -320,8 +320,8 @@ class Queue(torch.nn.Module):
         return known[2]
 
     def _move(self, filled: int, following: int) -> None:
-        self.position[0] = filled  # a number at a time: to copy a tensor there would wait
-        self.position[1] = following
+        self.position[0].fill_(filled)  # a number at a time: to copy a tensor there would wait
+        self.position[1].fill_(following)
         if not torch.compiler.is_compiling():
             self._known = self.position, _version(self.position), [filled, following]
 

@@ -329,6 +329,26 @@ def mixed_steps(rank, world):
             agree(found, expected)
 
 
+def teachers(rank, world):
+    """A module that the encoder calls without gradients is left alone."""
+    student, teacher = Towers(), Towers()
+    expected = copy.deepcopy(student)
+    modules = [DistributedDataParallel(x) for x in (student, teacher)]
+
+    def encode(given):
+        with torch.no_grad():
+            target = modules[1](given)
+        return modules[0](given) + target
+
+    def run():
+        neglog.cached_step(encode, batch(rank, 0), student.loss, chunk_size=CHUNK)
+
+    assert collectives(run, "c10d::allreduce_") == 1
+    whole(expected, 0, world, encode=lambda x: expected(x) + teacher(x).detach())
+    agree(student, expected)
+    assert all(x.grad is None for x in teacher.parameters())
+
+
 def evaluation(rank, world):
     """Without gradients: the loss, and no reduction."""
     found = Towers(norm=True)
@@ -436,7 +456,7 @@ CHECKS = [
     plain, single_precision, small_buckets, bucket_views, accumulation, static_graph,
     static_graph_with_views_and_unused, unused_parameters, tied, last_tower_frozen,
     first_tower_frozen_late, hooks, functions, losses, buffers, part_of_the_ranks,
-    gathered_over_steps, mixed_steps, evaluation, queues, biases, what_cannot_be, sharded,
+    gathered_over_steps, mixed_steps, teachers, evaluation, queues, biases, what_cannot_be, sharded,
 ]  # fmt: skip
 OF_THREE = [plain, functions, static_graph]
 

@@ -1,13 +1,14 @@
 """clip_loss and siglip_loss over processes: each one's part of the whole batch's loss."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import neglog
+from tests.support import ranks
 from tests.support.backends import BEST
 
 WORLD, ROWS, FEATURES = 2, 300, 12
@@ -36,58 +37,47 @@ def loss_and_gradients(name, inputs, **options):
     return loss.detach(), torch.autograd.grad(loss, inputs[: 3 if name == "clip_loss" else 4])
 
 
-def work(rank, place, results):
-    """What each process finds: by case, its loss and gradients; and what it was refused."""
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=WORLD)
-    image, text, scale, bias = batch()
+def mean_over_processes(name, backend, excluding, rank, world):
+    """Of losses and gradients it is that of the whole batch; of rows each has its own."""
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
+    image, text, scale, bias = batch()
+    options = [{"exclude": ids()[mine]}, {"exclude": ids()}] if excluding else [{}, {}]
     inputs = (image[mine], text[mine], scale, bias)
-    found = {}
-    for name, backend in CASES:
-        loss, grads = loss_and_gradients(name, inputs, group=dist.group.WORLD, backend=backend)
-        found[name, backend] = (loss.numpy(), [g.numpy() for g in grads])
-        loss, grads = loss_and_gradients(
-            name, inputs, group=dist.group.WORLD, backend=backend, exclude=ids()[mine]
-        )
-        found[name, backend, "exclude"] = (loss.numpy(), [g.numpy() for g in grads])
-    refused = ""
-    try:
+    loss, grads = loss_and_gradients(
+        name, inputs, group=dist.group.WORLD, backend=backend, **options[0]
+    )
+    whole_loss, whole = loss_and_gradients(name, batch(), **options[1])
+    for x in (loss, *grads[2:]):
+        dist.all_reduce(x)
+    found = [loss / world, *(x / world for x in grads)]
+    torch.testing.assert_close(found, [whole_loss, *(x[mine] for x in whole[:2]), *whole[2:]])
+
+
+def unlike_batches(rank, world):
+    """Batches of two sizes are refused, by each process."""
+    image, text, scale, _ = batch()
+    with pytest.raises(RuntimeError, match="group: expected one shape"):
         neglog.clip_loss(image[: 3 + rank], text[: 3 + rank], scale, group=dist.group.WORLD)
-    except RuntimeError as error:
-        refused = str(error)
-    results.put((rank, found, refused))
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """The results of two processes, by rank. Started once: to import torch takes them seconds."""
-    results = mp.get_context("spawn").SimpleQueue()
-    arguments = (str(tmp_path_factory.mktemp("group") / "meeting"), results)
-    running = mp.start_processes(work, arguments, nprocs=WORLD, join=False, start_method="spawn")
-    found = sorted((results.get() for _ in range(WORLD)), key=lambda result: result[0])
-    running.join()
-    return found
 
 
 # The gathers are the same above every kernel: one, and the formula. Ids of rows are gathered too.
-@pytest.mark.parametrize("excluding", [False, True])
-@pytest.mark.parametrize(("name", "backend"), CASES)
-def test_the_mean_over_processes_is_the_whole(processes, name, backend, excluding):
-    options, key = {}, (name, backend)
-    if excluding:
-        options, key = {"exclude": ids()}, (*key, "exclude")
-    loss, grads = loss_and_gradients(name, batch(), **options)
-    losses, parts = zip(*(found[key] for _, found, _ in processes), strict=True)
-    assert sum(float(part) for part in losses) / WORLD == pytest.approx(float(loss))
-    for index, whole in enumerate(grads):
-        of_each = [torch.as_tensor(part[index]) / WORLD for part in parts]
-        mean = torch.cat(of_each) if index < 2 else sum(of_each)
-        torch.testing.assert_close(mean, whole)
+CHECKS = {
+    f"{name}-{backend}{'-excluding' * excluding}": partial(
+        mean_over_processes, name, backend, excluding
+    )
+    for name, backend in CASES
+    for excluding in (False, True)
+} | {"unlike batches": unlike_batches}
 
 
-def test_batches_of_two_sizes_are_refused(processes):
-    assert all("group: expected one shape" in refused for *_, refused in processes)
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    return ranks.run(CHECKS, WORLD, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_processes(said, check):
+    assert said[check] == ["", ""], "\n".join(said[check])
 
 
 def pair_of(rows, dtype=torch.float64):

@@ -34,6 +34,7 @@ class Wrappers:
         """forwards: what each process says of how many it runs, compared where they must agree."""
         self.forwards = forwards
         self.replicated: list[Any] = []  # DistributedDataParallel
+        self.learning: set[Any] = set()  # those of them that were called with gradients
         self.last_forward: dict[Any, int] = {}  # of each FSDPModule, where it was called last
         self._number = 0
         self._compared = False
@@ -57,12 +58,18 @@ class Wrappers:
 
     @contextmanager
     def silent(self) -> Iterator[None]:
-        """No DistributedDataParallel reduces."""
+        """No DistributedDataParallel that was watched reduces."""
+
+        def note(module: Any) -> None:
+            if torch.is_grad_enabled():
+                self.learning.add(module)
+
         with ExitStack() as stack:
             for module in self.replicated:
                 if module.static_graph and module not in _unused:
                     _count_once(module)
                 stack.enter_context(module.no_sync())
+            stack.enter_context(_calls_told(note))
             yield
 
     @contextmanager
@@ -79,7 +86,8 @@ class Wrappers:
     def reduce(self) -> None:
         """What silent forwards have left in .grad becomes its mean over processes."""
         for module in self.replicated:
-            if not module.require_backward_grad_sync:  # the caller gathers over steps
+            # Not where the caller gathers over steps, nor of a teacher, called without gradients.
+            if not module.require_backward_grad_sync or module not in self.learning:
                 continue
             if module.static_graph and _unused[module] is None:
                 _unused[module] = _unused_by_all(module)
