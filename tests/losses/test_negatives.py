@@ -56,6 +56,23 @@ def test_ids_of_negatives(backend, name, temperature):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
+# One row or key, and rests of blocks; tiles of 16 bits.
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (7, 2), (31, 31)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_sizes_and_dtypes(backend, name, dtype, size):
+    inputs, options = ids_case(name, "number", *size, dtype=dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs[:3]]
+    found = neglog.info_nce(*inputs, reduction="sum", **options)
+    expected = formulas.info_nce(*exact, inputs[3], reduction="sum", **options)
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    grads = gradients(found, inputs[:3]), gradients(expected, exact)
+    for mine, truth in zip(*grads, strict=True):
+        assert (mine - truth).norm() <= tolerance * (1 + truth.norm())
+
+
 # As above.
 @pytest.mark.parametrize("name", FORMS)
 def test_statistics_of_ids(backend, name):

@@ -25,7 +25,7 @@ class PositiveKeys(ABC):
 
     @abstractmethod
     def sums(self, keys: Tensor) -> Tensor:
-        """Over each query's positives, (N, D), of `keys` (M, D)."""
+        """Over each query's positives, (N, D), of `keys` (M, D), wider than these."""
 
     @abstractmethod
     def holds(self, column: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class PositiveKeys(ABC):
 
     def mean(self, keys: Tensor) -> Tensor:
         """Of each query's positives, (N, D) in the accumulation dtype; 0 where there is none."""
-        total = self.sums(widened(keys)) / self.number.clamp(min=1)[:, None]
+        total = self.sums(keys) / self.number.clamp(min=1)[:, None]
         return total.to(real_dtype(keys.dtype))
 
     def reduced(self, loss: Tensor, reduction: str) -> Tensor:
@@ -51,6 +51,8 @@ class _OfMask(PositiveKeys):
         self.first = mask.to(torch.uint8).argmax(1)
 
     def sums(self, keys: Tensor) -> Tensor:
+        # In double it would be twice the memory and, on CUDA, many times as slow.
+        keys = keys.to(real_dtype(keys.dtype))
         return self.mask.to(keys.dtype) @ keys
 
     def holds(self, column: Tensor) -> Tensor:
@@ -76,6 +78,7 @@ class _OfIds(PositiveKeys):
         self.first = torch.where(self.number > 0, order[self.of_query], 0)
 
     def sums(self, keys: Tensor) -> Tensor:
+        keys = widened(keys)
         of_ids = add_rows(torch.zeros_like(keys), self.of_key, keys)
         return torch.where((self.number > 0)[:, None], take_rows(of_ids, self.of_query), 0)
 
@@ -98,6 +101,7 @@ class _OfRows(PositiveKeys):
 
     def sums(self, keys: Tensor) -> Tensor:
         # By columns: all at once would be N x P x D numbers.
+        keys = widened(keys)
         columns = zip(self.key_of.unbind(1), self.named.unbind(1), strict=True)
         parts = (take_rows(keys, key) * named[:, None] for key, named in columns)
         return sum(parts, start=keys.new_zeros(()))
@@ -122,10 +126,10 @@ class _Named(PositiveKeys):
         self.first = none.scatter_reduce(0, key, query, "amax")
 
     def sums(self, keys: Tensor) -> Tensor:
+        keys = widened(keys)
         total = keys.new_zeros(self.naming.keys, keys.shape[1])
-        for key, named in zip(
-            self.naming.key_of.unbind(1), self.naming.named.unbind(1), strict=True
-        ):
+        columns = zip(self.naming.key_of.unbind(1), self.naming.named.unbind(1), strict=True)
+        for key, named in columns:
             total = add_rows(total, key, keys * named[:, None])
         return total
 
