@@ -17,6 +17,7 @@ from tests.support.contrastive_cases import (
     normal,
     of_learned,
 )
+from tests.support.contrastive_formulas import INF
 
 WAYS = ("rows", "mask", "ids")
 
@@ -245,6 +246,20 @@ def test_clip_of_several_captions(backend):
     scores, mask = 2 * image @ text.t(), torch.arange(7)[:, None] == of_text
     expected = (formulas.of_several(scores, mask) + formulas.of_several(scores.t(), mask.t())) / 2
     torch.testing.assert_close(loss, expected)
+
+
+# A mask is multiplied with all keys.
+@pytest.mark.parametrize("way", ["rows", "ids"])
+def test_an_infinite_key_spoils_whose_positive_it_is(backend, way):
+    """Its score is -inf with every query, so it has no part in the others' losses."""
+    query, key = normal(7, 5).abs(), normal(4, 5)
+    key[0, 1] = -INF
+    positives = {"rows": torch.tensor([[1, -1]] * 5 + [[0, 1], [-1, -1]]),
+                 "ids": (torch.tensor([1, 1, 1, 1, 1, 0, 4]), torch.arange(4))}[way]  # fmt: skip
+    loss = neglog.info_nce(query, key, reduction="none", positives=positives, normalize=False)
+    log_p = torch.log_softmax(query @ key.t() / 0.1, 1)
+    torch.testing.assert_close(loss[:5], -log_p[:5, 1])
+    assert loss[5:].tolist() == [INF, 0]
 
 
 def test_a_key_named_twice_counts_twice(backend):

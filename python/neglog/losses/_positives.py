@@ -103,7 +103,7 @@ class _OfRows(PositiveKeys):
         # By columns: all at once would be N x P x D numbers.
         keys = widened(keys)
         columns = zip(self.key_of.unbind(1), self.named.unbind(1), strict=True)
-        parts = (take_rows(keys, key) * named[:, None] for key, named in columns)
+        parts = (torch.where(named[:, None], take_rows(keys, key), 0) for key, named in columns)
         return sum(parts, start=keys.new_zeros(()))
 
     def holds(self, column: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class _Named(PositiveKeys):
         total = keys.new_zeros(self.naming.keys, keys.shape[1])
         columns = zip(self.naming.key_of.unbind(1), self.naming.named.unbind(1), strict=True)
         for key, named in columns:
-            total = add_rows(total, key, keys * named[:, None])
+            total = add_rows(total, key, torch.where(named[:, None], keys, 0))
         return total
 
     def holds(self, column: Tensor) -> Tensor:
