@@ -9,6 +9,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import neglog
 from neglog import dispatch, reference
+from tests.support.allocations import largest_allocation
 from tests.support.backends import KERNELS
 from tests.support.nll_cases import OPTIONS
 
@@ -302,14 +303,27 @@ def test_shapes(compiled_or_torch, shape, probabilities, reduction):
     assert stats.logsumexp.shape == stats.correct.shape == stats.entropy.shape == expected
 
 
-def test_rows_are_read_where_they_lie():
-    """A transposed (B, V, T), as language models pass it, becomes rows without a copy."""
-    from neglog.checks import to_rows
+# Index targets, and probabilities, which are transposed too. With reduction "none" no gradient is
+# formed in the forward.
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_a_transposed_class_axis_is_read_where_it_lies(probabilities):
+    """(B, V, T) that is a transpose of (B, T, V), as language models pass it: it is not copied, and
+    the gradient of what was transposed is contiguous, as the layer below takes it."""
+    base = torch.randn(3, 500, 40, requires_grad=True)
+    target = torch.randint(40, (3, 500))
+    if probabilities:
+        target = F.one_hot(target, 40).float().transpose(1, 2)
+    made = []
 
-    base = torch.randn(3, 50, 40)
-    rows = to_rows(base.transpose(1, 2))
-    assert rows.shape == (150, 40)
-    assert rows.data_ptr() == base.data_ptr()
+    def forward():
+        logits = base.transpose(1, 2)
+        made.append(neglog.cross_entropy(logits, target, reduction="none"))
+
+    assert largest_allocation(forward) <= 8 * 3 * 500  # a number a row
+    (grad,) = torch.autograd.grad(made[0].sum(), base)
+    assert grad.is_contiguous()
+    expected = F.cross_entropy(base.transpose(1, 2), target, reduction="sum")
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, base)[0])
 
 
 def test_row_stride(kernel_backend):

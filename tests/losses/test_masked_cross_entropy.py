@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import profile
 
 import neglog
 from neglog import dispatch
+from tests.support.allocations import largest_allocation
 from tests.support.backends import BACKENDS
 
 
@@ -203,14 +203,6 @@ def test_nothing_in_place_and_no_classes():
     assert loss.item() == 0.0
     target = torch.zeros(3, dtype=torch.int64)
     assert neglog.masked_cross_entropy(x[:, :0], target, none, reduction="sum").item() == 0.0
-
-
-def largest_allocation(function):
-    """In bytes, of torch's allocator on the CPU."""
-    with profile(profile_memory=True) as recorded:
-        function()
-    events = recorded.profiler.kineto_results.events()
-    return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 # Index targets mark the rows; of probabilities the counted rows are selected, then converted to the

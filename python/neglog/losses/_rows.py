@@ -80,10 +80,8 @@ def loss_of_rows(
     """
     if where.backend == "torch" and not options.extends_torch():
         return without_stats(torch_loss(logits, target, weight, options))
-    scale = options.scale_as_tensor()
-    if scale is not None:
-        logits = times_scale(logits, scale, _counted(logits, target, options))
-        options = options._replace(logit_scale=1.0)
+    if isinstance(options.logit_scale, Tensor):
+        logits, options = _scaled(logits, target, options)
     if weight is not None:
         weight = weight.to(real_dtype(logits.dtype))
     num_items = options.divisor(logits.dtype, logits.device)
@@ -100,13 +98,17 @@ def loss_of_rows(
     return result if loss is result.loss else LossStats(loss, *result[1:])
 
 
-def _counted(rows: Tensor, target: Tensor, options: RowOptions) -> Tensor | None:
-    """Which rows (N,) may give logit_scale a gradient; None for all. An ignored one does if its
-    log-sum-exp is used, which is finite where the row is."""
-    if target.dim() == 2:
-        return None
-    counted = target != options.ignore_index
-    return counted | rows.detach().isfinite().all(1) if options.return_stats else counted
+def _scaled(rows: Tensor, target: Tensor, options: RowOptions) -> tuple[Tensor, RowOptions]:
+    """The rows times a logit_scale that is no number for an op, and 1 in its place."""
+    scale = options.scale_as_tensor()
+    if scale is None:
+        return rows, options
+    counted = None
+    if target.dim() == 1:
+        counted = target != options.ignore_index
+        if options.return_stats:  # the log-sum-exp of an ignored row may be used
+            counted = counted | rows.detach().isfinite().all(1)
+    return times_scale(rows, scale, counted), options._replace(logit_scale=1.0)
 
 
 def times_scale(rows: Tensor, scale: Tensor, counted: Tensor | None) -> Tensor:
