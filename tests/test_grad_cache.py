@@ -2,6 +2,7 @@
 
 import random
 from collections import UserDict, defaultdict
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -165,6 +166,38 @@ def test_a_loss_that_leaves_an_input_alone():
         for run in (neglog.cached_step, whole)
     ]
     torch.testing.assert_close(*results)
+
+
+def test_a_parallel_encoder_whose_last_chunk_learns_nothing_synchronises_too():
+    class Parallel(nn.Module):
+        silent, reduced = False, False
+
+        def __init__(self):
+            super().__init__()
+            self.learns, self.frozen = encoder(), encoder(seed=1).requires_grad_(False)
+
+        def forward(self, given):
+            made = getattr(self, *given)(*given.values())
+            if made.requires_grad and not self.silent:
+                made.register_hook(lambda grad: setattr(self, "reduced", True))
+            return made
+
+        @contextmanager
+        def no_sync(self):
+            self.silent = True
+            yield
+            self.silent = False
+
+    encode = Parallel()
+    inputs = ({"learns": normal(6, 6)}, {"frozen": normal(6, 6, seed=1)})
+    parameters = list(encode.learns.parameters())
+    found = step(
+        parameters, lambda: neglog.cached_step(encode, inputs, neglog.info_nce, chunk_size=2)
+    )
+    assert encode.reduced
+    torch.testing.assert_close(
+        found, step(parameters, lambda: whole(encode, inputs, neglog.info_nce))
+    )
 
 
 def test_a_scaled_backward():

@@ -109,12 +109,20 @@ def _second_runs(
     grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in embeddings]
     gradients = [part for grad in grads for part in grad.split(chunk_size)]
     comparison = _Comparison()
+    last = {id(chunk.encode): now for now, chunk in enumerate(runs)}
+    learned: dict[int, int] = {}  # by encoder, its last chunk that had a backward
     for now, (chunk, first, gradient) in enumerate(zip(runs, firsts, gradients, strict=True)):
-        later = any(other.encode is chunk.encode for other in runs[now + 1 :])
-        with wrappers.forward(now), chunk.second(synchronise=not later) as again:
+        ends = last[id(chunk.encode)] == now
+        with wrappers.forward(now), chunk.second(synchronise=ends) as again:
             if again.requires_grad:  # a frozen tower has nothing to learn
                 comparison.add(chunk.encode, first, again)
                 again.backward(gradient)
+                learned[id(chunk.encode)] = now
+                wrappers.learned(now)
+    waiting = {now for key, now in learned.items() if runs[now].apart() and now != last[key]}
+    for now in sorted(waiting.union(wrappers.waiting())):
+        with wrappers.forward(), runs[now].second(synchronise=True) as again:
+            again.backward(torch.zeros_like(again))
     comparison.end()
 
 
@@ -151,13 +159,17 @@ class _Chunk:
             raise RuntimeError(f"encode: expected {rows} embeddings, got {list(made.shape)}")
         return made
 
+    def apart(self) -> Any:
+        """no_sync of an encoder that is no DistributedDataParallel, which has its own way."""
+        if isinstance(self.encode, DistributedDataParallel):
+            return None
+        return getattr(self.encode, "no_sync", None)
+
     @contextmanager
     def second(self, synchronise: bool) -> Iterator[Tensor]:
         """The embeddings again, with their graph; what uses it stands inside."""
-        apart: Any = nullcontext()
-        if not synchronise and not isinstance(self.encode, DistributedDataParallel):
-            apart = getattr(self.encode, "no_sync", nullcontext)()
-        with torch.random.fork_rng(devices=range(len(self.cuda))), apart:
+        apart = None if synchronise else self.apart()
+        with torch.random.fork_rng(devices=range(len(self.cuda))), (apart or nullcontext)():
             torch.set_rng_state(self.cpu)
             torch.cuda.set_rng_state_all(self.cuda)
             yield self.encode(self.part)

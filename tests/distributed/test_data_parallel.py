@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -429,27 +430,29 @@ def what_cannot_be(rank, world):
 
 
 def sharded(rank, world):
-    """fully_shard: a reduce-scatter for each of its modules, in the last chunk."""
-    from torch.distributed.fsdp import fully_shard
+    """fully_shard: a reduce-scatter for each of its modules, in the last chunk that learns."""
+    for frozen in (False, True):
+        found = Towers()
+        del found.log_scale  # it takes no scalars
+        found.text.requires_grad_(not frozen)
+        expected = copy.deepcopy(found)
+        mesh = dist.init_device_mesh("cpu", (world,))
+        for module in (found.image[2], found.text, found):
+            fully_shard(module, mesh=mesh)
+        for step in range(2):
+            found.zero_grad(), expected.zero_grad()
 
-    found, expected = Towers(), Towers()
-    mesh = dist.init_device_mesh("cpu", (world,))
-    for tower in (found.image, found.text):
-        fully_shard(tower, mesh=mesh)
-    for step in range(3):
-        found.zero_grad(), expected.zero_grad()
+            def run(step=step, found=found):
+                inputs = batch(rank, step, rows=ROWS)
+                neglog.cached_step(found, inputs, neglog.info_nce, chunk_size=CHUNK)
 
-        def run(step=step):
-            neglog.cached_step(
-                lambda given: getattr(found, *given)(*given.values()),
-                batch(rank, step, rows=ROWS), neglog.info_nce, chunk_size=CHUNK,
-            )  # fmt: skip
-
-        assert collectives(run, "c10d::_reduce_scatter_base_") == 2
-        whole(expected, step, world, neglog.info_nce, rows=ROWS)
-        for x, y in zip(found.parameters(), expected.parameters(), strict=True):
-            if y.grad is not None:
-                torch.testing.assert_close(x.grad.full_tensor(), y.grad)
+            assert collectives(run, "c10d::_reduce_scatter_base_") == 3
+            for other in range(world):
+                inputs = batch(other, step, rows=ROWS)
+                (neglog.info_nce(*map(expected, inputs)) / world).backward()
+            for x, y in zip(found.parameters(), expected.parameters(), strict=True):
+                if y.grad is not None:
+                    torch.testing.assert_close(x.grad.full_tensor(), y.grad)
 
 
 CHECKS = [

@@ -35,8 +35,9 @@ class Wrappers:
         self.forwards = forwards
         self.replicated: list[Any] = []  # DistributedDataParallel
         self.learning: set[Any] = set()  # those of them that were called with gradients
-        self.last_forward: dict[Any, int] = {}  # of each FSDPModule, where it was called last
+        self.sharded: dict[Any, list[int]] = {}  # FSDPModules, and the forwards that called each
         self._number = 0
+        self._learned: set[int] = set()
         self._compared = False
 
     def watch(self, forward: Callable[[], Tensor]) -> Tensor:
@@ -54,7 +55,7 @@ class Wrappers:
             self._compared = True
             _compare(self.forwards, module)
         elif not isinstance(module, DistributedDataParallel | SyncBatchNorm):
-            self.last_forward[module] = self._number
+            self.sharded.setdefault(module, []).append(self._number)
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -73,15 +74,29 @@ class Wrappers:
             yield
 
     @contextmanager
-    def forward(self, number: int) -> Iterator[None]:
-        """FSDPModules reduce in their last forward of the step alone, by its number."""
-        for module, last in self.last_forward.items():
-            module.set_requires_gradient_sync(number == last, recurse=False)
+    def forward(self, number: int | None = None) -> Iterator[None]:
+        """FSDPModules reduce in their last forward of the step alone, by its number; or in this."""
+        for module, numbers in self.sharded.items():
+            module.set_requires_gradient_sync(number in (None, numbers[-1]), recurse=False)
         try:
             yield
         finally:
-            for module in self.last_forward:
+            for module in self.sharded:
                 module.set_requires_gradient_sync(True, recurse=False)
+
+    def learned(self, number: int) -> None:
+        """The forward of that number had a backward."""
+        self._learned.add(number)
+
+    def waiting(self) -> set[int]:
+        """Forwards whose backward must come once more for FSDPModules to reduce: the last one of
+        each that called it had none, as that of a frozen tower."""
+        learned = [
+            [number for number in numbers if number in self._learned]
+            for numbers in self.sharded.values()
+            if numbers[-1] not in self._learned
+        ]
+        return {numbers[-1] for numbers in learned if numbers}
 
     def reduce(self) -> None:
         """What silent forwards have left in .grad becomes its mean over processes."""
