@@ -18,6 +18,8 @@ from typing import NamedTuple
 BACKENDS = ("cython", "numba")
 # Best first. `generic` is the one build for processors other than x86-64.
 ISA_LEVELS = ("x86_64_v4", "x86_64_v3", "x86_64_v2", "generic")
+# What the dynamic loader says without address space, in glibc and in musl.
+NO_MEMORY = ("failed to map segment", "cannot allocate memory", "Out of memory")
 
 
 class Build(NamedTuple):
@@ -28,10 +30,21 @@ class Build(NamedTuple):
     why: str
 
 
+def _import(name: str) -> ModuleType:
+    """A module with compiled code. Raises MemoryError where there is no address space for it, which
+    the loader calls an ImportError: that is no reason to choose another build for good."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if any(text in str(error) for text in NO_MEMORY):
+            raise MemoryError(f"neglog: no memory to load {name}: {error}") from error
+        raise
+
+
 def _processor_level() -> int | None:
     """The x86-64 level of the processor, 0 for others; None without compiled kernels."""
     try:
-        cpu = importlib.import_module("neglog.kernels.cython.cpu_level")
+        cpu = _import("neglog.kernels.cython.cpu_level")
     except ImportError:
         return None
     level: int = cpu.x86_64_level()
@@ -45,7 +58,7 @@ def _isa_build(level: str, processor: int | None) -> Build:
         has = f"x86-64-v{processor}" if processor else "no x86-64"
         return Build(level, False, f"the processor has {has}")
     try:
-        importlib.import_module(f"neglog.kernels.cython.{level}.nll")
+        _import(f"neglog.kernels.cython.{level}.nll")
     except ModuleNotFoundError:
         return Build(level, False, "not built for this machine")
     except ImportError as error:
@@ -102,7 +115,8 @@ def available(backend: str) -> Build:
 def load(family: str, backend: str | None = None) -> ModuleType:
     """The module of a family of kernels, "nll" or "pairs": compiled if that can run, else Numba's.
 
-    Raises ImportError with the reasons if the backend cannot run, or none can.
+    Raises ImportError with the reasons if the backend cannot run, or none can, and MemoryError
+    where there is no memory to load it.
     """
     if backend is None:
         backend = next((name for name in BACKENDS if available(name).usable), None)
@@ -116,7 +130,13 @@ def load(family: str, backend: str | None = None) -> ModuleType:
         raise ImportError(f"neglog: the {backend} kernels cannot run: {state.why}")
     if backend == "numba":
         return importlib.import_module(f"neglog.kernels.numba.{family}")
-    return importlib.import_module(f"neglog.kernels.cython.{isa_level()}.{family}")
+    try:
+        return _import(f"neglog.kernels.cython.{isa_level()}.{family}")
+    except ImportError as error:
+        raise ImportError(
+            f"neglog: the compiled kernels {family} for {isa_level()} do not load, though others "
+            f"do: {error}; install neglog anew, or choose backend='numba' or 'torch'"
+        ) from error
 
 
 @cache

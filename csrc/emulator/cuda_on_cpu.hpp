@@ -73,6 +73,7 @@ using std::exp;
 using std::expm1;
 using std::fabs;
 using std::fmax;
+using std::isfinite;
 using std::isnan;
 using std::log;
 using std::log1p;

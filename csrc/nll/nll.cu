@@ -25,6 +25,9 @@
 #include "common/torch_stable.cuh"
 #include "nll/row_in_shared.cuh"
 
+#include <algorithm>
+#include <cfloat>
+
 namespace neglog {
 namespace {
 
@@ -45,7 +48,8 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const double grad_lse = up.lse.first ? up.lse[row] : 0;
         S* const out_row = out + row * p.vocab;
-        if (is_ignored(p, row) && grad_lse == 0) {  // exactly zero, even where the logits are NaN
+        // Exactly zero, even where the logits are NaN.
+        if (is_ignored(p, row) && (grad_lse == 0 || !isfinite(lse[row]))) {
             zero_row(out_row, p.vocab);
             continue;
         }
@@ -302,6 +306,14 @@ PerRow<T> per_row(const Tensor& tensor) {
     return {pointer<const T>(tensor), tensor.dim() == 0 ? 0 : tensor.stride(0)};
 }
 
+// 0 for none. Beyond the range of what is computed in a cap is none: as inf it would make inf * 0.
+// One that rounds to 0 would make 0 / 0, so the smallest normal number takes its place.
+double softcap_of(ScalarType logits, double softcap) {
+    const bool wide = logits == ScalarType::Double;
+    if (softcap == 0 || softcap > (wide ? DBL_MAX : FLT_MAX)) return 0;
+    return std::max(softcap, wide ? DBL_MIN : double(FLT_MIN));
+}
+
 // The arguments with columns adjacent in memory. Checks what a kernel would misread; the Python
 // functions that call the ops raise the errors meant for users.
 Inputs checked(const Inputs& in) {
@@ -320,6 +332,7 @@ Inputs checked(const Inputs& in) {
     ready.logits = with_adjacent_columns(logits);
     if (!index) ready.target = with_adjacent_columns(target);
     if (in.weight) ready.weight = torch::stable::contiguous(*in.weight);
+    ready.softcap = softcap_of(logits.scalar_type(), in.softcap);
     return ready;
 }
 

@@ -120,6 +120,13 @@ inline T tanh_any(T y) {
     return magnitude < T(0.625) ? small : large;
 }
 
+// The derivative of tanh, 1 - tanh^2, which written so would have no digit where tanh is near 1.
+template <class T>
+inline T tanh_slope(T y) {
+    const T decay = exp_nonpositive(T(-2) * std::fabs(y));
+    return T(4) * decay / ((T(1) + decay) * (T(1) + decay));
+}
+
 // The exp for logits of a type: its error is hidden by their rounding.
 inline float exp_for(float, float x) { return exp_nonpositive(x); }
 inline double exp_for(double, double x) { return exp_nonpositive(x); }
@@ -153,31 +160,40 @@ inline T block_maximum(const Logit* z, ptrdiff_t n) {
     return maximum;
 }
 
-template <class T>
-inline double block_sum(const T* x, ptrdiff_t n) {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (ptrdiff_t j = 0; j < n; ++j) sum += x[j];
-    return sum;
-}
-
-// The number of partial sums in a block. The maximum's own exp is 1, and small terms added to it
-// lose their digits: with one float sum a block, 1 - p of a confident target was off by 1e-6. With
-// 64, added in double at the end, only one of them holds that 1.
+// The number of partial sums of a block. It is written here: what a compiler makes of one sum
+// depends on its flags, and one float for a whole block was off by 1.6e-6 where it was not
+// vectorised. The maximum's own exp is 1, and small terms added to it lose their digits: with one
+// float sum a block, 1 - p of a confident target was off by 1e-6. With 64, added in double at the
+// end, only one of them holds that 1.
 constexpr int kLanes = 64;
 
-template <class T, class Logit>
-inline double block_exp_sum(const Logit* z, ptrdiff_t n, T shift) {
+// The sum of term(j) for j < n, whose partial sums are of type T.
+template <class T, class Term>
+inline double block_sum_of(ptrdiff_t n, Term term) {
     T sums[kLanes] = {};
     ptrdiff_t j = 0;
     for (; j + kLanes <= n; j += kLanes) {
 #pragma omp simd
-        for (int i = 0; i < kLanes; ++i) sums[i] += exp_for(Logit(), widen(z[j + i]) - shift);
+        for (int i = 0; i < kLanes; ++i) sums[i] += term(j + i);
     }
     const int rest = int(n - j);
 #pragma omp simd
-    for (int i = 0; i < rest; ++i) sums[i] += exp_for(Logit(), widen(z[j + i]) - shift);
-    return block_sum(sums, kLanes);
+    for (int i = 0; i < rest; ++i) sums[i] += term(j + i);
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < kLanes; ++i) total += sums[i];
+    return total;
+}
+
+template <class T>
+inline double block_sum(const T* x, ptrdiff_t n) {
+    return block_sum_of<double>(n, [=](ptrdiff_t j) { return x[j]; });
+}
+
+template <class T, class Logit>
+inline double block_exp_sum(const Logit* z, ptrdiff_t n, T shift) {
+    return block_sum_of<T>(
+        n, [=](ptrdiff_t j) { return exp_for(Logit(), widen(z[j]) - shift); });
 }
 
 // Adds a block to the state.
@@ -215,32 +231,24 @@ inline T log_probability(T z, Lse<T> lse) {
 // Sums over a row in a second pass, while it is in cache, given its lse
 
 template <class T>
-inline T block_log_probability_sum(const T* z, ptrdiff_t n, Lse<T> lse) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (ptrdiff_t j = 0; j < n; ++j) sum += log_probability(z[j], lse);
-    return sum;
+inline double block_log_probability_sum(const T* z, ptrdiff_t n, Lse<T> lse) {
+    return block_sum_of<T>(n, [=](ptrdiff_t j) { return log_probability(z[j], lse); });
 }
 
 template <class T>
-inline T block_log_probability_dot(const T* z, const T* coefficient, ptrdiff_t n, Lse<T> lse) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (ptrdiff_t j = 0; j < n; ++j) sum += coefficient[j] * log_probability(z[j], lse);
-    return sum;
+inline double block_log_probability_dot(const T* z, const T* coefficient, ptrdiff_t n,
+                                        Lse<T> lse) {
+    return block_sum_of<T>(
+        n, [=](ptrdiff_t j) { return coefficient[j] * log_probability(z[j], lse); });
 }
 
-// The sum of p log p. Clamped, a term whose p is 0 adds 0, not 0 * -inf.
+// The sum of p log p. A term whose p is 0 adds 0, not 0 * -inf.
 template <class T>
-inline T block_negative_entropy(const T* z, ptrdiff_t n, Lse<T> lse) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (ptrdiff_t j = 0; j < n; ++j) {
-        T log_p = log_probability(z[j], lse);
-        log_p = log_p < Real<T>::exp_lowest ? Real<T>::exp_lowest : log_p;
-        sum += exp_nonpositive(log_p) * log_p;
-    }
-    return sum;
+inline double block_negative_entropy(const T* z, ptrdiff_t n, Lse<T> lse) {
+    return block_sum_of<T>(n, [=](ptrdiff_t j) {
+        const T log_p = log_probability(z[j], lse), p = exp_nonpositive(log_p);
+        return p == 0 ? T(0) : p * log_p;
+    });
 }
 
 template <class T>
@@ -293,13 +301,14 @@ inline void block_softcap(T* z, ptrdiff_t n, T softcap) {
     for (ptrdiff_t j = 0; j < n; ++j) z[j] = softcap * tanh_any(z[j] / softcap);
 }
 
-// The derivative of the cap is 1 - tanh^2, and tanh is z / softcap.
+// The same, and the derivative of the cap.
 template <class T>
-inline void block_softcap_backward(T* grad, const T* z, ptrdiff_t n, T softcap) {
+inline void block_softcap_and_slope(T* z, ptrdiff_t n, T softcap, T* slope) {
 #pragma omp simd
     for (ptrdiff_t j = 0; j < n; ++j) {
-        const T ratio = z[j] / softcap;
-        grad[j] *= (T(1) - ratio) * (T(1) + ratio);
+        const T y = z[j] / softcap;
+        z[j] = softcap * tanh_any(y);
+        slope[j] = tanh_slope(y);
     }
 }
 
@@ -322,7 +331,7 @@ inline void zero_bytes(char* to, ptrdiff_t n, bool bypass_cache) {
         }
     }
 #endif
-    std::memset(to, 0, n);
+    if (n > 0) std::memset(to, 0, n);  // with no classes `to` may be null
 }
 
 }  // namespace neglog

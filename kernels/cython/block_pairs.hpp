@@ -40,28 +40,14 @@ inline void block_maximum_of_columns(const T* z, ptrdiff_t n, T* maximum) {
 }
 
 // Returns the row's sum of e^z and adds each e^z to its column's sum: one exp serves both. There is
-// no shift, so the scores must be near enough to 0 for e^z to be in range. The row's sum is made of
-// kLanes partial sums, for the reason given in block.hpp.
+// no shift, so the scores must be near enough to 0 for e^z to be in range.
 template <class T>
 inline double block_exp_sum_of_row_and_columns(const T* z, ptrdiff_t n, T* column_sum) {
-    T sums[kLanes] = {};
-    ptrdiff_t j = 0;
-    for (; j + kLanes <= n; j += kLanes) {
-#pragma omp simd
-        for (int i = 0; i < kLanes; ++i) {
-            const T e = exp_nonpositive(z[j + i]);
-            sums[i] += e;
-            column_sum[j + i] += e;
-        }
-    }
-    const int rest = int(n - j);
-#pragma omp simd
-    for (int i = 0; i < rest; ++i) {
-        const T e = exp_nonpositive(z[j + i]);
-        sums[i] += e;
-        column_sum[j + i] += e;
-    }
-    return block_sum(sums, kLanes);
+    return block_sum_of<T>(n, [=](ptrdiff_t j) {
+        const T e = exp_nonpositive(z[j]);
+        column_sum[j] += e;
+        return e;
+    });
 }
 
 template <class T>
@@ -115,20 +101,15 @@ inline T softplus(T z, T& sigmoid) {
     return (z < 0 ? T(0) : z) + log1p_exp(e);
 }
 
-// Returns the sum of softplus(z), by kLanes partial sums; out = scale * sigmoid(z).
+// Returns the sum of softplus(z); out = scale * sigmoid(z).
 template <class T>
 inline double block_softplus(const T* z, ptrdiff_t n, T scale, T* out) {
-    T sums[kLanes] = {};
-    for (ptrdiff_t j = 0; j < n; j += kLanes) {
-        const int width = n - j < kLanes ? int(n - j) : kLanes;
-#pragma omp simd
-        for (int i = 0; i < width; ++i) {
-            T sigmoid;
-            sums[i] += softplus(z[j + i], sigmoid);
-            out[j + i] = scale * sigmoid;
-        }
-    }
-    return block_sum(sums, kLanes);
+    return block_sum_of<T>(n, [=](ptrdiff_t j) {
+        T sigmoid;
+        const T value = softplus(z[j], sigmoid);
+        out[j] = scale * sigmoid;
+        return value;
+    });
 }
 
 }  // namespace neglog

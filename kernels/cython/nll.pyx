@@ -26,13 +26,14 @@ bfloat16 comes in without a copy. The Numba version, numba/nll.py, has the same 
 """
 
 from cython.parallel cimport prange
-from libc.math cimport INFINITY, NAN, expm1, isnan
+from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
+from libc.math cimport INFINITY, NAN, expm1, isfinite, isnan
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
 
 from block cimport (
     Lse, LseState, block_affine, block_contains, block_log_probability_dot,
     block_log_probability_sum, block_multiply, block_negative_entropy, block_scale, block_softcap,
-    block_softcap_backward, block_softmax, block_subtract, block_sum, exp_nonpositive, finish,
+    block_softcap_and_slope, block_softmax, block_subtract, block_sum, exp_nonpositive, finish,
     log_probability, update, zero_bytes,
 )
 from halves cimport bfloat16, narrow, narrow_block, widen, widen_block
@@ -110,9 +111,9 @@ cdef inline const real* as_real(const Problem* p, const char* source, real* buff
     return buffer
 
 
-cdef inline const real* scores(const Problem* p, Py_ssize_t row, Span span,
-                               real* buffer) noexcept nogil:
-    """The block of scores z: the logits after scale and cap."""
+cdef inline const real* scaled_logits(const Problem* p, Py_ssize_t row, Span span,
+                                      real* buffer) noexcept nogil:
+    """The block of logits after the scale. With a softcap they are in the buffer."""
     cdef const char* source = p.logits + (row * p.logits_stride + span.start) * p.itemsize
     cdef const real* z = as_real(p, source, buffer, span.n)
     cdef Py_ssize_t j
@@ -120,9 +121,25 @@ cdef inline const real* scores(const Problem* p, Py_ssize_t row, Span span,
         return z
     for j in range(span.n):
         buffer[j] = z[j] * <real>p.logit_scale
+    return buffer
+
+
+cdef inline const real* scores(const Problem* p, Py_ssize_t row, Span span,
+                               real* buffer) noexcept nogil:
+    """The block of scores z: the logits after scale and cap."""
+    cdef const real* z = scaled_logits(p, row, span, buffer)
     if p.softcap != 0:
         block_softcap(buffer, span.n, <real>p.softcap)
-    return buffer
+    return z
+
+
+cdef inline const real* scores_and_slopes(const Problem* p, Py_ssize_t row, Span span,
+                                          real* buffer, real* slope) noexcept nogil:
+    """The same, and with a softcap its derivative."""
+    cdef const real* z = scaled_logits(p, row, span, buffer)
+    if p.softcap != 0:
+        block_softcap_and_slope(buffer, span.n, <real>p.softcap, slope)
+    return z
 
 
 cdef inline const bfloat16* bfloat16_logits(const Problem* p, Py_ssize_t row,
@@ -329,8 +346,8 @@ cdef inline double target_gradient(const GradientWeights* weights, real log_p) n
 
 
 cdef void block_backward(const Problem* p, Py_ssize_t row, Span span, Lse[real] lse,
-                         const GradientWeights* weights, const real* z, real* grad,
-                         real* buffer) noexcept nogil:
+                         const GradientWeights* weights, const real* z, const real* slope,
+                         real* grad, real* buffer) noexcept nogil:
     cdef Py_ssize_t target = weights.target - span.start
     cdef bint target_in_block = 0 <= target < span.n
     cdef real log_p = 0
@@ -342,7 +359,7 @@ cdef void block_backward(const Problem* p, Py_ssize_t row, Span span, Lse[real] 
     if weights.uniform_weight != 0:
         subtract_uniform(p, row, span, weights.uniform_weight, grad, buffer)
     if p.softcap != 0:
-        block_softcap_backward(grad, z, span.n, <real>p.softcap)
+        block_multiply(grad, slope, span.n)
     if p.logit_scale != 1:
         block_scale(grad, span.n, <real>p.logit_scale)
 
@@ -366,13 +383,16 @@ cdef void row_backward(const Problem* p, const Gradient* g, Py_ssize_t row, Lse[
     cdef real[BLOCK] buffer
     cdef real[BLOCK] target_buffer
     cdef real[BLOCK] grad_buffer
+    cdef real[BLOCK] slope
     cdef bint direct = p.itemsize == sizeof(real)
     cdef Py_ssize_t block
     cdef Span span
     cdef char* out
+    cdef const real* z
     cdef real* destination
     cdef GradientWeights weights = gradient_weights(p, row, lse, grad, grad_lse, &target_buffer[0])
-    if ignored(p, row) and grad_lse == 0:  # exactly zero, even where the logits are NaN
+    # Exactly zero, even where the logits are NaN.
+    if ignored(p, row) and (grad_lse == 0 or not isfinite(lse.high)):
         zero_bytes(g.out + row * g.stride * p.itemsize, p.vocab * p.itemsize, p.bypass_cache)
         return
     if p.bfloat16_scores and p.probs == NULL and weights.uniform_weight == 0:
@@ -384,8 +404,8 @@ cdef void row_backward(const Problem* p, const Gradient* g, Py_ssize_t row, Lse[
         span = block_span(p, block)
         out = g.out + (row * g.stride + span.start) * p.itemsize
         destination = <real*>out if direct else &grad_buffer[0]
-        block_backward(p, row, span, lse, &weights, scores(p, row, span, &buffer[0]), destination,
-                       &target_buffer[0])
+        z = scores_and_slopes(p, row, span, &buffer[0], &slope[0])
+        block_backward(p, row, span, lse, &weights, z, &slope[0], destination, &target_buffer[0])
         if real is float:
             if not direct:
                 narrow_block(&grad_buffer[0], p.dtype, span.n, out)
@@ -455,6 +475,15 @@ cdef double forward_backward_rows(const Problem* p, const Output* o, const Gradi
 
 # From Python: addresses, 0 where an array is absent; strides in elements; dtype as in halves.hpp
 
+cdef double softcap_of(int dtype, double softcap) noexcept:
+    """0 for none. Beyond the range of what is computed in a cap is none: as inf it would make
+    inf * 0. One that rounds to 0 would make 0 / 0, so the smallest normal number takes its place.
+    """
+    if softcap == 0 or softcap > (DBL_MAX if dtype == FLOAT64 else FLT_MAX):
+        return 0
+    return max(softcap, <double>(DBL_MIN if dtype == FLOAT64 else FLT_MIN))
+
+
 cdef Problem make_problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
                           Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs,
                           Py_ssize_t probs_stride, uintptr_t weight, int64_t ignore_index,
@@ -475,9 +504,9 @@ cdef Problem make_problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_
     p.ignore_index = ignore_index
     p.label_smoothing = label_smoothing
     p.logit_scale = logit_scale
-    p.softcap = softcap
+    p.softcap = softcap_of(dtype, softcap)
     p.z_loss = z_loss
-    p.bfloat16_scores = dtype == BFLOAT16 and logit_scale == 1 and softcap == 0
+    p.bfloat16_scores = dtype == BFLOAT16 and logit_scale == 1 and p.softcap == 0
     p.bypass_cache = <double>rows * vocab * p.itemsize > LARGEST_CACHE
     p.weight_sum = vocab
     if weight != 0 and label_smoothing != 0:

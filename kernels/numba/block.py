@@ -101,6 +101,14 @@ def tanh_any(y: Real) -> Real:
     return small if magnitude < cast(0.625, y) else large
 
 
+@njit(**FUSED)
+def tanh_slope(y: Real) -> Real:
+    """The derivative of tanh, 1 - tanh^2, which written so would have no digit near 1."""
+    one = cast(1, y)
+    decay = exp_nonpositive(cast(-2, y) * abs(y))
+    return cast(4, y) * decay / ((one + decay) * (one + decay))
+
+
 # The online log-sum-exp: over the numbers seen so far, their maximum and sum of e^(z - maximum)
 
 LseState: TypeAlias = tuple[Real, float]
@@ -130,12 +138,26 @@ def block_maximum(z: Pointer, n: int) -> Real:
     return from_order_key(best)
 
 
+@njit(**EXACT)
+def clear_lanes(sums: Pointer) -> None:
+    zero = cast(0, sums)
+    for i in range(LANES):
+        sums[i] = zero
+
+
+@njit(**SUM)
+def block_sum(x: Pointer, n: int) -> float:
+    total = 0.0
+    for j in range(n):
+        total += x[j]
+    return total
+
+
 @njit(**FUSED)
 def block_exp_sum(z: Pointer, n: int, shift: Real) -> float:
     """The sum of e^(z - shift), by 64 partial sums that are added in double: see block.hpp."""
     sums = block_buffer(shift)
-    for i in range(LANES):
-        sums[i] = cast(0, shift)
+    clear_lanes(sums)
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
         for i in range(LANES):
@@ -176,39 +198,50 @@ def log_probability(z: Real, lse: Lse) -> Real:
 # Sums over a row in a second pass, while it is in cache, given its lse
 
 
-@njit(**SUM)
-def block_log_probability_sum(z: Pointer, n: int, lse: Lse) -> Real:
-    total = cast(0, z)
-    for j in range(n):
-        total += log_probability(z[j], lse)
-    return total
+@njit(**FUSED)
+def block_log_probability_sum(z: Pointer, n: int, lse: Lse) -> float:
+    sums = block_buffer(z)
+    clear_lanes(sums)
+    whole = n // LANES * LANES
+    for j in range(0, whole, LANES):
+        for i in range(LANES):
+            sums[i] += log_probability(z[j + i], lse)
+    for i in range(n - whole):
+        sums[i] += log_probability(z[whole + i], lse)
+    return block_sum(sums, LANES)
 
 
-@njit(**SUM)
-def block_log_probability_dot(z: Pointer, coefficient: Pointer, n: int, lse: Lse) -> Real:
-    total = cast(0, z)
-    for j in range(n):
-        total += coefficient[j] * log_probability(z[j], lse)
-    return total
+@njit(**FUSED)
+def block_log_probability_dot(z: Pointer, coefficient: Pointer, n: int, lse: Lse) -> float:
+    sums = block_buffer(z)
+    clear_lanes(sums)
+    whole = n // LANES * LANES
+    for j in range(0, whole, LANES):
+        for i in range(LANES):
+            sums[i] += coefficient[j + i] * log_probability(z[j + i], lse)
+    for i in range(n - whole):
+        sums[i] += coefficient[whole + i] * log_probability(z[whole + i], lse)
+    return block_sum(sums, LANES)
 
 
-@njit(**SUM)
-def block_sum(x: Pointer, n: int) -> float:
-    total = 0.0
-    for j in range(n):
-        total += x[j]
-    return total
+@njit(**FUSED)
+def negative_entropy(log_p: Real) -> Real:
+    """p log p: 0 where p is 0, not 0 * -inf."""
+    p = exp_nonpositive(log_p)
+    return p * log_p if p != 0 else cast(0, log_p)
 
 
-@njit(**SUM)
-def block_negative_entropy(z: Pointer, n: int, lse: Lse) -> Real:
-    """The sum of p log p. A term whose p is 0 adds 0, not 0 * -inf."""
-    total = cast(0, z)
-    for j in range(n):
-        log_p = log_probability(z[j], lse)
-        probability = exp_nonpositive(log_p)
-        total += probability * log_p if probability != 0 else cast(0, z)
-    return total
+@njit(**FUSED)
+def block_negative_entropy(z: Pointer, n: int, lse: Lse) -> float:
+    sums = block_buffer(z)
+    clear_lanes(sums)
+    whole = n // LANES * LANES
+    for j in range(0, whole, LANES):
+        for i in range(LANES):
+            sums[i] += negative_entropy(log_probability(z[j + i], lse))
+    for i in range(n - whole):
+        sums[i] += negative_entropy(log_probability(z[whole + i], lse))
+    return block_sum(sums, LANES)
 
 
 @njit(**EXACT)
@@ -272,12 +305,12 @@ def block_softcap(z: Pointer, n: int, softcap: Real) -> None:
 
 
 @njit(**FUSED)
-def block_softcap_backward(grad: Pointer, z: Pointer, n: int, softcap: Real) -> None:
-    """The derivative of the cap is 1 - tanh^2, and tanh is z / softcap."""
-    one = cast(1, softcap)
+def block_softcap_and_slope(z: Pointer, n: int, softcap: Real, slope: Pointer) -> None:
+    """The same, and the derivative of the cap."""
     for j in range(n):
-        ratio = z[j] / softcap
-        grad[j] *= (one - ratio) * (one + ratio)
+        y = z[j] / softcap
+        z[j] = softcap * tanh_any(y)
+        slope[j] = tanh_slope(y)
 
 
 @njit(**EXACT)

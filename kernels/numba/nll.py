@@ -11,7 +11,7 @@ Read nll.pyx first: its formulas and notes hold here. How threads share the rows
 
 from __future__ import annotations
 
-from math import expm1, inf, isnan, nan
+from math import expm1, inf, isfinite, isnan, nan
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from numba import njit, prange
 from neglog.kernels.numba.block import (  # isort: skip
     UINT8, Lse, block_affine, block_contains, block_copy, block_log_probability_dot,
     block_log_probability_sum, block_multiply, block_negative_entropy, block_scale, block_softcap,
-    block_softcap_backward, block_softmax, block_subtract, block_sum, exp_nonpositive, finish,
+    block_softcap_and_slope, block_softmax, block_subtract, block_sum, exp_nonpositive, finish,
     log_probability, update, zero_bytes,
 )  # fmt: skip
 from neglog.kernels.numba.halves import narrow_block, widen_block  # isort: skip
@@ -115,17 +115,33 @@ def as_real(p: Problem, source: int, buffer: Pointer, n: int) -> Pointer:
 
 
 @njit(**EXACT)
-def scores(p: Problem, row: int, span: Span, buffer: Pointer) -> Pointer:
-    """The block of scores z: the logits after scale and cap."""
+def scaled_logits(p: Problem, row: int, span: Span, buffer: Pointer) -> Pointer:
+    """The block of logits after the scale. With a softcap they are in the buffer."""
     z = as_real(p, p.logits + (row * p.logits_stride + span.start) * p.itemsize, buffer, span.n)
     if p.logit_scale == 1 and p.softcap == 0:
         return z
     if stored_as_real(p):
         block_copy(z, span.n, buffer)
     block_scale(buffer, span.n, cast(p.logit_scale, p.zero))
+    return buffer
+
+
+@njit(**EXACT)
+def scores(p: Problem, row: int, span: Span, buffer: Pointer) -> Pointer:
+    """The block of scores z: the logits after scale and cap."""
+    z = scaled_logits(p, row, span, buffer)
     if p.softcap != 0:
         block_softcap(buffer, span.n, cast(p.softcap, p.zero))
-    return buffer
+    return z
+
+
+@njit(**EXACT)
+def scores_and_slopes(p: Problem, row: int, span: Span, buffer: Pointer, slope: Pointer) -> Pointer:
+    """The same, and with a softcap its derivative."""
+    z = scaled_logits(p, row, span, buffer)
+    if p.softcap != 0:
+        block_softcap_and_slope(buffer, span.n, cast(p.softcap, p.zero), slope)
+    return z
 
 
 @njit(**EXACT)
@@ -318,7 +334,7 @@ def target_gradient(weights: GradientWeights, log_p: Real) -> float:
 @njit(**EXACT)
 def block_backward(
     p: Problem, row: int, span: Span, lse: Lse, weights: GradientWeights, z: Pointer,
-    grad: Pointer, buffer: Pointer,
+    slope: Pointer, grad: Pointer, buffer: Pointer,
 ) -> None:  # fmt: skip
     target = weights.target - span.start
     target_in_block = 0 <= target < span.n
@@ -331,7 +347,7 @@ def block_backward(
     if weights.uniform_weight != 0:
         subtract_uniform(p, row, span, weights.uniform_weight, grad, buffer)
     if p.softcap != 0:
-        block_softcap_backward(grad, z, span.n, cast(p.softcap, p.zero))
+        block_multiply(grad, slope, span.n)
     if p.logit_scale != 1:
         block_scale(grad, span.n, cast(p.logit_scale, p.zero))
 
@@ -340,9 +356,10 @@ def block_backward(
 def row_backward(p: Problem, g: Gradient, row: int, lse: Lse, grad: float, grad_lse: float) -> None:
     """One row of the gradient, for upstream `grad` of the loss and `grad_lse` of the lse."""
     buffer, target_buffer = block_buffer(p.zero), block_buffer(p.zero)
-    grad_buffer = block_buffer(p.zero)
+    grad_buffer, slope = block_buffer(p.zero), block_buffer(p.zero)
     start = g.out + row * g.out_stride * p.itemsize
-    if ignored(p, row) and grad_lse == 0:  # exactly zero, even where the logits are NaN
+    # Exactly zero, even where the logits are NaN.
+    if ignored(p, row) and (grad_lse == 0 or not isfinite(lse.high)):
         zero_bytes(start, p.vocab * p.itemsize)
         return
     weights = gradient_weights(p, row, lse, grad, grad_lse, target_buffer)
@@ -350,8 +367,8 @@ def row_backward(p: Problem, g: Gradient, row: int, lse: Lse, grad: float, grad_
         span = block_span(p, block)
         out = start + span.start * p.itemsize
         destination = pointer(out, p.zero) if stored_as_real(p) else grad_buffer
-        z = scores(p, row, span, buffer)
-        block_backward(p, row, span, lse, weights, z, destination, target_buffer)
+        z = scores_and_slopes(p, row, span, buffer, slope)
+        block_backward(p, row, span, lse, weights, z, slope, destination, target_buffer)
         if not stored_as_real(p):
             narrow_block(grad_buffer, p.dtype, span.n, pointer(out, UINT16))
 
@@ -441,6 +458,14 @@ def _zero_of(dtype: int) -> Real:
     return np.float64(0) if dtype == FLOAT64 else np.float32(0)
 
 
+def _softcap_of(dtype: int, softcap: float) -> float:
+    """0 for none: as in nll.pyx."""
+    limits = np.finfo(_zero_of(dtype).dtype)
+    if softcap == 0 or softcap > float(limits.max):
+        return 0.0
+    return max(float(softcap), float(limits.tiny))
+
+
 def _make_problem(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
     probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
@@ -451,7 +476,7 @@ def _make_problem(
         total = sum_weights(_zero_of(dtype), vocab, weight)
     return Problem(_zero_of(dtype), dtype, rows, vocab, logits, logits_stride, target, probs,
                    probs_stride, weight, ignore_index, float(label_smoothing), float(logit_scale),
-                   float(softcap), float(z_loss), total, (4, 8, 2, 2)[dtype],
+                   _softcap_of(dtype, softcap), float(z_loss), total, (4, 8, 2, 2)[dtype],
                    -(-vocab // BLOCK))  # fmt: skip
 
 

@@ -23,7 +23,8 @@ class NLL(NamedTuple):
     """What nll_forward returns. Arrays are (N,), float32, or float64 for float64 logits.
 
     loss: the losses of the rows, 0 for an ignored one.
-    lse, lse_low: the log-sum-exp of a row's scores is lse + lse_low, to twice the digits.
+    lse, lse_low: the log-sum-exp of a row's scores is lse + lse_low, to twice the digits. Both are
+        0 in an ignored row without stats=True: its logits are not read.
     total_weight: what to divide the sum of the losses by for a mean: the weights of the targets
         that are not ignored; without `weight` their number; for probabilities N.
     correct, entropy: whether the target has the highest score, and the entropy of the row's
@@ -45,7 +46,31 @@ class _Problem(NamedTuple):
     total_weight: float
     real: RealType
     logits: NDArray
+    counted: NDArray[np.bool_] | None  # None for probabilities, which all count
     arrays: tuple[NDArray | None, ...]  # logits, target, weight; keeps them alive
+
+
+def array_of(name: str, value: ArrayLike) -> NDArray:
+    """As an array. One with a mask is refused: its numbers where the mask is set would count."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: expected an array without a mask, got a MaskedArray; a row whose target is "
+            "ignore_index does not count"
+        )
+    return np.asarray(value)
+
+
+def number_of(name: str, value: Any, real: RealType, lowest: float = -np.inf) -> float:
+    """A finite number of the type that is computed in, from `lowest`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    if not abs(number) <= float(np.finfo(real).max):
+        raise ValueError(f"{name}: expected a finite number of {np.dtype(real)}, got {number}")
+    if number < lowest:
+        raise ValueError(f"{name}: expected a number from {lowest:g}, got {number}")
+    return number
 
 
 def address(array: NDArray | None) -> int:
@@ -55,7 +80,7 @@ def address(array: NDArray | None) -> int:
 
 def rows_of(name: str, array: ArrayLike) -> tuple[NDArray, int]:
     """(N, V) whose rows are contiguous, and its dtype's code; a copy only where they are not."""
-    a = np.asarray(array)
+    a = array_of(name, array)
     if a.ndim != 2:
         raise ValueError(f"{name}: expected shape (N, V), got {a.shape}")
     code = DTYPE_CODES.get(a.dtype.name)
@@ -70,7 +95,7 @@ def rows_of(name: str, array: ArrayLike) -> tuple[NDArray, int]:
 
 def _target_of(target: ArrayLike, logits: NDArray) -> NDArray:
     """(N,) int64, or (N, V) probabilities in the logits' dtype."""
-    t, (rows, vocab) = np.asarray(target), logits.shape
+    t, (rows, vocab) = array_of("target", target), logits.shape
     if t.ndim == 2:
         if t.shape != logits.shape:
             raise ValueError(f"target: expected the logits' shape {logits.shape}, got {t.shape}")
@@ -84,11 +109,18 @@ def _target_of(target: ArrayLike, logits: NDArray) -> NDArray:
     return np.ascontiguousarray(t, np.int64)
 
 
-def _check_options(label_smoothing: float, softcap: float | None) -> None:
-    if not 0.0 <= label_smoothing <= 1.0:
+def _checked_options(
+    real: RealType, label_smoothing: float, logit_scale: float, softcap: float | None, z_loss: float
+) -> tuple[float, float, float, float]:
+    """These four as numbers; a softcap of 0 is none."""
+    smoothing = number_of("label_smoothing", label_smoothing, np.float64)
+    if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
-    if softcap is not None and not 0 < softcap < np.inf:
+    scale = number_of("logit_scale", logit_scale, real)
+    cap = 0.0 if softcap is None else number_of("softcap", softcap, np.float64)
+    if softcap is not None and cap <= 0:
         raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
+    return smoothing, scale, cap, number_of("z_loss", z_loss, real, 0)
 
 
 def _problem(
@@ -106,10 +138,10 @@ def _problem(
     rows, vocab = x.shape
     real: RealType = np.float64 if code == DTYPE_CODES["float64"] else np.float32
     t = _target_of(target, x)
-    w = None if weight is None else np.ascontiguousarray(weight, real)
+    w = None if weight is None else np.ascontiguousarray(array_of("weight", weight), real)
     if w is not None and w.shape != (vocab,):
         raise ValueError(f"weight: expected shape {(vocab,)}, got {w.shape}")
-    _check_options(label_smoothing, softcap)
+    options = _checked_options(real, label_smoothing, logit_scale, softcap, z_loss)
     try:
         ignore_index = operator.index(ignore_index)
     except TypeError:
@@ -122,9 +154,10 @@ def _problem(
     arguments = (
         code, rows, vocab, address(x), x.strides[0] // x.itemsize,
         address(index), address(probs), probs_stride,
-        address(w), ignore_index, label_smoothing, logit_scale, softcap or 0.0, z_loss,
+        address(w), ignore_index, *options,
     )  # fmt: skip
-    return _Problem(arguments, total, real, x, (x, t, w))
+    counted = None if index is None else t != ignore_index
+    return _Problem(arguments, total, real, x, counted, (x, t, w))
 
 
 def new_gradient(logits: NDArray) -> NDArray:
@@ -135,13 +168,34 @@ def new_gradient(logits: NDArray) -> NDArray:
     return np.ndarray(logits.shape, logits.dtype, buffer=buffer)
 
 
-def _overlaps_inputs(out: NDArray, problem: _Problem) -> bool:
+def _overlaps_inputs(out: NDArray, problem: _Problem, others: tuple[NDArray | None, ...]) -> bool:
     """Whether `out` shares memory with an input, unless it is the logits, element by element."""
-    logits, others = problem.logits, problem.arrays[1:]
-    if any(array is not None and np.may_share_memory(out, array) for array in others):
-        return True
+    logits = problem.logits
+    for array in (*problem.arrays[1:], *others):
+        if array is not None and np.may_share_memory(out, array):
+            return True
     same = out.ctypes.data == logits.ctypes.data and out.strides == logits.strides
     return not same and np.may_share_memory(out, logits)
+
+
+def _gradient_in(out: NDArray | None, problem: _Problem, *others: NDArray | None) -> NDArray:
+    """`out`, checked, or a new array. `others` are read while it is written."""
+    x = problem.logits
+    if out is None:
+        return new_gradient(x)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out: expected an array, got {type(out).__name__}")
+    array_of("out", out)
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(f"out: expected {x.shape} {x.dtype}, got {out.shape} {out.dtype}")
+    if not (out.flags.c_contiguous and out.flags.writeable and out.flags.aligned):
+        raise ValueError("out: expected a writeable, aligned array with contiguous rows")
+    if _overlaps_inputs(out, problem, others):
+        raise ValueError(
+            "out: expected an array of its own or the logits themselves, got one that "
+            "shares memory with an input"
+        )
+    return out
 
 
 def _stats(problem: _Problem, wanted: bool) -> tuple[NDArray | None, NDArray | None]:
@@ -214,6 +268,7 @@ def nll_backward(
     softcap: float | None = None,
     z_loss: float = 0.0,
     grad_lse: ArrayLike | None = None,
+    out: NDArray | None = None,
     threads: int | None = None,
     backend: str | None = None,
 ) -> NDArray:
@@ -223,31 +278,51 @@ def nll_backward(
         the losses, 1 / result.total_weight that of their mean.
     result: what nll_forward returned for the same arguments. logits, target and the options are to
         be as they were there.
-    grad_lse: (N,), the gradient of each row's log-sum-exp, if it was used too.
+    grad_lse: a number, or (N,): the gradient of each row's log-sum-exp, if it was used too. It is
+        taken as 0 where nll_forward wrote none: in ignored rows, without stats=True.
+    out: as for nll_forward_backward.
 
-    Raises what nll_forward does, and ValueError if `result` does not fit the logits.
+    Raises what nll_forward does, ValueError if `result` does not fit the logits, and TypeError if
+    it is no NLL.
     """
     kernel = load("nll", backend)
     problem = _problem(
         kernel, logits, target, weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
     )
     rows, vocab = problem.arguments[1:3]
-    for name, kept in (("lse", result.lse), ("lse_low", result.lse_low)):
-        if kept.shape != (rows,) or kept.dtype != problem.real:
-            raise ValueError(
-                f"result.{name}: expected shape {(rows,)} and {np.dtype(problem.real)}, those of "
-                f"these logits, got {kept.shape} and {kept.dtype}"
-            )
-    upstream = np.ascontiguousarray(np.broadcast_to(np.asarray(grad, problem.real), (rows,)))
-    through_lse = None if grad_lse is None else np.ascontiguousarray(grad_lse, problem.real)
-    if through_lse is not None and through_lse.shape != (rows,):
-        raise ValueError(f"grad_lse: expected shape {(rows,)}, got {through_lse.shape}")
-    out = new_gradient(problem.logits)
+    _check_result(result, rows, np.dtype(problem.real))
+    upstream = _upstream("grad", grad, problem)
+    through_lse = None if grad_lse is None else _upstream("grad_lse", grad_lse, problem)
+    if through_lse is not None and problem.counted is not None and result.correct is None:
+        through_lse = np.where(problem.counted, through_lse, problem.real(0))
+    out = _gradient_in(out, problem, result.lse, result.lse_low)
     kernel.backward(
         *problem.arguments, address(result.lse), address(result.lse_low), address(upstream), 1,
         1.0, address(through_lse), address(out), vocab, thread_count(threads),
     )  # fmt: skip
     return out
+
+
+def _check_result(result: Any, rows: int, dtype: np.dtype[Any]) -> None:
+    """That a result of nll_forward is of as many rows and of the type that is computed in."""
+    if not isinstance(result, NLL):
+        raise TypeError(f"result: expected the NLL of nll_forward, got {type(result).__name__}")
+    for name, kept in (("lse", result.lse), ("lse_low", result.lse_low)):
+        if kept.shape != (rows,) or kept.dtype != dtype:
+            raise ValueError(
+                f"result.{name}: expected shape {(rows,)} and dtype {dtype}, as nll_forward of "
+                f"these logits returns, got shape {kept.shape} and dtype {kept.dtype}"
+            )
+
+
+def _upstream(name: str, value: ArrayLike, problem: _Problem) -> NDArray:
+    """A gradient of each row: (N,), or one number for all."""
+    rows, a = problem.arguments[1], array_of(name, value)
+    if a.dtype.kind not in "fiub" and a.dtype.name not in DTYPE_CODES:
+        raise TypeError(f"{name}: expected real numbers, got {a.dtype}")
+    if a.shape not in ((), (1,), (rows,)):
+        raise ValueError(f"{name}: expected a number or shape {(rows,)}, got {a.shape}")
+    return np.ascontiguousarray(np.broadcast_to(a.astype(problem.real), (rows,)))
 
 
 def nll_forward_backward(
@@ -269,7 +344,7 @@ def nll_forward_backward(
     """nll_forward and nll_backward in one pass. Returns an `NLL` and the gradient of the logits.
 
     grad_scale: the gradient is that of grad_scale times the losses' sum, so by default that of the
-        sum. For a mean pass 1 / (the number of rows that are not ignored).
+        sum, not of the mean. For a mean pass 1 / (the number of rows that are not ignored).
     out: where the gradient is written, a C-contiguous (N, V) array of the logits' dtype. It may be
         `logits` itself, which is then overwritten. A new array if None.
 
@@ -281,23 +356,12 @@ def nll_forward_backward(
         kernel, logits, target, weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
     )
     x = problem.logits
-    if out is None:
-        out = new_gradient(x)
-    elif not isinstance(out, np.ndarray):
-        raise TypeError(f"out: expected an array, got {type(out).__name__}")
-    elif out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(f"out: expected {x.shape} {x.dtype}, got {out.shape} {out.dtype}")
-    elif not (out.flags.c_contiguous and out.flags.writeable):
-        raise ValueError("out: expected a writeable array with contiguous rows")
-    elif _overlaps_inputs(out, problem):
-        raise ValueError(
-            "out: expected an array of its own or the logits themselves, got one that "
-            "shares memory with an input"
-        )
+    scale = number_of("grad_scale", grad_scale, np.float64)
+    out = _gradient_in(out, problem)
     loss, lse = (np.empty(len(x), problem.real) for _ in range(2))
     correct, entropy = _stats(problem, stats)
     kernel.forward_backward(
         *problem.arguments, address(loss), address(lse), address(correct), address(entropy),
-        grad_scale, address(out), x.shape[1], thread_count(threads),
+        scale, address(out), x.shape[1], thread_count(threads),
     )  # fmt: skip
     return NLL(loss, lse, np.zeros_like(lse), problem.total_weight, correct, entropy), out

@@ -8,7 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from neglog.kernels.builds import load
-from neglog.kernels.numpy.nll import DTYPE_CODES, RealType, address, new_gradient, rows_of
+from neglog.kernels.numpy.nll import (
+    DTYPE_CODES,
+    RealType,
+    address,
+    array_of,
+    new_gradient,
+    rows_of,
+)
 from neglog.kernels.threads import thread_count
 
 # Where no score is farther from 0, e^score is in range and serves its row and its column alike.
@@ -44,7 +51,7 @@ class _Problem(NamedTuple):
 
 def _reals(name: str, value: ArrayLike, length: int, real: RealType) -> NDArray:
     """A scalar, or (length,), as real numbers of the type that is computed in."""
-    a = np.asarray(value)
+    a = array_of(name, value)
     if a.dtype.name not in DTYPE_CODES and a.dtype.kind not in "iub":
         raise TypeError(f"{name}: expected real numbers, got {a.dtype}")
     if a.shape not in ((), (length,)):
@@ -53,7 +60,7 @@ def _reals(name: str, value: ArrayLike, length: int, real: RealType) -> NDArray:
 
 
 def _integers(name: str, value: ArrayLike, length: int) -> NDArray:
-    a = np.asarray(value)
+    a = array_of(name, value)
     if a.shape != (length,):
         raise ValueError(f"{name}: expected shape {(length,)}, got {a.shape}")
     if a.dtype.kind not in "iu":

@@ -336,17 +336,18 @@ def check_extensions(
     input: Tensor, reduction: str, logit_scale: Any, softcap: Any, z_loss: Any, num_items: Any
 ) -> None:
     """What neglog adds to torch's arguments."""
-    _check_number("logit_scale", logit_scale, input, learns=True)
-    _check_number("z_loss", z_loss, input)
+    real = torch.float64 if input.dtype == torch.float64 else torch.float32
+    _check_number("logit_scale", logit_scale, input, real, learns=True)
+    _check_number("z_loss", z_loss, input, real)
     if _known(z_loss) and z_loss < 0:
         raise ValueError(f"z_loss: expected a number from 0, got {z_loss}")
     if softcap is not None:
-        _check_number("softcap", softcap, input)
+        _check_number("softcap", softcap, input, torch.float64)  # beyond float32 it is none
         if _known(softcap) and not 0 < softcap < math.inf:
             raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
     if num_items is None:
         return
-    _check_number("num_items", num_items, input)
+    _check_number("num_items", num_items, input, real)
     if _known(num_items) and num_items < 0:
         raise ValueError(f"num_items: expected a number from 0, got {num_items}")
     if reduction == "none":
@@ -371,8 +372,11 @@ def check_loss_dtype(loss_dtype: Any, input: Tensor) -> None:
         )
 
 
-def _check_number(name: str, value: Any, input: Tensor, learns: bool = False) -> None:
-    """A number or a tensor of one; unless it `learns`, not one whose gradient would be lost."""
+def _check_number(
+    name: str, value: Any, input: Tensor, real: torch.dtype, learns: bool = False
+) -> None:
+    """A number that `real` holds or a tensor of one; unless it `learns`, not one whose gradient
+    would be lost."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {_shape(value)}")
@@ -384,8 +388,8 @@ def _check_number(name: str, value: Any, input: Tensor, learns: bool = False) ->
             )
     elif not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    elif not -math.inf < float(value) < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    elif not abs(float(value)) <= torch.finfo(real).max:
+        raise ValueError(f"{name}: expected a finite number of {real}, got {value}")
 
 
 def check_has_number(name: str, value: Any, like: Tensor) -> None:

@@ -178,6 +178,36 @@ def test_nll_of_extremes(device, dtype, vocab):
     assert off(gradient, expected.grad) <= GRADIENT[dtype]
 
 
+# As kernels/cython has it: beyond the range of what is computed in there is no cap.
+@pytest.mark.parametrize("softcap", [1e300, 1e-300])
+def test_nll_of_softcaps_beyond_the_range(device, dtype, softcap):
+    logits, target, _ = problem((7, 31), dtype, False, device.name)
+    logits[0, :2] = 0
+    options = (0.0, 1.0, softcap, 0.0)
+    expected = truth(logits, target, None, options, reduction="none")
+    given = (NONE, -100, *options)
+    loss, lse, low, total, _, _ = device.ops.nll(logits, target, None, None, *given, False, "")
+    assert off(loss, expected.loss) <= LOSS[dtype]
+    gradient = device.ops.nll_backward(
+        torch.ones_like(lse), None, logits, target, None, lse, low, total, *given, ""
+    )
+    assert off(gradient, expected.grad) <= GRADIENT[dtype]
+
+
+def test_nll_of_an_ignored_row_whose_lse_is_no_number(device, dtype):
+    """Its gradient is 0, and softmax where the log-sum-exp is a number."""
+    rows = [[NAN, 0.0], [INF, 0.0], [-INF, -INF], [-INF, 1.0]]
+    logits = torch.tensor(rows, dtype=dtype, device=device.name)
+    target = torch.full((4,), -100, device=device.name)
+    given = (NONE, -100, *OPTIONS["plain"])
+    _, lse, low, total, _, _ = device.ops.nll(logits, target, None, None, *given, True, "")
+    ones = torch.ones_like(lse)
+    gradient = device.ops.nll_backward(
+        ones, ones, logits, target, None, lse, low, total, *given, ""
+    )
+    assert gradient.tolist() == [[0, 0], [0, 0], [0, 0], [0, 1]]
+
+
 def test_nll_of_nothing(device):
     for rows, vocab in ((0, 5), (3, 0)):
         logits = torch.empty(rows, vocab, device=device.name)

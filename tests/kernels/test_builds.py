@@ -74,6 +74,43 @@ def test_without_any_kernel_the_error_says_why(monkeypatch):
         kernels.load("nll")
 
 
+def refusing_to_load(monkeypatch, family, message):
+    """Importing a family's compiled kernels raises ImportError, as the dynamic loader would."""
+    real = builds.importlib.import_module
+
+    def import_module(name):
+        if name.endswith(f".{family}") and ".cython." in name:
+            raise ImportError(message)
+        return real(name)
+
+    monkeypatch.setattr(builds.importlib, "import_module", import_module)
+
+
+# The first kernels that are loaded decide which build runs, the second come later.
+@pytest.mark.parametrize("family", ["nll", "pairs"])
+def test_without_address_space_the_error_is_of_memory_and_passes(monkeypatch, family):
+    with monkeypatch.context() as changes:
+        message = "nll.so: failed to map segment from shared object"
+        refusing_to_load(changes, family, message)
+        with pytest.raises(MemoryError, match=f"no memory to load .*{family}: {message}"):
+            kernels.load(family)
+    assert ".cython." in kernels.load(family).__name__
+
+
+def test_compiled_kernels_that_do_not_load_say_why(monkeypatch):
+    refusing_to_load(monkeypatch, "pairs", "undefined symbol: GOMP_parallel")
+    with pytest.raises(ImportError, match=r"pairs for \w+ do not load.*GOMP.*'numba'"):
+        kernels.load("pairs")
+
+
+def test_builds_that_do_not_load_leave_the_work_to_numba(monkeypatch):
+    refusing_to_load(monkeypatch, "nll", "undefined symbol: GOMP_parallel")
+    assert "does not load: undefined symbol" in kernels.available("cython").why
+    builds._warn_once_that_numba_runs.cache_clear()
+    with pytest.warns(RuntimeWarning, match="does not load: undefined symbol"):
+        assert kernels.load("nll").__name__ == "neglog.kernels.numba.nll"
+
+
 def test_bad_names(monkeypatch):
     with pytest.raises(ValueError, match="backend: expected one of cython, numba, got 'gpu'"):
         kernels.available("gpu")

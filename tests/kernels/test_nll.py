@@ -120,6 +120,46 @@ def test_ignored_rows_are_zero_even_of_nan(kernel_backend):
     assert over.total_weight == 1
 
 
+def test_an_lse_that_is_no_number_has_no_gradient_in_an_ignored_row(kernel_backend):
+    logits = extreme_rows("float32")
+    target, grad_lse = np.full(len(logits), -100), np.ones(len(logits))
+    result = nll_forward(logits, target, stats=True, backend=kernel_backend)
+    given = {"grad_lse": grad_lse, "backend": kernel_backend}
+    gradient = nll_backward(1.0, result, logits, target, **given)
+    truth = reference.nll(logits, target, reduction="none", grad_lse=grad_lse)
+    assert relative_error(gradient, truth.grad) < GRADIENT_BUDGET["float32"]
+    finite = np.isfinite(result.lse)
+    assert not gradient[~finite].any()
+    assert gradient[finite].any(axis=1).all()
+
+
+# tanh(10) is 1 in float32 and its derivative is 8e-9; at 0.6 another form of tanh is taken.
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradient_of_a_saturated_softcap(every_build, dtype):
+    logits = np.array([[0.6, 0.7, 3.0, 10.0, 30.0, 0.0, -0.6, -3.0, -10.0, -30.0]], dtype)
+    target = np.array([5])
+    truth = reference.nll(logits, target, reduction="none", softcap=1.0)
+    given = {"softcap": 1.0, "backend": every_build}
+    _, gradient = nll_forward_backward(logits, target, **given)
+    rtol = 2e-6 if dtype == "float32" else 1e-14
+    np.testing.assert_allclose(gradient, truth.grad, rtol=rtol)
+
+
+# float32 ends at 3e38 and 1e-38: beyond the first there is no cap; below the second all scores are
+# equal, and only a logit of 0 has a slope. float64 takes the caps as they are.
+@pytest.mark.parametrize("softcap", [1e300, 1e39, 3e38, 1e-40, 1e-300])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_softcaps_beyond_the_range(kernel_backend, rng, dtype, softcap):
+    logits, target = draw(rng, 5, 31, dtype)
+    logits[0, :2] = 0
+    truth = reference.nll(logits, target, reduction="none", softcap=softcap)
+    given = {"softcap": softcap, "backend": kernel_backend}
+    result = nll_forward(logits, target, **given)
+    gradient = nll_backward(1.0, result, logits, target, **given)
+    assert relative_error(result.loss, truth.loss) < BUDGET[dtype]
+    assert relative_error(gradient, truth.grad) < GRADIENT_BUDGET[dtype]
+
+
 def test_all_ignored(kernel_backend):
     result = nll_forward(np.zeros((4, 5), np.float32), np.full(4, -100), backend=kernel_backend)
     assert result.total_weight == 0
@@ -277,6 +317,27 @@ BAD = {
         {"target": np.array([1, 2**64 - 100], np.uint64)},
     ),
     "backend": (ValueError, r"backend: expected one of cython, numba", {"backend": "gpu"}),
+    "scale NaN": (ValueError, r"logit_scale: expected a finite number", {"logit_scale": np.nan}),
+    "scale": (ValueError, r"logit_scale: .* of float32, got 1e\+39", {"logit_scale": 1e39}),
+    "scale of text": (TypeError, r"logit_scale: expected a number, got 'a'", {"logit_scale": "a"}),
+    "z_loss inf": (ValueError, r"z_loss: expected a finite number", {"z_loss": np.inf}),
+    "z_loss below 0": (ValueError, r"z_loss: expected a number from 0, got -1", {"z_loss": -1}),
+    "smoothing NaN": (ValueError, r"label_smoothing: expected", {"label_smoothing": np.nan}),
+    "masked logits": (
+        TypeError,
+        r"logits: expected an array without a mask",
+        {"logits": np.ma.masked_array(np.zeros((2, 4), np.float32))},
+    ),
+    "masked target": (
+        TypeError,
+        r"target: expected an array without a mask",
+        {"target": np.ma.masked_array([0, 1], [True, False])},
+    ),
+    "masked weight": (
+        TypeError,
+        r"weight: expected an array without a mask",
+        {"weight": np.ma.masked_array(np.ones(4))},
+    ),
 }
 
 
@@ -289,11 +350,23 @@ def test_result_of_other_logits():
     with pytest.raises(ValueError, match=r"result\.lse: expected .* float32, .* got .* float64"):
         nll_backward(1.0, result, logits, target)
 
+    with pytest.raises(TypeError, match="result: expected the NLL of nll_forward, got NoneType"):
+        nll_backward(1.0, None, logits, target)
 
-def test_bad_grad_lse():
+
+def test_bad_upstreams():
     logits, target = np.zeros((5, 4), np.float32), np.zeros(5, int)
-    with pytest.raises(ValueError, match=r"grad_lse: expected shape \(5,\), got \(4,\)"):
-        nll_backward(1.0, nll_forward(logits, target), logits, target, grad_lse=np.ones(4))
+    result = nll_forward(logits, target)
+    with pytest.raises(ValueError, match=r"grad_lse: .* shape \(5,\), got \(4,\)"):
+        nll_backward(1.0, result, logits, target, grad_lse=np.ones(4))
+    with pytest.raises(ValueError, match=r"grad: expected .* shape \(5,\), got \(4,\)"):
+        nll_backward(np.ones(4), result, logits, target)
+    with pytest.raises(TypeError, match="grad: expected real numbers, got <U1"):
+        nll_backward("a", result, logits, target)
+    with pytest.raises(TypeError, match="grad: expected an array without a mask"):
+        nll_backward(np.ma.masked_array(np.ones(5)), result, logits, target)
+    with pytest.raises(TypeError, match="grad_scale: expected a number, got 'a'"):
+        nll_forward_backward(logits, target, grad_scale="a")
 
 
 def test_bad_out():
@@ -301,8 +374,39 @@ def test_bad_out():
     for out in (np.zeros((5, 3), np.float32), np.zeros((5, 4))):
         with pytest.raises(ValueError, match=r"out: expected \(5, 4\) float32, got"):
             nll_forward_backward(logits, target, out=out)
-    with pytest.raises(ValueError, match="out: expected a writeable array with contiguous rows"):
+    with pytest.raises(ValueError, match="out: expected a writeable, aligned array with"):
         nll_forward_backward(logits, target, out=np.zeros((4, 5), np.float32).T)
+
+
+def test_backward_into_out(kernel_backend, rng):
+    """Memory of its own, and that of the logits."""
+    logits, target = draw(rng, 5, 2100, "float32")
+    logits = np.ascontiguousarray(logits)
+    given = {"label_smoothing": 0.1, "softcap": 3.0, "backend": kernel_backend}
+    result = nll_forward(logits, target, **given)
+    expected = nll_backward(0.5, result, logits, target, **given)
+    for out in (np.empty_like(logits), logits):
+        assert nll_backward(0.5, result, logits, target, out=out, **given) is out
+        np.testing.assert_array_equal(out, expected)
+    result = nll_forward(logits[:, :1], np.zeros(5, int))
+    with pytest.raises(ValueError, match="out: expected an array of its own"):
+        nll_backward(1.0, result, logits[:, :1], np.zeros(5, int), out=result.lse[:, None])
+
+
+def test_an_lse_that_was_not_written_has_no_gradient(kernel_backend, rng):
+    """That of an ignored row without statistics, whose logits are not read."""
+    logits, target = draw(rng, 5, 31, "float32")
+    ignored = target == -100
+    plain, stats = (
+        nll_forward(logits, target, stats=stats, backend=kernel_backend) for stats in (False, True)
+    )
+    assert not plain.lse[ignored].any()
+    given = {"grad_lse": 1.0, "backend": kernel_backend}
+    without = nll_backward(1.0, plain, logits, target, **given)
+    with_stats = nll_backward(1.0, stats, logits, target, **given)
+    assert not without[ignored].any()
+    np.testing.assert_array_equal(without[~ignored], with_stats[~ignored])
+    np.testing.assert_allclose(with_stats[ignored].sum(1), 1, rtol=1e-6)
 
 
 def test_out_that_shares_memory():

@@ -220,6 +220,15 @@ def test_options_against_the_oracle(backend, options, reduction, probabilities):
     torch.testing.assert_close(gradient, slope, rtol=1e-13, atol=1e-14)
 
 
+def test_a_softcap_beyond_float32_is_none(backend):
+    """As inf it would make a NaN of inf * 0."""
+    logits, target = draw((6, 40), torch.float32)
+    torch.testing.assert_close(
+        loss_and_gradient(neglog.cross_entropy, logits, target, softcap=1e300),
+        loss_and_gradient(neglog.cross_entropy, logits, target),
+    )
+
+
 def test_composite_agrees_with_the_kernels():
     for options in OPTIONS.values():
         options = {**options, "return_stats": True, "num_items": 5}

@@ -103,6 +103,21 @@ def test_second_derivative_and_retained_graph(kernel_backend):
     torch.testing.assert_close(penalty(neglog.linear_cross_entropy), penalty(in_memory))
 
 
+def test_an_ignored_row_of_nan_has_no_second_derivative(kernel_backend):
+    """Nor one through the weight, which the formula multiplies by every row's input."""
+    x, w, b, target = draw()
+    ignored = target == -100
+    assert ignored.any()
+    found = []
+    for value in (torch.nan, 0.0):
+        given = torch.where(ignored[:, None], value, x.detach()).requires_grad_()
+        loss = neglog.linear_cross_entropy(given, w, target, linear_bias=b)
+        grads = torch.autograd.grad(loss, (given, w), create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), (given, w, b)))
+    torch.testing.assert_close(*found)
+    assert not found[0][0][ignored].any()
+
+
 def test_the_log_sum_exps_alone(kernel_backend):
     """No gradient of the loss arrives; both derivatives come through the log-sum-exps."""
     x, w, b, target = draw(60)

@@ -169,6 +169,26 @@ def test_retained_graph_and_create_graph(kernel_backend):
     torch.testing.assert_close(penalty, torch.autograd.grad(own.square().sum(), logits)[0])
 
 
+# Both sides of what the forward forms.
+@pytest.mark.parametrize("rows", [6, 4000])
+def test_an_ignored_row_of_nan_has_no_second_derivative(kernel_backend, rows):
+    """With a gradient of the log-sum-exps, and under every option that multiplies by a NaN."""
+    logits = torch.randn(rows, 40, dtype=torch.float64)
+    target = torch.arange(rows) % 40
+    target[::3], logits[::3] = -100, torch.nan
+    logits[3] = torch.inf
+    logits.requires_grad_()
+    options = {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.1, "logit_scale": 1.5}
+    stats = neglog.cross_entropy(logits, target, return_stats=True, **options)
+    loss = stats.loss + stats.logsumexp[target != -100].sum()
+    (first,) = torch.autograd.grad(loss, logits, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), logits)
+    for made in (first, second):
+        assert not made[::3].any()
+        assert made[1::3].isfinite().all()
+        assert made[1::3].any(1).all()
+
+
 def test_changing_the_logits_before_backward_is_caught(kernel_backend):
     leaf, target = large()
     logits = leaf * 1

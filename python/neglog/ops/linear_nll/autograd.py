@@ -83,14 +83,16 @@ def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
     kept = saved(ctx)
     grad_lse, target, options = kept["grad_lse"], kept["target"], ctx.options
     inputs = {name: kept[name] for name in HEAD if kept[name] is not None}
+    counted = target != options.ignore_index
 
-    def forward(*head: Tensor) -> tuple[Tensor, ...]:
+    def forward(input: Tensor, *projection: Tensor) -> tuple[Tensor, ...]:
+        rows = torch.where(counted[:, None], input, 0)  # what does not count may be NaN
+        logits = torch.nn.functional.linear(rows, *projection)
         loss, lse, *_ = formula.nll(
-            torch.nn.functional.linear(*head), target, kept["weight"], kept["total_weight"],
-            options, False,
-        )  # fmt: skip
+            logits, target, kept["weight"], kept["total_weight"], options, False
+        )
         # The op computes no log-sum-exp of ignored rows.
-        lse = torch.where(target == options.ignore_index, 0, lse)
+        lse = torch.where(counted, lse, 0)
         return (loss,) if grad_lse is None else (loss, lse)
 
     upstream = {"grad_loss": kept["grad_loss"]}

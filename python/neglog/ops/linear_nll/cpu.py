@@ -10,7 +10,7 @@ from torch import Tensor
 from neglog.kernels.threads import allowed
 from neglog.ops.dtypes import DTYPE_CODES, divides_late, quotient, real_dtype, rounded
 from neglog.ops.linear_nll.tiles import Tile, Tiles
-from neglog.ops.memory import address, number
+from neglog.ops.memory import address, contiguous, number
 from neglog.ops.nll import cpu as nll_cpu
 from neglog.ops.nll.schema import MEAN, NONE
 
@@ -40,7 +40,7 @@ class CpuRows:
         if a.num_items is not None:
             self._divisor = float(a.num_items)
         else:
-            target = a.target.contiguous()
+            target = contiguous(a.target)
             total = self._kernel.total_weight(
                 len(target), self.tiles.head.vocab, address(target), 0, address(self.weight),
                 a.ignore_index, DTYPE_CODES[a.input.dtype],
@@ -64,8 +64,8 @@ class CpuRows:
     def backward(self, tile: Tile, grad_loss: Tensor, grad_lse: Tensor | None) -> Tensor:
         """The gradient of the logits, where they lay."""
         self.forward(tile)
-        grad = grad_loss[tile.rows].contiguous()
-        through_lse = None if grad_lse is None else grad_lse[tile.rows].contiguous()
+        grad = contiguous(grad_loss[tile.rows])
+        through_lse = None if grad_lse is None else contiguous(grad_lse[tile.rows])
         _, *lse, _, _ = self._outputs(tile)
         self._kernel.backward(
             *self._problem(tile), *lse, address(grad), 1, 1.0, address(through_lse),

@@ -25,7 +25,7 @@ from neglog.ops.linear_nll import schema
 from neglog.ops.linear_nll.cpu import CpuRows
 from neglog.ops.linear_nll.cuda import CudaRows
 from neglog.ops.linear_nll.tiles import NARROW, Gradients, Head, Tiles
-from neglog.ops.memory import new_memory
+from neglog.ops.memory import contiguous, new_gradient
 from neglog.ops.nll.autograd import late_divisor, scale_in_place
 from neglog.ops.nll.schema import MEAN, NONE
 
@@ -38,7 +38,7 @@ def _prepare(kind: Any, op: str, a: Any, wide: bool) -> tuple[Tiles, Any]:
         head, a.target, a.ignore_index, a.workspace, a.tile_dtype, a.wanted[1],
         kind.compacts(a.input.device), wide,
     )  # fmt: skip
-    return tiles, kind(op, a, tiles, None if a.weight is None else a.weight.contiguous())
+    return tiles, kind(op, a, tiles, None if a.weight is None else contiguous(a.weight))
 
 
 def forward(kind: Any, a: Any, wide: Sequence[bool] = NARROW) -> tuple[Tensor, ...]:
@@ -125,7 +125,7 @@ def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     # In 16 bits the factor itself would be rounded, a third by 0.2%. The CPU takes a number as it
     # is; on CUDA a vector of one makes the product's type that of the wider.
     factor = factor if kept.is_cpu else factor.reshape(1)
-    return torch.mul(kept, factor, out=new_memory(kept.shape, kept, dtype))
+    return torch.mul(kept, factor, out=new_gradient(kept.shape, kept, dtype))
 
 
 for _device, _kind in ROWS.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neglog.ops.dtypes import divides_late, real_dtype
-from neglog.ops.memory import new_memory, new_rows
+from neglog.ops.memory import contiguous, new_gradient, new_rows
 from neglog.tiles import gemm, plan
 
 NARROW = (False, False, False)
@@ -61,7 +61,7 @@ class Tiles:
         self.rows = counted.nonzero().squeeze(1) if compact else None
         if self.rows is not None and len(self.rows) == len(target):
             self.rows = None
-        self.target = (target if self.rows is None else target[self.rows]).contiguous()
+        self.target = contiguous(target if self.rows is None else target[self.rows])
         row_bytes = plan.row_stride(head.vocab, dtype.itemsize) * dtype.itemsize
         rows = len(self.target)
         self.height = plan.rows_per_tile(rows, row_bytes, workspace)
@@ -107,7 +107,7 @@ class Gradients:
         new = head.input.new_zeros
         self.dtypes = [real if it else head.input.dtype for it in wide]
         self.input = new(head.input.shape if wanted[0] else 0, dtype=self.dtypes[0])
-        self.weight = new_memory(
+        self.weight = new_gradient(
             head.weight.shape if wanted[1] else (0,), head.weight, None if tiles.single else real
         )
         self.bias = new(head.vocab if wanted[2] else 0, dtype=real)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neglog.ops.memory import new_memory, new_rows
+from neglog.ops.memory import contiguous, new_gradient, new_memory, new_rows
 from neglog.ops.pairs import formula, schema
 from neglog.ops.pairs.cpu import CpuTiles
 from neglog.ops.pairs.cuda import CudaTiles
@@ -137,7 +137,7 @@ def _upstream(pairs: Pairs, a: Any) -> Upstream:
         size = _largest(grads)
         grads = [None if g is None else g / size for g in grads]
     row_loss, column_loss, through_rows, through_columns, score = (
-        None if g is None or not g.numel() else g.contiguous() for g in grads
+        None if g is None or not g.numel() else contiguous(g) for g in grads
     )
     by_row = _sum(through_rows, row_loss)
     by_row = torch.zeros_like(a.row_lse) if by_row is None else by_row
@@ -165,8 +165,8 @@ class Sums:
 
     def __init__(self, pairs: Pairs, by_row: bool, by_column: bool) -> None:
         self.pairs = pairs
-        self.by_row = new_memory(pairs.query.shape if by_row else (0,), pairs.query, pairs.real)
-        self.by_column = new_memory(pairs.key.shape if by_column else (0,), pairs.key, pairs.real)
+        self.by_row = new_gradient(pairs.query.shape if by_row else (0,), pairs.query, pairs.real)
+        self.by_column = new_gradient(pairs.key.shape if by_column else (0,), pairs.key, pairs.real)
         self._scaled = pairs.scale.dim() == 1  # a scale of its own: the sum must hold it
         self._has_rows = by_row
         if pairs.symmetric or not pairs.query.numel() or not pairs.key.numel():
@@ -268,7 +268,7 @@ def sigmoid_backward(kind: Any, a: Any) -> tuple[Tensor, ...]:
         names = schema.sigmoid.Arguments._fields
         formed = sigmoid(kind, schema.sigmoid.Arguments(*(getattr(a, name) for name in names)))[1:]
     return tuple(
-        torch.mul(kept, a.grad, out=new_memory(kept.shape, kept, x.dtype))
+        torch.mul(kept, a.grad, out=new_gradient(kept.shape, kept, x.dtype))
         if want
         else x.new_empty(0)
         for kept, x, want in zip(formed, likes, a.wanted, strict=True)

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from neglog.ops.define import Op
 from neglog.ops.dtypes import real_dtype
+from neglog.ops.memory import contiguous
 from neglog.tiles import plan
 
 TILES = "int workspace, ScalarType tile_dtype, str backend"
@@ -146,18 +147,18 @@ class Pairs(NamedTuple):
         )  # fmt: skip
 
     def ready(self) -> Pairs:
-        """As the kernels want them: contiguous, the small ones in the accumulation dtype."""
+        """As the kernels want them: contiguous and aligned, the small ones in the accumulation
+        dtype."""
         dtypes = dict.fromkeys(("query", "key"), self.query.dtype)
         dtypes |= dict.fromkeys(("scale", "bias"), self.real)
         indices = ("positive", "excluded", "query_group", "key_group")
         dtypes |= dict.fromkeys(indices, torch.int64)
-        return self._replace(
-            **{
-                name: x.to(dtype).contiguous()
-                for name, dtype in dtypes.items()
-                if (x := getattr(self, name)) is not None
-            }
-        )
+        ready: dict[str, Any] = {
+            name: contiguous(x.to(dtype))
+            for name, dtype in dtypes.items()
+            if (x := getattr(self, name)) is not None
+        }
+        return self._replace(**ready)
 
     def bounded(self) -> bool:
         """Whether no score can be too large, or too small, for e^score."""
