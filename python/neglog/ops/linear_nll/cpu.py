@@ -37,15 +37,14 @@ class CpuRows:
     def begin(self) -> None:
         """Find the divisor of the mean and what the gradients are formed for."""
         a = self.a
-        if a.num_items is not None:
-            self._divisor = float(a.num_items)
-        else:
-            target = contiguous(a.target)
-            total = self._kernel.total_weight(
-                len(target), self.tiles.head.vocab, address(target), 0, address(self.weight),
-                a.ignore_index, DTYPE_CODES[a.input.dtype],
-            )  # fmt: skip
-            self._divisor = rounded(total, real_dtype(a.input.dtype))
+        target = contiguous(a.target)
+        # Formed in any case: it checks that targets are in range.
+        total = self._kernel.total_weight(
+            len(target), self.tiles.head.vocab, address(target), 0, address(self.weight),
+            a.ignore_index, DTYPE_CODES[a.input.dtype],
+        )  # fmt: skip
+        total = rounded(total, real_dtype(a.input.dtype))
+        self._divisor = total if a.num_items is None else float(a.num_items)
         late = divides_late(a.input.dtype) and self._divisor
         self.largest = quotient(1.0, self._divisor) if a.reduction == MEAN and not late else 1.0
 
