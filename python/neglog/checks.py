@@ -63,6 +63,8 @@ def number_on(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     a GPU would be to wait for what runs on it, which nothing can while a graph is captured."""
     if isinstance(value, Tensor):
         return value.to(device, dtype)
+    if torch_state.varies(value):  # torch.full would make a constant of a symbol
+        return value * torch.ones((), dtype=dtype, device=device)
     return torch.full((), value, dtype=dtype, device=device)
 
 

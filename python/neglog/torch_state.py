@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 
 # What torch.compile and torch.export put in a tensor's place; no other subclass is known.
 TRACED = (FakeTensor, FunctionalTensor)
@@ -95,6 +95,14 @@ def concrete(x: Tensor) -> bool:
         return False
     functorch = torch._C._functorch
     return not (functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x))
+
+
+def varies(number: Any) -> bool:
+    """Whether a graph that is being made cannot hold it as a constant: a number in a tensor that is
+    traced, or one of Python that torch.compile has seen change, and made a symbol of."""
+    if isinstance(number, Tensor):
+        return not concrete(number)
+    return compiling() and not has_static_value(number)
 
 
 def readable(x: Tensor) -> bool:

@@ -12,7 +12,9 @@ import neglog
 import neglog.losses.cross_entropy  # defines the ops
 from neglog import dispatch
 from neglog.kernels import memory
+from neglog.ops.nll import schema
 from tests.support.nll_tensors import forward_arguments, large
+from tests.support.traced_calls import HEAD, TARGET, WEIGHT, X
 
 
 # The backend is an argument that opcheck does not look at. What changes shapes and outputs:
@@ -308,3 +310,29 @@ def test_eager_and_compiled_give_the_same_bits(name, reduction):
         value = run(leaf)
         found.append((value.detach(), *torch.autograd.grad(value * 3, leaf)))
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+# Numbers in tensors, as torch.compile has those that change
+
+NUMBERS = (0.1, 1.5, 4.0, 0.01)
+
+
+def test_numbers_in_tensors_give_the_bits_of_floats():
+    x = X.clone().requires_grad_()
+    found = []
+    for numbers in (NUMBERS, [torch.tensor(v, dtype=torch.float64) for v in NUMBERS]):
+        loss, lse, *_ = schema.forward(x, TARGET, WEIGHT, None, 1, -100, *numbers, False, "")
+        grads = torch.autograd.grad(2 * loss + lse.sum(), x, create_graph=True)
+        found.append((loss, lse, *grads, *torch.autograd.grad(grads[0].square().sum(), x)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_opcheck_of_numbers_in_tensors():
+    numbers = torch.tensor(NUMBERS, dtype=torch.float64)
+    utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
+    x, w = X.clone().requires_grad_(), HEAD.clone().requires_grad_()
+    given = (x, TARGET, WEIGHT, None, 1, -100, numbers, False, "")
+    opcheck(torch.ops.neglog.nll_numbers.default, given, test_utils=utilities)
+    tiles = ([1, 1, 0], 1 << 16, torch.float32, 0.0, "")
+    given = (x, w, None, TARGET, WEIGHT, None, 1, -100, numbers, False, *tiles)
+    opcheck(torch.ops.neglog.linear_nll_numbers.default, given, test_utils=utilities)

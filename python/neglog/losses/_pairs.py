@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from neglog import availability, route
+from neglog.checks import number_on
 from neglog.losses._result import LossStats
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.pairs import autograd, formula
@@ -51,11 +52,7 @@ def embeddings(x: Tensor, normalize: bool) -> Tensor:
 
 def number(value: float | Tensor, like: Tensor) -> Tensor:
     """() in the accumulation dtype."""
-    real = real_dtype(like.dtype)
-    if isinstance(value, Tensor):
-        value = value.to(like.device, real)
-        return value if value.dim() == 0 else value.reshape(())
-    return torch.scalar_tensor(value, dtype=real, device=like.device)
+    return number_on(value, real_dtype(like.dtype), like.device).reshape(())
 
 
 def scale_of(temperature: float | Tensor, like: Tensor) -> Tensor:

@@ -36,9 +36,15 @@ class RowOptions(NamedTuple):
     def for_op(self) -> Options:
         # The sum over num_items is a mean whose divisor is given.
         reduction = "mean" if self.num_items is not None else self.reduction
+        softcap = 0.0 if self.softcap is None else self.softcap
+        tensors = isinstance(softcap, Tensor) or isinstance(self.z_loss, Tensor)
+        if tensors or torch_state.compiling():  # which is sooner asked than of each number
+            numbers = (self.label_smoothing, self.logit_scale, softcap, self.z_loss)
+            if any(map(torch_state.varies, numbers)):
+                return Options(REDUCTIONS[reduction], self.ignore_index, *_as_tensors(numbers))
         return Options(
             REDUCTIONS[reduction], self.ignore_index, float(self.label_smoothing),
-            float(self.logit_scale), float(self.softcap or 0.0), float(self.z_loss),
+            float(self.logit_scale), float(softcap), float(self.z_loss),
         )  # fmt: skip
 
     def divisor(self, logits_dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -70,6 +76,12 @@ class RowOptions(NamedTuple):
         return loss if loss.dtype == dtype or under_autocast(loss) else loss.to(dtype)
 
 
+def _as_tensors(numbers: tuple) -> tuple[Tensor, ...]:
+    """Each () on the CPU, where an op reads them when it runs."""
+    cpu = torch.device("cpu")
+    return tuple(number_on(x, torch.float64, cpu).reshape(()) for x in numbers)
+
+
 def loss_of_rows(
     where: Route, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions
 ) -> LossStats:
@@ -84,11 +96,11 @@ def loss_of_rows(
         logits, options = _scaled(logits, target, options)
     if weight is not None:
         weight = weight.to(real_dtype(logits.dtype))
-    num_items = options.divisor(logits.dtype, logits.device)
-    given = (logits, target, weight, num_items, options.for_op(), options.return_stats)
+    num_items, for_op = options.divisor(logits.dtype, logits.device), options.for_op()
+    given = (logits, target, weight, num_items, for_op, options.return_stats)
     if where.backend == "torch":
         result = _by_formula(*given)
-    elif options.inplace_backward and may_overwrite(logits, target):
+    elif options.inplace_backward and for_op.known() and may_overwrite(logits, target):
         result = LossStats(*nll_in_place(*given, where.demanded))
     else:
         result = LossStats(*nll(*given, where.demanded))

@@ -12,12 +12,16 @@ An op has three forms. The registered one, torch.ops.neglog.nll, is what torch.c
 see. torch.func demands the functional one, an autograd.Function with setup_context. Eager calls
 take the third, a Function that calls the implementation past torch's dispatcher, which costs 100
 microseconds where an op has thirty arguments.
+
+A float of a registered op is a constant of the graph: one that changes compiles it anew. So the
+floats that `numbers` lists may be tensors () instead. The op is then `<name>_numbers`, which takes
+them as one tensor on the CPU and reads it when it runs.
 """
 
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +36,9 @@ library = torch.library.Library("neglog", "DEF")
 class Op:
     """One op of the namespace neglog. Called, it takes the form that fits what is active."""
 
-    def __init__(self, schema: str, compiled: bool = True) -> None:
-        """compiled: torch.compile and export may trace the op."""
+    def __init__(self, schema: str, compiled: bool = True, numbers: str = "") -> None:
+        """compiled: torch.compile and export may trace the op. numbers: the part of the schema with
+        the floats that may be tensors."""
         self.schema = schema
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,) if compiled else ())
         self.name = schema.partition("(")[0]
@@ -47,12 +52,40 @@ class Op:
         self._decisive = next(
             (i for i, x in enumerate(described.arguments) if str(x.type) == "Tensor"), 0
         )
+        self._numbers = slice(0)
+        self._of_numbers: Op | None = None
+        if numbers:
+            self._of_numbers = self._with_tensor_for(numbers)
         self._implementations: dict[str, Callable[[Any], Any]] = {}
         self._functional: Any = None
         self._eager: Any = None
 
+    def _with_tensor_for(self, numbers: str) -> Op:
+        """The op that takes these floats as one tensor."""
+        schema = self.schema.replace(numbers, "Tensor numbers")
+        made = Op(schema.replace(self.name, f"{self.name}_numbers", 1))
+        first = made.Arguments._fields.index("numbers")
+        self._numbers = slice(first, first + numbers.count(",") + 1)
+
+        def by_floats(*given: Any) -> Any:
+            a = made.Arguments(*given)
+            return self.registered(*self._spread(a, a.numbers.tolist()))
+
+        library.impl(made.name, by_floats, "CompositeExplicitAutograd")
+        return made
+
+    def _spread(self, a: Any, numbers: Sequence[Any]) -> Any:
+        """The arguments of this op from those of the other."""
+        first = self._numbers.start
+        return self.Arguments(*a[:first], *numbers, *a[first + 1 :])
+
     def __call__(self, *arguments: Any) -> Any:
         """The results, by name where there are several."""
+        numbers = arguments[self._numbers]
+        if numbers and isinstance(numbers[0], Tensor):
+            first, end = self._numbers.start, self._numbers.stop
+            assert self._of_numbers is not None
+            return self._of_numbers(*arguments[:first], torch.stack(numbers), *arguments[end:])
         if torch_state.transforming() and not torch_state.compiling() and self._functional:
             return self._named(self._functional.apply(*arguments))
         decisive = arguments[self._decisive]
@@ -78,6 +111,8 @@ class Op:
         torch.library.register_fake(
             f"neglog::{self.name}", lambda *given: function(self.Arguments(*given)), lib=library
         )
+        if self._of_numbers is not None:
+            self._of_numbers.shapes(lambda a: function(self._spread(a, a.numbers.unbind())))
 
     def differentiable(
         self, setup: Callable[[Any, Any, Any], None], backward: Callable[[Any, Any], dict[str, Any]]
@@ -86,6 +121,11 @@ class Op:
 
         backward is not called where no gradient arrives. A gradient of None means zero.
         """
+        if self._of_numbers is not None:
+            self._of_numbers.differentiable(
+                lambda ctx, a, results: setup(ctx, self._spread(a, a.numbers.unbind()), results),
+                backward,
+            )
         count = len(self.Arguments._fields)
 
         def set_up(ctx: Any, inputs: tuple, output: Any) -> None:

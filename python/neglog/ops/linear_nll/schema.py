@@ -9,7 +9,8 @@ Shapes: input (N, D), linear_weight (V, D), linear_bias (V,), target (N,) int64;
 num_items () in the accumulation dtype. Returned: loss () or (N,), lse (N,), total_weight ();
 correct and entropy (N,), or (0,) without stats; and gradients of input, linear_weight and
 linear_bias, or (0,) where not wanted. Rows that are ignored have lse, entropy and gradient 0.
-workspace: bytes for the logits of one tile, which have the dtype tile_dtype.
+workspace: bytes for the logits of one tile, which have the dtype tile_dtype. Both ops have another,
+named `..._numbers`, as those of nll have.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from torch import Tensor
 
 from neglog.ops.define import Op
 from neglog.ops.dtypes import divides_late, real_dtype
-from neglog.ops.nll.schema import NONE, OPTIONS
+from neglog.ops.nll.schema import NONE, NUMBERS, OPTIONS
 
 TILES = "int workspace, ScalarType tile_dtype, float filter_eps, str backend"
 forward = Op(
     "linear_nll(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
     f"Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, int[3] wanted, {TILES}) -> "
     "(Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, Tensor entropy, "
-    "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+    "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    numbers=NUMBERS,
 )
 backward = Op(
     "linear_nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor input, Tensor linear_weight, "
     "Tensor? linear_bias, Tensor target, Tensor? weight, Tensor total_weight, Tensor grad_input, "
     f"Tensor grad_weight, Tensor grad_bias, {OPTIONS}, int[3] wanted, {TILES}) -> "
-    "(Tensor input, Tensor linear_weight, Tensor linear_bias)"
+    "(Tensor input, Tensor linear_weight, Tensor linear_bias)",
+    numbers=NUMBERS,
 )
 
 

@@ -13,13 +13,23 @@ from neglog.ops.dtypes import real_dtype, softcap_in
 from neglog.ops.nll.schema import MEAN, SUM, Options
 
 
-def scores(logits: Tensor, logit_scale: float, softcap: float) -> Tensor:
+def scores(logits: Tensor, logit_scale: float | Tensor, softcap: float | Tensor) -> Tensor:
     """z = softcap * tanh(logit_scale * x / softcap)."""
     z = logits.to(real_dtype(logits.dtype))
-    if logit_scale != 1:
+    if not _is(logit_scale, 1):
         z = z * logit_scale
+    if isinstance(softcap, Tensor):  # as softcap_in has it, of a number that is not known yet
+        limits = torch.finfo(z.dtype)
+        is_one = (softcap != 0) & (softcap <= limits.max)
+        softcap = torch.where(is_one, softcap.clamp(min=limits.tiny), 1)
+        return torch.where(is_one, softcap * _tanh(z / softcap), z)
     softcap = softcap_in(z.dtype, softcap)
     return z if softcap == 0 else softcap * _tanh(z / softcap)
+
+
+def _is(number: float | Tensor, value: float) -> bool:
+    """Whether it is known to be this. A tensor's number may not be read: a graph may be made."""
+    return not isinstance(number, Tensor) and number == value
 
 
 def _tanh(y: Tensor) -> Tensor:
@@ -46,7 +56,11 @@ def _has_no_classes(z: Tensor) -> bool:
 
 
 def _mass(
-    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+    z: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What multiplies each -log p (N, V); each row's weight (N,); which rows count (N,) bool."""
     vocab = max(1, z.shape[1])  # nothing is spread over no classes
@@ -82,12 +96,12 @@ def nll(
     z = scores(torch.where(kept[:, None], logits, 0), logit_scale, softcap)
     lse = torch.where(kept, log_sum_exp(z), lse)
     log_p = torch.log_softmax(z, 1)
-    if target.dim() == 1 and label_smoothing == 0 and not _has_no_classes(z):
+    if target.dim() == 1 and _is(label_smoothing, 0) and not _has_no_classes(z):
         index = torch.where(counted, target, 0)
         loss = -row_weight * log_p.gather(1, index[:, None])[:, 0]
     else:
         loss = -(mass * log_p).sum(1)
-    if z_loss:
+    if not _is(z_loss, 0):
         loss = loss + row_weight * z_loss * lse**2
     loss = torch.where(counted, loss, 0)
     total_weight = row_weight.sum() if num_items is None else num_items

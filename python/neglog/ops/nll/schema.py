@@ -11,6 +11,9 @@ float64. Returned: loss () or (N,), lse (N,), lse_low (N,), total_weight (); cor
 entropy (N,), or both (0,) without stats. lse + lse_low is the log-sum-exp to twice the digits.
 reduction: 0 none, 1 mean, 2 sum, as in aten. backend: "cython" or "numba"; "" is the best that can
 run, so that a graph exported on one machine runs on another.
+
+neglog::nll_numbers and nll_backward_numbers have label_smoothing, logit_scale, softcap and z_loss
+in one tensor (4,) on the CPU (ops/define.py).
 """
 
 from __future__ import annotations
@@ -25,19 +28,19 @@ from neglog.ops.define import Op
 from neglog.ops.dtypes import real_dtype
 
 NONE, MEAN, SUM = 0, 1, 2
-OPTIONS = (
-    "int reduction, int ignore_index, float label_smoothing, float logit_scale, float softcap, "
-    "float z_loss"
-)
+NUMBERS = "float label_smoothing, float logit_scale, float softcap, float z_loss"
+OPTIONS = f"int reduction, int ignore_index, {NUMBERS}"
 forward = Op(
     f"nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, "
     "str backend) -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor total_weight, "
-    "Tensor correct, Tensor entropy)"
+    "Tensor correct, Tensor entropy)",
+    numbers=NUMBERS,
 )
 backward = Op(
     "nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, "
     f"Tensor? weight, Tensor lse, Tensor lse_low, Tensor total_weight, {OPTIONS}, str backend)"
-    " -> Tensor"
+    " -> Tensor",
+    numbers=NUMBERS,
 )
 in_place = Op(
     f"nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, "
@@ -48,14 +51,19 @@ scale_in_place = Op("nll_scale_(Tensor(a!) grad, Tensor factor) -> ()")
 
 
 class Options(NamedTuple):
-    """What shapes the loss of a row, in the order of the schemas."""
+    """What shapes the loss of a row, in the order of the schemas. The numbers are floats, or each a
+    tensor ()."""
 
     reduction: int
     ignore_index: int
-    label_smoothing: float
-    logit_scale: float
-    softcap: float
-    z_loss: float
+    label_smoothing: Any
+    logit_scale: Any
+    softcap: Any
+    z_loss: Any
+
+    def known(self) -> bool:
+        """Whether the numbers are floats."""
+        return not isinstance(self.z_loss, Tensor)
 
     @classmethod
     def of(cls, arguments: Any) -> Options:
