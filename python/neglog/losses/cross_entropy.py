@@ -99,7 +99,7 @@ def cross_entropy(
             needs no memory beyond O(N). `input` must not be a leaf that requires grad. It must not
             be read afterwards: autograd raises if an operation before this one needs it for its
             backward, but one after it gets wrong numbers. Without a gradient to compute, with a
-            target that requires grad, under torch.compile and torch.func, nothing is overwritten.
+            target that requires grad, under torch.func and in a graph nothing is overwritten.
         return_stats: return LossStats(loss, logsumexp, correct, entropy) instead of the loss.
         loss_dtype: the dtype of the loss. None: that of the input, or under autocast float32.
             torch.float32: the loss of 16-bit logits as it was computed, not rounded. Also
