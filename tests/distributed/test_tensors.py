@@ -27,6 +27,7 @@ OPTIONS = {
     "softcap": {"softcap": 2.0}, "z_loss": {"z_loss": 0.1}, "smoothed": {"label_smoothing": 0.1},
     "scaled": {"logit_scale": torch.tensor(1.5).double()}, "none": {"reduction": "none"},
     "sum": {"reduction": "sum"}, "weighted": {"weight": normal(CLASSES, seed=3).abs()},
+    "by torch": {"backend": "torch"},
 }  # fmt: skip
 
 
@@ -172,6 +173,15 @@ def contrastive(rank, world):
     same(neglog.info_nce, {**x, **y, **keys, **temperature}, {"return_stats": True}, *layouts)
     same(neglog.info_nce, {**x, **y, **temperature}, {"exclude": ids}, *layouts)
     same(neglog.info_nce, {**x, **y}, {"reduction": "none", "symmetric": True}, *layouts)
+    by_row = {"positive_key": BY_ROW, "positives": BY_ROW, "negative_ids": ALL}
+    several = {"positives": torch.tensor([[0, 1], [1, -1], [2, 3], [4, 0], [3, 3]])}
+    same(neglog.info_nce, {**x, **y}, several, by_row)
+    of_queue = {
+        "exclude": ids,
+        "negative_ids": torch.tensor([1, 5, 6, 2]),
+        "negative_mode": "in_batch",
+    }
+    same(neglog.info_nce, {**x, **y, **keys}, of_queue, {"exclude": BY_ROW}, by_row)
     for function in (neglog.nt_xent, neglog.dcl):
         tensors = {"z_i": x["query"], "z_j": y["positive_key"]}
         same(function, tensors, {}, {"z_i": BY_ROW}, {"z_i": BY_ROW, "z_j": BY_ROW})
@@ -183,6 +193,7 @@ def contrastive(rank, world):
             "logit_scale": torch.tensor(2.0).double(), "logit_bias": torch.tensor(-1.0).double(),
         }  # fmt: skip
         same(function, tensors, {}, {"image_features": BY_ROW}, dict.fromkeys(tensors, ALL))
+        same(function, tensors, {"exclude": ids}, {"image_features": BY_ROW, "exclude": BY_ROW})
         mesh = dist.init_device_mesh("cpu", (world,))
         sharded = distribute_tensor(x["query"], mesh, BY_ROW)
         with pytest.raises(ValueError, match="group: expected none with DTensors"):
@@ -201,6 +212,8 @@ def kernels(rank, world):
             found = neglog.cross_entropy(x, TARGET, backend=best)
     assert ran == [f"nll:{best}"]
     torch.testing.assert_close(found.full_tensor(), neglog.cross_entropy(**LOGITS))
+    with pytest.raises(TypeError, match="target"):
+        neglog.cross_entropy(x, [1, 2, 3, 4, 5])
 
 
 CHECKS = [

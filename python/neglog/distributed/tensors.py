@@ -13,7 +13,9 @@ from neglog import torch_state
 from neglog.torch_state import PLAIN
 
 _COMMON = frozenset((*PLAIN, type(None), int, float))
-_OF_TORCH = ("input", "target", "weight", "ignore_index", "reduction", "label_smoothing")
+_OF_TORCH = (
+    "input", "target", "weight", "ignore_index", "reduction", "label_smoothing", "backend",
+)  # fmt: skip
 
 
 def any_distributed(*arguments: Any) -> bool:
@@ -63,22 +65,19 @@ def torch_serves(function: Callable[..., Any], arguments: dict[str, Any]) -> boo
     Under loss_parallel(), where the class axis is sharded and no option there silently ignored; or
     where rows are, and no mean is taken, which would be that of the shards' means.
     """
+    if arguments["backend"] not in (None, "torch"):
+        return False
     for name, parameter in signature(function).parameters.items():
         if name not in _OF_TORCH and arguments[name] is not parameter.default:
-            return name == "backend" and arguments[name] == "torch"
+            return False
     input, target, weight = (arguments[name] for name in ("input", "target", "weight"))
-    if not is_distributed(input) or target.dim() == input.dim():
+    if not (is_distributed(input) and isinstance(target, Tensor) and target.dim() < input.dim()):
         return False
     classes = 0 if input.dim() == 1 else 1
     sharded = [x.is_shard(classes) for x in input.placements]
     summed = arguments["reduction"] in ("none", "sum")
-    if torch_state.loss_parallel():
-        plain = weight is None and not arguments["label_smoothing"]
-        return (
-            plain
-            and sum(sharded) == 1
-            and (len(sharded) == 1 or (summed and is_distributed(target)))
-        )
+    if torch_state.loss_parallel():  # on a mesh of two dimensions not before torch 2.13
+        return sharded == [True] and weight is None and not arguments["label_smoothing"]
     rows = summed and not any(sharded) and any(x.is_shard() for x in input.placements)
-    others = [x for x in (target, weight) if x is not None]
+    others: list[Any] = [x for x in (target, weight) if x is not None]
     return rows and all(is_distributed(x) and x.device_mesh == input.device_mesh for x in others)
