@@ -248,15 +248,36 @@ def test_an_ignored_row_has_no_gradient_whatever_it_is(backend, name, rows, opti
     assert grad[target >= 0].any(1).all()
 
 
-# A weight's gradient is a sum over rows, of which one is NaN times 0.
+# A weight's gradient is a sum over rows, of which one is NaN times 0: with labels in tiles, with
+# probabilities and a mask, and with logits of several dimensions, of which all are ignored.
+@pytest.mark.parametrize("form", ["labels", "probabilities", "dimensions"])
 @pytest.mark.parametrize("rows", ROWS)
-def test_nor_does_it_reach_the_head(backend, rows):
+def test_nor_does_it_reach_the_head(compiled_or_torch, rows, form):
     x, target = draw(rows)
-    weight, bias = (torch.ones(shape, requires_grad=True) for shape in ((7, VOCAB), (7,)))
-    target = target.clamp(max=6)
-    neglog.linear_cross_entropy(x, weight, target, linear_bias=bias).backward()
-    assert weight.grad.isfinite().all()
-    assert bias.grad.isfinite().all()
+    shape = (7, 2) if form == "dimensions" else (7,)
+    weight, bias = (torch.ones(s, requires_grad=True) for s in ((*shape, VOCAB), shape))
+    target, options = target.clamp(max=6), {"linear_bias": bias}
+    if form == "probabilities":
+        options["mask"] = target != -100
+        target = torch.nn.functional.one_hot(target.clamp(min=0), 7).float()
+    elif form == "dimensions":
+        target = target[:, None].expand(rows, 2)
+    loss = neglog.linear_cross_entropy(x, weight, target, **options)
+    loss.backward()
+    for part in (loss, weight.grad, bias.grad, x.grad):
+        assert part.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_statistics_of_an_ignored_row_of_hidden_states_are_0(compiled_or_torch, rows):
+    """In logits of several dimensions too, where another of the row counts."""
+    x, _ = draw(rows)
+    weight = torch.ones(7, 2, VOCAB)
+    target = torch.tensor([3, -100]).expand(rows, 2)
+    stats = neglog.linear_cross_entropy(x, weight, target, return_stats=True)
+    for part in stats[1:]:
+        assert part.shape == (rows, 2)
+        assert not part[:, 1].any()
 
 
 # float16 ends at 65504, so the sum of 70,000 losses of 2 is out of its range, and of 3 is not.

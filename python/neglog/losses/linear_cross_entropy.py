@@ -237,14 +237,22 @@ def _with_logits_in_memory(
 ) -> LossStats:  # fmt: skip
     rows, linear_weight, linear_bias = cast(head, dtype)
     counted = labels != options.ignore_index
-    # What does not count may be NaN.
-    if not (torch_state.readable(counted) and bool(counted.all())):
-        rows = torch.where(counted[:, None], rows, 0)
-    logits = F.linear(rows, linear_weight, linear_bias)
-    result = loss_of_rows(where, logits, labels, weight, options)
-    if not options.return_stats:
+    logits = F.linear(_zero_unless(counted, rows), linear_weight, linear_bias)
+    return _stats_of(counted, loss_of_rows(where, logits, labels, weight, options))
+
+
+def _zero_unless(counted: Tensor, rows: Tensor) -> Tensor:
+    """Rows (..., D), 0 where they do not count: the gradient of the weight sums over all of them,
+    and has 0 * NaN of those that are NaN."""
+    if torch_state.readable(counted) and bool(counted.all()):
+        return rows
+    return torch.where(counted.unsqueeze(-1), rows, 0)
+
+
+def _stats_of(counted: Tensor, result: LossStats) -> LossStats:
+    """As the tiles have them, which make no logits of ignored rows."""
+    if result.logsumexp is None:
         return result
-    # As the tiles have it, which make no logits of ignored rows.
     lse, entropy = (torch.where(counted, x, 0) for x in (result.logsumexp, result.entropy))
     return LossStats(result.loss, lse, result.correct, entropy)
 
@@ -261,13 +269,16 @@ def _of_probabilities(
     if weight is not None:
         check_weight(weight, linear_weight.shape[0], input, converts=True)
     where = route.choose(input, linear_weight, backend=backend, weight=weight)
+    positions = input.shape[:-1]
+    if mask is not None:
+        mask = mask.expand(positions)
+        input = _zero_unless(mask, input)
     logits = F.linear(input, linear_weight, linear_bias)
-    positions = logits.shape[:-1]
     rows = rows_of_last_axis(logits), rows_of_last_axis(target)
     if mask is None:
         result = loss_of_rows(where, *with_probabilities(*rows, weight), weight, options)
     else:
-        result = masked_rows(where, *rows, mask.expand(positions).flatten(), weight, options)
+        result = masked_rows(where, *rows, mask.flatten(), weight, options)
     return change_rows(result, lambda x: x.view(positions), options.reduction)
 
 
@@ -280,13 +291,17 @@ def _of_many_dimensions(
     flat = linear_weight.reshape(-1, linear_weight.shape[-1])
     bias = None if linear_bias is None else linear_bias.reshape(-1)
     where = route.choose(input, linear_weight, backend=backend, weight=weight)
+    positions = (input.shape[0], *linear_weight.shape[1:-1])
+    if target.shape == positions:
+        counted = target.long() != options.ignore_index
+        input = _zero_unless(counted.flatten(1).any(1), input)
     logits = F.linear(input, flat, bias).view(input.shape[0], *linear_weight.shape[:-1])
     if target.shape == logits.shape:
         check_no_ignore_index(ignore_index)
     if check_cross_entropy(logits, target, weight, options.ignore_index):
-        rows = with_probabilities(logits, target, weight)
+        result = loss_of_rows(where, *with_probabilities(logits, target, weight), weight, options)
     else:
-        rows = to_rows(logits), to_indices(target)
-    result = loss_of_rows(where, *rows, weight, options)
-    shape = (logits.shape[0], *logits.shape[2:])
-    return change_rows(result, lambda x: x.view(shape), options.reduction)
+        index = to_indices(target)
+        result = loss_of_rows(where, to_rows(logits), index, weight, options)
+        result = _stats_of(index != options.ignore_index, result)
+    return change_rows(result, lambda x: x.view(positions), options.reduction)
