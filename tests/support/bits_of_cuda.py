@@ -136,5 +136,5 @@ def _pairs(dtype: torch.dtype) -> Iterator[Call]:
     given = _problem(dtype, 130, 300, {"positive": True})
     bias = torch.tensor(3.0, dtype=_real(dtype))
     inputs = (given.query, given.key, given.scale, bias, given.positive)
-    arguments = schema.sigmoid.Arguments(*inputs, 1, dtype, "", [True] * 4)
+    arguments = schema.sigmoid.Arguments(*inputs, None, None, 1, dtype, "", [True] * 4)
     yield "siglip", list(schedule.sigmoid(CudaTiles, arguments))
