@@ -412,3 +412,12 @@ def test_bad_upstreams():
         given = {"result": result, "similarity": similarity, "grad_row_lse": 1.0, **change}
         with pytest.raises(error, match=message):
             pairs_backward(**given)
+
+
+@pytest.mark.parametrize("name", ["similarity", "scale", "bias", "positive"])
+def test_a_mask_is_refused(name):
+    given = {"similarity": np.zeros((2, 3), np.float32), "scale": np.ones(2)}
+    given |= {"bias": np.zeros(3), "positive": np.array([0, 1])}
+    given[name] = np.ma.masked_array(given[name])
+    with pytest.raises(TypeError, match=f"{name}: expected an array without a mask"):
+        pairs_forward(**given)
