@@ -88,8 +88,8 @@ def test_positions_of_sequences_are_dynamic():
         torch.testing.assert_close(program(x, t), function(x, t))
 
 
-# Where a dimension is marked, another number of rows that compiles anew is an error. Bounds are what
-# a comparison would violate.
+# Where a dimension is marked, another number of rows that compiles anew is an error. The bounds are
+# what a comparison would violate.
 BOUNDED = {"min": 2, "max": 20_000}
 
 
