@@ -130,11 +130,13 @@ def test_gradient_of_pairs_is_the_slope(rng):
     def loss(x):
         r = reference.pairs(x, **options)
         columns = np.where(np.isneginf(r.column_lse), 0, r.column_lse)
-        of_rows = a * r.row_lse + b * (r.row_lse - r.positive) + c * r.positive
-        return float((of_rows + d * (columns[positive] - r.positive)).sum() + (e * columns).sum())
+        of_rows = a * r.row_lse + b * (r.row_lse - r.positive_score) + c * r.positive_score
+        return float(
+            (of_rows + d * (columns[positive] - r.positive_score)).sum() + (e * columns).sum()
+        )
 
     result = reference.pairs(
-        similarity, **options, grad_row_lse=a, grad_row_loss=b, grad_positive=c,
+        similarity, **options, grad_row_lse=a, grad_row_loss=b, grad_positive_score=c,
         grad_column_loss=d, grad_column_lse=e,
     )  # fmt: skip
     grad = result.grad * options["scale"][:, None]
@@ -156,7 +158,7 @@ def test_two_by_two_pairs_by_hand():
     )
     np.testing.assert_allclose(result.row_lse, math.log(4))
     np.testing.assert_allclose(result.column_lse, math.log(4))
-    np.testing.assert_allclose(result.positive, ln3)
+    np.testing.assert_allclose(result.positive_score, ln3)
     np.testing.assert_allclose(result.grad, [[-0.25, 0.25], [0.25, -0.25]])
     np.testing.assert_allclose(result.sigmoid, math.log(4 / 3) + math.log(2))
     np.testing.assert_allclose(result.sigmoid_grad, [[-0.25, 0.5], [0.5, -0.25]])
@@ -174,5 +176,5 @@ def test_pairs_torch_agrees(rng):
     loss = cross_entropy(z, target, reduction="sum") + cross_entropy(z.T, target, reduction="sum")
     (loss / 2).backward()
     np.testing.assert_allclose(result.grad, z.grad.numpy(), rtol=1e-12, atol=1e-15)
-    ours = (result.row_lse + result.column_lse - 2 * result.positive).sum() / 2
+    ours = (result.row_lse + result.column_lse - 2 * result.positive_score).sum() / 2
     assert ours == pytest.approx(loss.item() / 2)

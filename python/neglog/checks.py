@@ -18,10 +18,6 @@ INTEGERS: tuple[Any, ...] = (int, torch.SymInt)
 REALS: tuple[Any, ...] = (float, int, torch.SymFloat)
 # As aten numbers them.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-# In which embeddings are multiplied; torch multiplies no others, such as float8, into losses.
-EMBEDDINGS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Below this, 1 / temperature overflows float32.
-SMALLEST_TEMPERATURE = 3e-39
 
 
 def is_probabilities(input: Tensor, target: Tensor) -> bool:
@@ -48,7 +44,7 @@ def to_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(0, -2)
 
 
-def _multiplies(x: Tensor, y: Tensor) -> bool:
+def multiplied_alike(x: Tensor, y: Tensor) -> bool:
     """Whether they have one dtype when they are multiplied."""
     return x.dtype == y.dtype or autocast_dtype(x) == autocast_dtype(y)
 
@@ -242,7 +238,7 @@ def check_linear(
             raise NotImplementedError(f"input: expected a floating-point dtype, got {value.dtype}")
         if value.device != input.device:
             raise RuntimeError(f"{name}: expected device {input.device}, got {value.device}")
-        if name != "target" and not _multiplies(value, input):
+        if name != "target" and not multiplied_alike(value, input):
             raise RuntimeError(f"{name}: expected dtype {input.dtype}, got {value.dtype}")
     if input.dim() < 1:
         raise RuntimeError("input: expected shape (..., in_features), got a scalar")
@@ -400,89 +396,9 @@ def check_has_number(name: str, value: Any, like: Tensor) -> None:
         raise RuntimeError(f"{name}: expected device {like.device}, got {value.device}")
 
 
-def check_embeddings(same_rows: bool = True, /, **named: Any) -> None:
-    """Embeddings (N, D) that are to be compared: of the first's dtype, device, D and, with
-    same_rows, N."""
-    (first_name, first), *_ = named.items()
-    for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
-        if x.dim() != 2:
-            raise RuntimeError(f"{name}: expected shape (N, D), got {_shape(x)}")
-        if x.dtype not in EMBEDDINGS:
-            raise RuntimeError(
-                f"{name}: expected dtype float32, float64, bfloat16 or float16, got {x.dtype}"
-            )
-        if x.device != first.device:
-            raise RuntimeError(f"{name}: expected device {first.device}, got {x.device}")
-        if x.dtype != first.dtype and not _multiplies(x, first):
-            raise RuntimeError(f"{name}: expected dtype {first.dtype}, got {x.dtype}")
-        if x.shape[1] != first.shape[1]:
-            raise RuntimeError(
-                f"{name}: expected {first.shape[1]} features, those of {first_name}, "
-                f"got {_shape(x)}"
-            )
-        if same_rows and x.shape[0] != first.shape[0]:
-            raise RuntimeError(
-                f"{name}: expected {first.shape[0]} rows, those of {first_name}, got {_shape(x)}"
-            )
-
-
-def check_comparison(
-    temperature: Any, reduction: Any, normalize: Any, /, per_sample: bool = False,
-    same_rows: bool = True, **named: Any,
-) -> None:  # fmt: skip
-    """What every loss of embeddings takes; per_sample: a temperature for each row too."""
-    check_embeddings(same_rows, **named)
-    check_reduction(reduction)
-    check_flags(normalize=normalize)
-    (first, *_) = named.values()
-    check_temperature(temperature, first.shape[0], per_sample)
-    check_has_number("temperature", temperature, first)
-
-
 def check_reduction(reduction: Any) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-
-
-def check_temperature(temperature: Any, rows: int, per_sample: bool) -> None:
-    """A number above 0, or a tensor of them: one, or one for each row."""
-    expected = "a number above 0"
-    if not isinstance(temperature, Tensor):
-        if not isinstance(temperature, numbers.Real | torch.SymFloat | torch.SymInt):
-            raise TypeError(f"temperature: expected {expected}, got {type(temperature).__name__}")
-        if not SMALLEST_TEMPERATURE < float(temperature) < math.inf:
-            raise ValueError(f"temperature: expected {expected}, got {temperature}")
-        return
-    fits = _shape(temperature) in ([], [1]) or (per_sample and _shape(temperature) == [rows])
-    if not fits:
-        shapes = f"[] or [{rows}]" if per_sample else "[]"
-        raise RuntimeError(f"temperature: expected shape {shapes}, got {_shape(temperature)}")
-    if not temperature.dtype.is_floating_point:
-        raise RuntimeError(f"temperature: expected a floating dtype, got {temperature.dtype}")
-    # Elsewhere, reading the values would wait for the device, or break the graph being compiled.
-    if torch_state.readable(temperature):
-        for value in temperature.detach().aminmax() if temperature.numel() else ():
-            if not SMALLEST_TEMPERATURE < float(value) < math.inf:
-                raise ValueError(f"temperature: expected numbers above 0, got {float(value)}")
-
-
-def check_scalar(name: str, value: Any, like: Tensor) -> None:
-    """A finite number or a tensor of one, whose gradient is given."""
-    check_has_number(name, value, like)
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dim() > 1:
-            raise RuntimeError(f"{name}: expected shape [], got {_shape(value)}")
-        return
-    check_real(name, value)
-    if not -math.inf < float(value) < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
-def check_real(name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
-        raise TypeError(f"{name}: expected a number or a Tensor, got {type(value).__name__}")
 
 
 def check_flags(**named: Any) -> None:
@@ -490,20 +406,3 @@ def check_flags(**named: Any) -> None:
     for name, value in named.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
-
-
-def check_groups(name: str, groups: Any, like: Tensor) -> None:
-    """Ids or labels (N,), integers, of the rows of `like`."""
-    check_integers(name, groups, like)
-    if groups.dim() != 1 or groups.shape[0] != like.shape[0]:
-        raise RuntimeError(f"{name}: expected shape [{like.shape[0]}], got {_shape(groups)}")
-
-
-def check_integers(name: str, x: Any, like: Tensor) -> None:
-    """Integers of any shape, where `like` is."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
-    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
-        raise RuntimeError(f"{name}: expected integers, got {x.dtype}")
-    if x.device != like.device:
-        raise RuntimeError(f"{name}: expected device {like.device}, got {x.device}")

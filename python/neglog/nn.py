@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.jit.frontend import NotSupportedError
 from torch.nn.modules.loss import _WeightedLoss
 
-from neglog.checks import check_groups
+from neglog.checks_of_pairs import check_groups
 from neglog.losses._result import LossStats
 from neglog.losses.clip import clip_loss, siglip_loss
 from neglog.losses.cross_entropy import cross_entropy, masked_cross_entropy

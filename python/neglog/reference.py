@@ -128,7 +128,7 @@ class Pairs(NamedTuple):
 
     row_lse: Array
     column_lse: Array
-    positive: Array
+    positive_score: Array
     grad: Array
     sigmoid: Array
     sigmoid_grad: Array
@@ -153,7 +153,7 @@ def pairs(
     grad_column_lse: ArrayLike = 0.0,
     grad_row_loss: ArrayLike = 0.0,
     grad_column_loss: ArrayLike = 0.0,
-    grad_positive: ArrayLike = 0.0,
+    grad_positive_score: ArrayLike = 0.0,
     grad_sigmoid: float = 1.0,
 ) -> Pairs:
     """Log-sum-exps of the rows and columns of z = scale * similarity + bias, and the sigmoid loss.
@@ -164,8 +164,8 @@ def pairs(
 
     An excluded pair's z is -inf; the score of a positive is taken before that. `grad` is the
     gradient of z for these upstreams, each a scalar or of its own shape: grad_row_lse (N,),
-    grad_column_lse (M,), grad_row_loss (N,) of row_lse - positive, grad_column_loss (N,) of
-    column_lse[positive] - positive, and grad_positive (N,).
+    grad_column_lse (M,), grad_row_loss (N,) of row_lse - positive_score, grad_column_loss (N,) of
+    column_lse[positive] - positive_score, and grad_positive_score (N,).
     sigmoid: softplus(-z) of a row's positive and softplus(z) of its others, added up;
     sigmoid_grad is the gradient of z for grad_sigmoid times their sum.
     """
@@ -194,7 +194,7 @@ def pairs(
         through_rows[at[0]] += row_loss[at[0]]
         np.add.at(through_columns, at[1], column_loss[at[0]])
         grad = through_rows[:, None] * of_rows + through_columns * of_columns.T
-        grad[at] += (each(grad_positive, rows) - row_loss - column_loss)[at[0]]
+        grad[at] += (each(grad_positive_score, rows) - row_loss - column_loss)[at[0]]
 
         terms, slopes = np.logaddexp(0.0, z), 1 / (1 + np.exp(-z))
         terms[at], slopes[at] = np.logaddexp(0.0, -score), -1 / (1 + np.exp(score))

@@ -290,7 +290,7 @@ def test_arrays(kernel_backend, rng, dtype, bounded, options):
     if problem.positive is None:
         assert result.positive_score is None
     else:
-        assert relative_error(result.positive_score, truth.positive) < 2 * eps
+        assert relative_error(result.positive_score, truth.positive_score) < 2 * eps
 
 
 # Bounded and not; one scale for all goes into the upstreams, a scale by row too where there are no

@@ -79,8 +79,6 @@ class Problem:
         for name in ("scale", "positive", "excluded", "row_group", "column_group"):
             options[name] = getattr(self, name)
         similarity = read(self.memory[:, : self.columns], self.dtype)
-        if "grad_positive_score" in upstreams:
-            upstreams["grad_positive"] = upstreams.pop("grad_positive_score")
         return reference.pairs(similarity, **options, **upstreams)
 
     def largest(self):
@@ -229,7 +227,7 @@ def check(kernel, problem, rng, tiles=None):
     assert lse_error(lse[0], truth.row_lse) < 4 * eps
     assert lse_error(lse[1], truth.column_lse) < 4 * eps
     if problem.positive is not None:
-        assert relative_error(f.positive_score, truth.positive) < 2 * eps
+        assert relative_error(f.positive_score, truth.positive_score) < 2 * eps
     error = relative_error(read(gradient[:, : problem.columns], problem.dtype), truth.grad)
     assert error < gradient_budget(problem)
     assert not read(gradient[:, problem.columns :], problem.dtype).any()

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from neglog.checks import (
+from neglog.checks import check_flags, number_on
+from neglog.checks_of_pairs import (
     check_embeddings,
-    check_flags,
     check_groups,
     check_integers,
     check_real,
     check_scalar,
-    number_on,
 )
 from neglog.losses._positives import check_positives, numbered
 from neglog.losses._types import NegativeMode

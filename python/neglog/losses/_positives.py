@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neglog import torch_state
-from neglog.checks import check_groups, check_integers
+from neglog.checks_of_pairs import check_groups, check_integers
 from neglog.losses._result import reduce
 from neglog.ops.dtypes import real_dtype
 

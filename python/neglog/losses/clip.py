@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neglog import availability, route, torch_state
-from neglog.checks import check_embeddings, check_groups, check_scalar
+from neglog.checks_of_pairs import check_embeddings, check_groups, check_scalar
 from neglog.distributed import check_group, gathered
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._pairs import compare, embeddings, number, workspace_of

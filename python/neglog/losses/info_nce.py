@@ -10,7 +10,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from neglog import availability, route
-from neglog.checks import check_comparison, check_flags, number_on, to_smoothing
+from neglog.checks import check_flags, number_on, to_smoothing
+from neglog.checks_of_pairs import check_comparison
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._negatives import Negatives, check_negatives
 from neglog.losses._pairs import (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from neglog import route
-from neglog.checks import check_comparison, check_groups
+from neglog.checks_of_pairs import check_comparison, check_groups
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._pairs import compare, dots, embeddings, scale_of, workspace_of
 from neglog.losses._result import reduce_and_cast

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neglog import route
-from neglog.checks import check_comparison, check_groups
+from neglog.checks_of_pairs import check_comparison, check_groups
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._pairs import compare, embeddings, scale_of, workspace_of
 from neglog.losses._positives import add_rows, mean_of, take_rows, widened
