@@ -36,6 +36,8 @@ ALSO = {
     "losses/linear_cross_entropy": ["tests/ops/test_linear_nll.py", *CORE],
     "losses/nt_xent": CONTRASTIVE[:1],
     "losses/sup_con": CONTRASTIVE[:1],
+    "grad_cache": ["tests/distributed"],
+    "distributed/data_parallel": ["tests/test_grad_cache.py"],
     "ops/define": ["tests/ops/test_nll.py"],
     "ops/memory": ["tests/ops/test_nll.py", "tests/ops/test_linear_nll.py"],
     "tiles/plan": ["tests/ops/test_linear_nll.py"],
@@ -94,11 +96,13 @@ def find_tests(file: str) -> list[str]:
         return sorted(users_of(path.stem)) if parts[1] == "support" else CORE
     if path.suffix not in (".py", ".pyi", ".pyx", ".pxd", ".hpp", ".cu", ".cuh", ".sh"):
         return CORE
+    if parts[0] == "kernels" and path.suffix in (".hpp", ".pxd"):
+        return ["tests/kernels"]  # a header of all kernels, and not its own tests alone
     if parts[:2] == ("python", "neglog"):
         parts = parts[2:]
     named = named_like(parts) + ALSO.get("/".join(parts), [])
     if not named and parts[0] in ("kernels", "csrc", "distributed"):
-        return [f"tests/{parts[0]}"]  # a header of all kernels, say
+        return [f"tests/{parts[0]}"]
     return named or CORE
 
 
