@@ -60,6 +60,22 @@ def unlike_batches(rank, world):
         neglog.clip_loss(image[: 3 + rank], text[: 3 + rank], scale, group=dist.group.WORLD)
 
 
+def unlike_inputs(name, kind, rank, world):
+    """Refused by each process, before the embeddings or ids are sent."""
+    image, text, scale, bias = batch()
+    options, got = {}, r"\[300, 12\] of torch.float64, \[300, 12\] of torch.float64 with exclude"
+    if kind == "exclude":
+        options = {"exclude": ids()[:ROWS]} if rank else {}
+    else:
+        dtypes = {"16 bits": (torch.bfloat16, torch.half), "floats": (torch.float, torch.double)}
+        image, text = image.to(dtypes[kind][rank]), text.to(dtypes[kind][rank])
+        got = " of {}, .* of {}".format(*dtypes[kind])
+    with pytest.raises(RuntimeError, match=f"group: expected one shape and dtype.*{got}"):
+        loss_and_gradients(
+            name, (image[:ROWS], text[:ROWS], scale, bias), group=dist.group.WORLD, **options
+        )
+
+
 # The gathers are the same above every kernel: one, and the formula. Ids of rows are gathered too.
 CHECKS = {
     f"{name}-{backend}{'-excluding' * excluding}": partial(
@@ -68,6 +84,11 @@ CHECKS = {
     for name, backend in CASES
     for excluding in (False, True)
 } | {"unlike batches": unlike_batches}
+CHECKS |= {
+    f"{name}-unlike {kind}": partial(unlike_inputs, name, kind)
+    for name in ("clip_loss", "siglip_loss")
+    for kind in ("exclude", "16 bits", "floats")
+}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import Function
 
+from neglog.ops.dtypes import DTYPE_CODES
+
 
 class _Gather(Function):
     """(N, D) of each process to (processes * N, D)."""
@@ -56,22 +58,37 @@ def check_group(group: Any) -> None:
         )
 
 
+def check_alike(x: Tensor, exclude: Tensor | None, group: Any) -> None:
+    """Raises RuntimeError if the processes have not embeddings of one shape and dtype, or `exclude`
+    in some of them alone: torch would wait, abort, or read one dtype as another.
+
+    In one collective, which has one size whatever they have. While torch.compile traces, it is not
+    asked.
+    """
+    if torch.compiler.is_compiling():
+        return
+    mine = (*x.shape, DTYPE_CODES[x.dtype], int(exclude is not None))
+    sent = torch.tensor(mine, device=x.device)
+    received = [torch.empty_like(sent) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(received, sent, group)
+    found = torch.stack(received).tolist()
+    if any(one != found[0] for one in found):
+        raise RuntimeError(
+            "group: expected one shape and dtype of embeddings in all processes, and exclude in "
+            f"all or none, got {', '.join(map(_described, found))}"
+        )
+
+
+def _described(numbers: list[int]) -> str:
+    *shape, code, excludes = numbers
+    dtype = next(dtype for dtype, number in DTYPE_CODES.items() if number == code)
+    return f"{shape} of {dtype}{' with exclude' if excludes else ''}"
+
+
 def gathered(x: Tensor, group: Any) -> tuple[Tensor, int]:
     """The embeddings (N, D), or ids (N,), of all processes, by rank, and the row at which this
     process's begin.
 
     Each process's gradient of the whole comes back to whom the rows belong, summed.
-
-    Raises RuntimeError if the processes do not have one shape: torch would wait or read past ends.
-    While torch.compile traces, that is not asked.
     """
-    if not torch.compiler.is_compiling():
-        mine = torch.tensor(x.shape, device=x.device)
-        shapes = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
-        distributed.all_gather(shapes, mine, group)
-        found = [shape.tolist() for shape in shapes]
-        if any(shape != found[0] for shape in found):
-            raise RuntimeError(
-                f"group: expected one shape of embeddings in all processes, got {found}"
-            )
     return _Gather.apply(x, group), distributed.get_rank(group) * x.shape[0]

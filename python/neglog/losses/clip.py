@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from neglog import availability, route, torch_state
-from neglog.checks_of_pairs import check_embeddings, check_groups, check_scalar
-from neglog.distributed import check_group, gathered
+from neglog.checks_of_pairs import check_embeddings, check_finite, check_groups, check_scalar
+from neglog.distributed import check_alike, check_group, gathered
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._pairs import compare, embeddings, number, workspace_of
 from neglog.losses._result import reduce_and_cast
@@ -52,6 +52,8 @@ def clip_loss(
     image, text = (embeddings(x, False) for x in (image_features, text_features))
     where = route.choose(image, text, backend=backend, workspace=workspace_of(options))
     scale = number(logit_scale, image)
+    if group is not None:
+        check_alike(image, exclude, group)
     own, of_all = _groups(exclude, group)
     if group is not None:
         losses = [
@@ -95,24 +97,27 @@ def _groups(exclude: Tensor | None, group: Any) -> tuple[Tensor | None, Tensor |
 
 def siglip_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
-    logit_bias: float | Tensor, *, exclude: Tensor | None = None,
+    logit_bias: float | Tensor | None, *, exclude: Tensor | None = None,
     group: ProcessGroup | None = None, options: WorkspaceOptions | None = None,
     backend: Backend | None = None,
 ) -> Tensor:  # fmt: skip
     """-log sigmoid of each pair's score, negated where image and text do not belong; sum over / N.
 
-    Arguments as `clip_loss`; logit_bias is added to the scores and receives a gradient. A pair of
-    two rows with one id in `exclude` leaves the sum.
+    Arguments as `clip_loss`; logit_bias is added to the scores and receives a gradient; None adds
+    nothing. A pair of two rows with one id in `exclude` leaves the sum.
 
     Source: arXiv:2303.15343; the arguments are those of open_clip's SigLipLoss.
     """
     if any_distributed(image_features, text_features, logit_scale, logit_bias, exclude):
         return on_whole_tensors(siglip_loss, locals())
     _check(image_features, text_features, logit_scale, logit_bias, exclude, group)
+    logit_bias = 0.0 if logit_bias is None else logit_bias
+    check_finite("logit_bias", logit_bias)
     image, text = (embeddings(x, False) for x in (image_features, text_features))
     where = route.choose(image, text, backend=backend, workspace=workspace_of(options))
     positive = torch.arange(image.shape[0], device=image.device)
     if group is not None:
+        check_alike(image, exclude, group)
         text, first = gathered(text, group)
         positive = positive + first
     learned = (image, text, number(logit_scale, image), number(logit_bias, image))
@@ -132,6 +137,7 @@ def _check(
 ) -> None:
     check_embeddings(image_features=image, text_features=text)
     check_scalar("logit_scale", logit_scale, image)
+    check_finite("logit_scale", logit_scale)
     if logit_bias is not None:
         check_scalar("logit_bias", logit_bias, image)
     if exclude is not None:
