@@ -346,6 +346,14 @@ BAD_STEPS = {
                  (lambda x: x.long(), (X,)), {}),
     "a graph": (ValueError, "inputs: expected tensors that require no grad",
                 (encoder(), (X.clone().requires_grad_(),)), {}),
+    "chunk's truth": (TypeError, "chunk_size: expected an int, got bool", (encoder(), (X,)),
+                      {"chunk_size": True}),
+    "one is no encoder": (TypeError, "encode: expected functions, got NoneType among them",
+                          ([encoder(), None], (X, X)), {}),
+    "chunks' features": (RuntimeError, r"encode: expected one shape .* \[3, 6\] of .* and \[1, 1\]",
+                         (lambda x: x[:, : 6 if len(x) == 3 else 1], (X,)), {"chunk_size": 3}),
+    "chunks' dtypes": (RuntimeError, r"encode: expected one .* and \[1, 6\] of torch.float64",
+                       (lambda x: x if len(x) == 3 else x.double(), (X,)), {"chunk_size": 3}),
     "no tensor": (TypeError, "encode: expected a Tensor of embeddings, got tuple",
                   (lambda x: (x,), (X,)), {}),
 }  # fmt: skip
@@ -357,6 +365,27 @@ BAD_STEPS = {
 def test_bad_steps(error, message, arguments, options):
     with pytest.raises(error, match=message):
         neglog.cached_step(*arguments, neglog.info_nce, **options)
+
+
+WITHOUT_GRAPH = {
+    "no_grad": lambda tower: torch.no_grad()(tower),
+    "detach": lambda tower: lambda x: tower(x).detach(),
+    "frozen": lambda tower: tower.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("make", WITHOUT_GRAPH.values(), ids=WITHOUT_GRAPH.keys())
+def test_embeddings_without_a_graph(make):
+    """An error where nothing learns, as a backward has it; not where the loss does."""
+    inputs, scale = (normal(6, 6), normal(6, 6, seed=1)), torch.ones((), requires_grad=True)
+    with pytest.raises(RuntimeError, match="encode: expected embeddings with a graph"):
+        neglog.cached_step(make(encoder()), inputs, neglog.info_nce, chunk_size=4)
+
+    def learning(x, y):
+        return neglog.clip_loss(x, y, scale)
+
+    neglog.cached_step(make(encoder()), inputs, learning, chunk_size=4)
+    assert scale.grad.abs() > 0
 
 
 def test_no_loss():

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -320,9 +321,31 @@ def test_a_queue_with_ids_and_one_without():
     assert list(plain.state_dict()) == ["keys", "position"]
 
 
-def test_a_queue_of_no_size():
-    with pytest.raises(ValueError, match="Queue: expected size and dim of at least 1, got 0 and 3"):
-        neglog.nn.Queue(0, 3)
+BAD_QUEUES = {
+    "no size": (ValueError, "size: expected at least 1, got 0", (0, 3), {}),
+    "no features": (ValueError, "dim: expected at least 1, got -1", (5, -1), {}),
+    "float": (TypeError, "size: expected an int, got float", (2.5, 2), {}),
+    "bool": (TypeError, "size: expected an int, got bool", (True, 2), {}),
+    "text": (TypeError, "size: expected an int, got str", ("x", 2), {}),
+    "none": (TypeError, "dim: expected an int, got NoneType", (5, None), {}),
+    "integers": (TypeError, "dtype: expected a floating-point dtype or None, got torch.int64",
+                 (5, 2), {"dtype": torch.long}),
+    "no dtype": (TypeError, "dtype: expected a floating-point dtype or None, got 'half'",
+                 (5, 2), {"dtype": "half"}),
+    "ids": (TypeError, "with_ids: expected a bool, got int", (5, 2), {"with_ids": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments", "options"), BAD_QUEUES.values(), ids=BAD_QUEUES.keys()
+)
+def test_bad_queues(error, message, arguments, options):
+    with pytest.raises(error, match=message):
+        neglog.nn.Queue(*arguments, **options)
+
+
+def test_a_queue_of_sizes_of_numpy():
+    assert repr(neglog.nn.Queue(np.int64(5), np.int32(3))) == "Queue(size=5, dim=3)"
 
 
 BAD_KEYS = {

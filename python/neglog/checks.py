@@ -390,6 +390,15 @@ def _check_number(
         raise ValueError(f"{name}: expected a finite number of {real}, got {value}")
 
 
+def to_count(name: str, value: Any) -> int:
+    """An integer from 1, of Python or NumPy; True is none."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return int(value)
+
+
 def check_has_number(name: str, value: Any, like: Tensor) -> None:
     """Not a tensor on the meta device, unless `like` is there too: it holds no number."""
     if isinstance(value, Tensor) and value.is_meta and not like.is_meta:

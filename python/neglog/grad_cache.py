@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from neglog.checks import to_count
 from neglog.distributed.data_parallel import Wrappers
 
 Encoder: TypeAlias = Callable[[Any], Tensor]
@@ -55,8 +56,9 @@ def cached_step(
     Raises TypeError and ValueError for inputs that do not fit, and RuntimeError for an encoder that
     does not give one embedding a row, or other embeddings in its second run than in its first: on
     the CPU before the gradient of that chunk is added, on a device at the end, with one wait for
-    it. And for a DistributedDataParallel inside Join, with mixed_precision or with
-    delay_all_reduce_named_params.
+    it. Other chunks may have added theirs then: zero_grad() before you try again. Also where
+    nothing receives a gradient, as no embedding has a graph; and for a DistributedDataParallel
+    inside Join, with mixed_precision or with delay_all_reduce_named_params.
 
     Source: arXiv:2101.06983 (GradCache).
     """
@@ -65,10 +67,7 @@ def cached_step(
         raise TypeError(
             f"inputs: expected a sequence with one input for each argument of loss, got {got}"
         )
-    if not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size: expected an int, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    chunk_size = to_count("chunk_size", chunk_size)
     for name, function in (("loss", loss), ("backward", backward)):
         if not callable(function):
             raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
@@ -79,7 +78,7 @@ def cached_step(
         for encoder, some in zip(encoders, parts, strict=True)
     ]
     wrappers = Wrappers([len(some) for some in parts])
-    made = [torch.cat([wrappers.watch(chunk.first) for chunk in some]) for some in chunks]
+    made = [_joined([wrappers.watch(chunk.first) for chunk in some]) for some in chunks]
     if not torch.is_grad_enabled():
         return _value(loss, made).detach()
     # Leaves that gather the gradient of each input's embeddings.
@@ -87,7 +86,9 @@ def cached_step(
     with wrappers.silent():
         value = _value(loss, embeddings)
         backward(value)
-        _second_runs(chunks, embeddings, chunk_size, wrappers)
+        learned = _second_runs(chunks, embeddings, chunk_size, wrappers)
+    if not learned:
+        _check_that_loss_learns(value, embeddings)
     wrappers.reduce()
     return value.detach()
 
@@ -100,10 +101,34 @@ def _value(loss: Callable[..., Tensor], embeddings: list[Tensor]) -> Tensor:
     return value
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The embeddings of all chunks."""
+    first = parts[0]
+    for part in parts:
+        if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
+            raise RuntimeError(
+                "encode: expected one shape and dtype of embeddings in all chunks, got "
+                f"{list(first.shape)} of {first.dtype} and {list(part.shape)} of {part.dtype}"
+            )
+    return torch.cat(parts)
+
+
+def _check_that_loss_learns(value: Tensor, embeddings: list[Tensor]) -> None:
+    """Something must, as a backward asks."""
+    own = set(map(id, embeddings))
+    leaves = [node.variable for node in _graph(value) if hasattr(node, "variable")]
+    if all(id(leaf) in own for leaf in leaves):
+        raise RuntimeError(
+            "encode: expected embeddings with a graph, got none that has, and a loss without "
+            "parameters of its own: nothing receives a gradient. Likely causes: a function under "
+            "torch.no_grad, detach(), parameters that are frozen"
+        )
+
+
 def _second_runs(
     chunks: list[list[_Chunk]], embeddings: list[Tensor], chunk_size: int, wrappers: Wrappers
-) -> None:
-    """Every chunk again, and the gradient of its embeddings into it."""
+) -> bool:
+    """Every chunk again, and the gradient of its embeddings into it; whether any took one."""
     runs = [chunk for some in chunks for chunk in some]
     firsts = [part for x in embeddings for part in x.detach().split(chunk_size)]
     grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in embeddings]
@@ -124,6 +149,7 @@ def _second_runs(
         with wrappers.forward(), runs[now].second(synchronise=True) as again:
             again.backward(torch.zeros_like(again))
     comparison.end()
+    return bool(learned)
 
 
 def _encoders(encode: Any, count: int) -> list[Encoder]:
@@ -134,6 +160,9 @@ def _encoders(encode: Any, count: int) -> list[Encoder]:
     encoders = [encode] * count if alone else list(encode)
     if len(encoders) != count:
         raise ValueError(f"encode: expected {count}, one an input, got {len(encoders)}")
+    for encoder in encoders:
+        if not callable(encoder):
+            raise TypeError(f"encode: expected functions, got {type(encoder).__name__} among them")
     return encoders
 
 
@@ -224,18 +253,24 @@ def _tolerance(embeddings: Tensor) -> float:
     eps = torch.finfo(embeddings.dtype).eps
     if not embeddings.is_cpu and embeddings.dtype == torch.float32:
         eps = 2**-10  # TF32, which torch takes for convolutions
-    seen, nodes = set(), [embeddings.grad_fn]
+    for node in _graph(embeddings):
+        dtypes = [x.dtype for x in node._input_metadata]
+        if "Compiled" in node.name():  # of what is inside nothing is known
+            dtypes.append(torch.bfloat16)
+        eps = max([eps, *(torch.finfo(x).eps for x in dtypes if x.is_floating_point)])
+    return eps**0.5
+
+
+def _graph(x: Tensor) -> Iterator[Any]:
+    """The nodes that x was made by."""
+    seen, nodes = set(), [x.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        dtypes = [x.dtype for x in node._input_metadata]
-        if "Compiled" in node.name():  # of what is inside nothing is known
-            dtypes.append(torch.bfloat16)
-        eps = max([eps, *(torch.finfo(x).eps for x in dtypes if x.is_floating_point)])
+        yield node
         nodes += [following for following, _ in node.next_functions]
-    return eps**0.5
 
 
 def _leaves(given: Any) -> Iterator[Any]:

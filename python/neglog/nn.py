@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.jit.frontend import NotSupportedError
 from torch.nn.modules.loss import _WeightedLoss
 
+from neglog.checks import check_flags, to_count
 from neglog.checks_of_pairs import check_groups
 from neglog.losses._result import LossStats
 from neglog.losses.clip import clip_loss, siglip_loss
@@ -236,17 +237,19 @@ class SigLIPLoss(_Loss, function=siglip_loss):
     @overload
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
-        logit_bias: float | Tensor, output_dict: Literal[False] = False, *,
+        logit_bias: float | Tensor | None, output_dict: Literal[False] = False, *,
         exclude: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
     @overload
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
-        logit_bias: float | Tensor, output_dict: Literal[True], *, exclude: Tensor | None = None,
+        logit_bias: float | Tensor | None, output_dict: Literal[True], *,
+        exclude: Tensor | None = None,
     ) -> dict[str, Tensor]: ...  # fmt: skip
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,
-        logit_bias: float | Tensor, output_dict: bool = False, *, exclude: Tensor | None = None,
+        logit_bias: float | Tensor | None, output_dict: bool = False, *,
+        exclude: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:  # fmt: skip
         loss = siglip_loss(
             image_features, text_features, logit_scale, logit_bias, exclude=exclude, **self._given()
@@ -288,6 +291,7 @@ class Queue(torch.nn.Module):
 
     with_ids: an integer is pushed with each key, and `key_ids()` gives those of the keys, as
     `negative_ids` of `info_nce`: what the queue still holds of a query is no negative of it.
+    dtype: of the keys, a floating one.
     """
 
     keys: Tensor
@@ -299,8 +303,10 @@ class Queue(torch.nn.Module):
         device: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if size < 1 or dim < 1:
-            raise ValueError(f"Queue: expected size and dim of at least 1, got {size} and {dim}")
+        size, dim = to_count("size", size), to_count("dim", dim)
+        check_flags(with_ids=with_ids)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype!r}")
         self.register_buffer("keys", torch.zeros(size, dim, dtype=dtype, device=device))
         ids = torch.zeros(size, dtype=torch.int64, device=device) if with_ids else None
         self.register_buffer("ids", ids)
