@@ -11,7 +11,9 @@ import neglog
 Q, K, NEG = torch.ones(3, 4), torch.ones(3, 4), torch.ones(5, 4)
 OWN = torch.ones(3, 5, 4)
 IDS = torch.arange(3)
+WEIGHTS = torch.tensor([0.0, -torch.inf, torch.nan, 1.0, 2.0])
 PAIRED = {"negative_mode": "paired"}
+IN_BATCH = {"negative_mode": "in_batch"}
 BAD = {
     "list": (TypeError, "query: expected a Tensor, got list", ([1.0], K), {}),
     "one dimension": (RuntimeError, r"query: expected shape \(N, D\), got \[4\]", (Q[0], K), {}),
@@ -101,6 +103,25 @@ BAD = {
                            (Q, K, K), {"own_negative_weight": float("nan")}),
     "own weight's gradient": (ValueError, "own_negative_weight: expected no gradient", (Q, K, K),
                               {"own_negative_weight": torch.ones((), requires_grad=True)}),
+    "weights below inf": (ValueError, "hard_negative_weight: expected numbers below inf, got nan",
+                          (Q, K, NEG), {"hard_negative_weight": WEIGHTS}),
+    "weight inf": (ValueError, "hard_negative_weight: expected numbers below inf, got inf",
+                   (Q, K, OWN), {**PAIRED, "hard_negative_weight": torch.full((), torch.inf)}),
+    "weight alone": (ValueError, "hard_negative_weight: expected 0 without negative_keys, got 1.0",
+                     (Q, K), {"hard_negative_weight": 1.0}),
+    "weights alone": (ValueError, "hard_negative_weight: expected 0 without .*, got a Tensor",
+                      (Q, K), {"hard_negative_weight": torch.zeros(3)}),
+    "own weight NaN": (ValueError, "own_negative_weight: expected a finite number, got nan",
+                       (Q, K, K), {**IN_BATCH, "own_negative_weight": torch.tensor(torch.nan)}),
+    "own weight -inf": (ValueError, "own_negative_weight: expected a finite number, got -inf",
+                        (Q, K, K), {**IN_BATCH, "own_negative_weight": -torch.inf}),
+    "own weight -inf in a tensor": (ValueError, "own_negative_weight: expected a finite .* -inf",
+                                    (Q, K, K),
+                                    {**IN_BATCH, "own_negative_weight": torch.tensor(-torch.inf)}),
+    "sparse": (RuntimeError, "positive_key: expected a dense Tensor, got layout torch.sparse_coo",
+               (Q, K.to_sparse()), {}),
+    "sparse ids": (RuntimeError, "exclude: expected a dense Tensor, got layout torch.sparse_coo",
+                   (Q, K), {"exclude": IDS.to_sparse()}),
     "exclude, smoothing": (ValueError, "exclude: expected none with label_smoothing", (Q, K),
                            {"exclude": IDS, "label_smoothing": 0.1}),
     "exclude, queue": (ValueError, "exclude: expected .*'unpaired' .*without negative_ids",
@@ -130,7 +151,8 @@ TEMPERATURES = {
     "tensor": (ValueError, "temperature: expected numbers above 0, got -1", torch.tensor(-1.0)),
     "zero tensor": (ValueError, "temperature: expected numbers above 0, got 0", torch.zeros(1)),
     "shape": (RuntimeError, r"temperature: expected shape .*, got \[2\]", torch.ones(2)),
-    "integers": (RuntimeError, "temperature: expected a floating dtype", torch.tensor(1)),
+    "bool": (RuntimeError, "temperature: expected a real dtype", torch.tensor(True)),
+    "integers": (ValueError, "temperature: expected numbers above 0, got 0", torch.tensor(0)),
 }
 
 
@@ -196,9 +218,28 @@ def test_group(name, group):
         CALLS[name](group=group)
 
 
-# What float() takes, and what a comparison with it would let pass.
+# As int64 its largest number would be the id -1.
+def test_ids_of_uint64_are_refused():
+    ids = torch.tensor([0, 1, 2**64 - 1], dtype=torch.uint64)
+    further = {"negative_keys": Q, "exclude": IDS, "negative_ids": ids}
+    queue = neglog.nn.Queue(5, 4, with_ids=True)
+    for name, call in {
+        "exclude": lambda: neglog.info_nce(Q, K, exclude=ids),
+        "negative_ids": lambda: neglog.info_nce(Q, K, **further),
+        "positives": lambda: neglog.info_nce(Q, K, positives=ids[:, None]),
+        r"positives\[1\]": lambda: neglog.info_nce(Q, K, positives=(IDS, ids)),
+        "labels": lambda: neglog.sup_con(Q, ids),
+        "ids": lambda: queue.push(Q, ids),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"^{name}: expected integers that int64 holds"):
+            call()
+
+
+# What float() takes, and what a comparison with it would let pass; a tensor where it can be read.
+@pytest.mark.parametrize("kind", [float, torch.tensor])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_scale_and_bias_are_finite(value):
+def test_scale_and_bias_are_finite(value, kind):
+    value = kind(value)
     with pytest.raises(ValueError, match="logit_scale: expected a finite number, got"):
         neglog.clip_loss(Q, K, value)
     with pytest.raises(ValueError, match="logit_bias: expected a finite number, got"):
@@ -267,8 +308,20 @@ OTHERS = {
                      lambda: neglog.sup_con(Q, "abc")),
     "labels' number": (RuntimeError, r"labels: expected shape \[3\], got \[2\]",
                        lambda: neglog.sup_con(Q, ["a", "b"])),
-    "labels' values": (TypeError, "labels: expected hashable values, got one of .*'list'",
+    "labels' values": (TypeError, "labels: expected hashable values, .*, got one of .*'list'",
                        lambda: neglog.sup_con(Q, [1, 1, [2]])),
+    "a column of labels": (RuntimeError, r"labels: expected shape \[3\], got \[3, 1\]",
+                           lambda: neglog.sup_con(Q, IDS[:, None].numpy())),
+    "labels among tensors": (TypeError, r"labels: .* Tensors of shape \[\] alone, got one of",
+                             lambda: neglog.sup_con(Q, [1, torch.tensor(1), 2])),
+    "tensors inside labels": (TypeError, r"labels: .* got one of a Tensor of shape \[\]",
+                              lambda: neglog.sup_con(Q, [("a", torch.tensor(1))] * 3)),
+    "labels of one number": (TypeError, r"labels: .* got one of a Tensor of shape \[1\]",
+                             lambda: neglog.sup_con(Q, list(IDS[:, None]))),
+    "labels of floats": (RuntimeError, "labels: expected integers, got torch.float32",
+                         lambda: neglog.sup_con(Q, list(IDS.float()))),
+    "scale's dtype": (RuntimeError, "logit_scale: expected a real dtype, got torch.complex64",
+                      lambda: neglog.clip_loss(Q, K, torch.tensor(1j))),
     "no labels": (TypeError, r"labels: expected .* None with \[3, 4\]", lambda: neglog.sup_con(Q)),
     "features": (RuntimeError, r"features: expected shape \(N, D\), got \[1, 3, 5, 4\]",
                  lambda: neglog.sup_con(OWN[None], IDS)),

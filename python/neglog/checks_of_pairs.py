@@ -31,6 +31,7 @@ def check_embeddings(same_rows: bool = True, /, **named: Any) -> None:
             raise RuntimeError(
                 f"{name}: expected dtype float32, float64, bfloat16 or float16, got {x.dtype}"
             )
+        check_dense(name, x)
         if x.device != first.device:
             raise RuntimeError(f"{name}: expected device {first.device}, got {x.device}")
         if x.dtype != first.dtype and not multiplied_alike(x, first):
@@ -73,30 +74,58 @@ def check_temperature(temperature: Any, rows: int, per_sample: bool) -> None:
     if shape not in ([], [1]) and not (per_sample and shape == [rows]):
         shapes = f"[] or [{rows}]" if per_sample else "[]"
         raise RuntimeError(f"temperature: expected shape {shapes}, got {shape}")
-    if not temperature.dtype.is_floating_point:
-        raise RuntimeError(f"temperature: expected a floating dtype, got {temperature.dtype}")
-    # Elsewhere, reading the values would wait for the device, or break the graph being compiled.
-    if torch_state.readable(temperature):
-        for value in temperature.detach().aminmax() if temperature.numel() else ():
-            if not SMALLEST_TEMPERATURE < float(value) < math.inf:
-                raise ValueError(f"temperature: expected numbers above 0, got {float(value)}")
+    check_real_dtype("temperature", temperature)
+    for value in extremes(temperature):
+        if not SMALLEST_TEMPERATURE < value < math.inf:
+            raise ValueError(f"temperature: expected numbers above 0, got {value}")
 
 
 def check_scalar(name: str, value: Any, like: Tensor) -> None:
-    """A finite number or a tensor of one, whose gradient is given."""
+    """A number or a tensor of one, whose gradient is given."""
     check_has_number(name, value, like)
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() > 1:
             raise RuntimeError(f"{name}: expected shape [], got {list(value.shape)}")
+        check_real_dtype(name, value)
         return
     check_real(name, value)
-    if not -math.inf < float(value) < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Of a number, and of a tensor where it can be read."""
+    for found in extremes(value) if isinstance(value, Tensor) else (float(value),):
+        if not -math.inf < found < math.inf:
+            raise ValueError(f"{name}: expected a finite number, got {found}")
 
 
 def check_real(name: str, value: Any) -> None:
     if not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name}: expected a number or a Tensor, got {type(value).__name__}")
+
+
+def check_real_dtype(name: str, x: Tensor) -> None:
+    if x.is_complex() or x.dtype == torch.bool:
+        raise RuntimeError(f"{name}: expected a real dtype, got {x.dtype}")
+
+
+def check_shape(name: str, x: Tensor, shapes: list[list[int]]) -> None:
+    """One of some."""
+    # Not `in`, nor str() of a list: torch.compile finds no fixed size among symbolic ones by the
+    # one, and does not trace the other.
+    if not any(list(x.shape) == shape for shape in shapes):
+        expected = " or ".join([f"{shape}" for shape in shapes])
+        raise RuntimeError(f"{name}: expected shape {expected}, got {list(x.shape)}")
+
+
+def extremes(x: Tensor) -> tuple[float, ...]:
+    """The least and the greatest number, NaN both if one is; none where to read them would wait for
+    a device, or break the graph that is being compiled."""
+    if not torch_state.readable(x) or not x.numel():
+        return ()
+    if x.numel() == 1:  # a few microseconds less
+        return (float(x.detach()),)
+    low, high = x.detach().double().aminmax()  # which unsigned dtypes do not have
+    return float(low), float(high)
 
 
 def check_groups(name: str, groups: Any, like: Tensor) -> None:
@@ -106,11 +135,19 @@ def check_groups(name: str, groups: Any, like: Tensor) -> None:
         raise RuntimeError(f"{name}: expected shape [{like.shape[0]}], got {list(groups.shape)}")
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise RuntimeError(f"{name}: expected a dense Tensor, got layout {x.layout}")
+
+
 def check_integers(name: str, x: Any, like: Tensor) -> None:
     """Integers of any shape, where `like` is."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
         raise RuntimeError(f"{name}: expected integers, got {x.dtype}")
+    if x.dtype == torch.uint64:  # whose largest would be other ids as int64, -1 among them
+        raise RuntimeError(f"{name}: expected integers that int64 holds, got {x.dtype}")
+    check_dense(name, x)
     if x.device != like.device:
         raise RuntimeError(f"{name}: expected device {like.device}, got {x.device}")

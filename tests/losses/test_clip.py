@@ -20,6 +20,14 @@ def test_numbers_for_scale_and_bias(backend):
     )
 
 
+def test_siglip_without_a_bias(backend):
+    """None, as open_clip's SigLipLoss takes it."""
+    image, text = pair(unit=True)
+    expected = formulas.siglip_loss(image, text, 20, 0)
+    torch.testing.assert_close(neglog.siglip_loss(image, text, 20, None), expected)
+    torch.testing.assert_close(neglog.nn.SigLIPLoss()(image, text, 20, None), expected)
+
+
 # Infinite too, whose product with 0 is NaN.
 @pytest.mark.parametrize("value", [0.5, torch.inf])
 @pytest.mark.parametrize("shape", [(), (1,)])

@@ -184,6 +184,23 @@ def test_derivatives_of_own_hard_negatives():
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
+# What has a fixed size, as it is made inside, beside rows of any number.
+FIXED = {
+    "weights": lambda q, k, n: neglog.info_nce(q, k, n, hard_negative_weight=torch.zeros(7)),
+    "ids": lambda q, k, n: neglog.info_nce(
+        q, k, n, exclude=torch.arange(9) % 3, negative_ids=torch.arange(7)
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", FIXED.values(), ids=FIXED.keys())
+def test_a_fixed_size_compiles_whole_beside_symbolic_ones(loss):
+    torch.compiler.reset()
+    inputs = (*pair(9, 5), normal(7, 5))
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), loss(*inputs))
+
+
 @pytest.mark.parametrize("name", [*FORMS, "own"])
 def test_compiles_whole(name):
     torch.compiler.reset()

@@ -124,6 +124,25 @@ def test_without_any(backend, way):
         assert rows.tolist() == [0.0] * len(given)
 
 
+def test_no_column_of_rows(backend):
+    """What a collate function makes of a batch in which nothing has a positive."""
+    query, key, _ = embeddings(4, 3)
+    loss, none = (
+        neglog.info_nce(query, key, positives=rows, symmetric=True)
+        for rows in (torch.zeros(4, 0, dtype=torch.long), torch.full((4, 1), -1))
+    )
+    assert loss == none == 0
+    assert all(not g.any() for g in torch.autograd.grad(loss, (query, key)))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int16], ids=str)
+def test_rows_of_any_integers(dtype):
+    query, key, _ = embeddings(4, 3)
+    rows = torch.tensor([[0, 2], [1, 1], [2, 0], [0, 1]])
+    losses = [neglog.info_nce(query, key, positives=x) for x in (rows, rows.to(dtype))]
+    torch.testing.assert_close(*losses)
+
+
 # The best build in each dtype of training, Numba's in one; scores of 2, 14 and 100.
 @pytest.mark.parametrize("temperature", [0.5, 0.07, 0.01])
 @pytest.mark.parametrize(
@@ -281,9 +300,12 @@ BAD = {
              MASK[:, :3], {}),
     "mask's device": (RuntimeError, "positives: expected device cpu", MASK.to("meta"), {}),
     "floats": (RuntimeError, "positives: expected integers, got torch.float32", MASK.float(), {}),
-    "rows": (RuntimeError, r"positives: expected shape \(3, P\), P from 1, got \[2, 5\]",
+    "rows": (RuntimeError, r"positives: expected shape \(3, P\), got \[2, 5\]",
              MASK[:2].long(), {}),
-    "no rows": (RuntimeError, r"positives: expected .* got \[3, 0\]", MASK[:, :0].long(), {}),
+    "sparse mask": (RuntimeError, "positives: expected a dense Tensor, got layout",
+                    MASK.to_sparse(), {}),
+    "beyond, unsigned": (IndexError, "0 to 4, or -1, got 5",
+                         torch.full((3, 2), 5, dtype=torch.uint32), {}),
     "one dimension": (RuntimeError, r"positives: expected .* got \[3\]", torch.arange(3), {}),
     "beyond": (IndexError, "positives: expected rows of positive_key, 0 to 4, or -1, got 5",
                torch.tensor([[5]] * 3), {}),

@@ -1,5 +1,7 @@
 """neglog.sup_con alone; test_contrastive.py has what all losses share."""
 
+from math import nan
+
 import numpy as np
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_two_views_without_labels_are_nt_xent(backend):
     torch.testing.assert_close(found, neglog.nt_xent(z_i, z_j))
 
 
-# What datasets hold: names, pairs, arrays of either.
+# What datasets hold: names, pairs, arrays of either, a tensor for each sample.
 @pytest.mark.parametrize(
     "labels",
     [
@@ -99,10 +101,36 @@ def test_two_views_without_labels_are_nt_xent(backend):
         np.array(["cat", "dog", "cat", "owl", "dog", "cat"]),
         np.array([7, -1, 7, 2**60, -1, 7]),
         np.array([0.5, 1.5, 0.5, 2.5, 1.5, 0.5]),
+        list(torch.tensor([7, -1, 7, 5, -1, 7])),
+        tuple(torch.tensor([7, -1, 7, 5, -1, 7], dtype=torch.uint8)),
     ],
-    ids=["list", "tuple", "pairs", "array of str", "array of int", "array of float"],
+    ids=[
+        "list",
+        "tuple",
+        "pairs",
+        "array of str",
+        "array of int",
+        "array of float",
+        "list of tensors",
+        "tuple of tensors",
+    ],
 )
 def test_labels_that_are_no_tensor(backend, labels):
     z = normal(6, 5)
     expected = neglog.sup_con(z, torch.tensor([0, 1, 0, 2, 1, 0]))
+    torch.testing.assert_close(neglog.sup_con(z, labels), expected)
+    views = torch.stack([z, normal(6, 5, seed=1)], 1)
+    expected = neglog.sup_con(views, torch.tensor([0, 1, 0, 2, 1, 0]))
+    torch.testing.assert_close(neglog.sup_con(views, labels), expected)
+
+
+# One object, several, an array's, and in a pair.
+@pytest.mark.parametrize(
+    "labels",
+    [[nan, nan, "a", "a"], [nan, float("nan"), 1, 1], np.array([nan, nan, 1, 1]),
+     [("x", nan), ("x", nan), 1, 1]],
+)  # fmt: skip
+def test_a_nan_is_a_label_of_its_own(labels):
+    z = normal(4, 5)
+    expected = neglog.sup_con(z, torch.tensor([0, 1, 2, 2]))
     torch.testing.assert_close(neglog.sup_con(z, labels), expected)

@@ -10,10 +10,14 @@ from torch import Tensor
 from neglog.checks import check_flags, number_on
 from neglog.checks_of_pairs import (
     check_embeddings,
+    check_finite,
     check_groups,
     check_integers,
     check_real,
+    check_real_dtype,
     check_scalar,
+    check_shape,
+    extremes,
 )
 from neglog.losses._positives import check_positives, numbered
 from neglog.losses._types import NegativeMode
@@ -41,12 +45,16 @@ class Negatives(NamedTuple):
         return self.keys is not None and self.mode == "paired"
 
     @property
+    def weighs_all(self) -> bool:
+        return isinstance(self.weight, Tensor) or self.weight != 0
+
+    @property
     def weighs_own(self) -> bool:
         return isinstance(self.own_weight, Tensor) or self.own_weight != 0
 
     def bias(self, plain: Any, scale: Tensor) -> Tensor | None:
         """What is added to the scores of `plain` columns, 0, and then of those of the keys."""
-        if self.keys is None or (not isinstance(self.weight, Tensor) and self.weight == 0):
+        if not self.weighs_all:
             return None
         value = number_on(self.weight, scale.dtype, scale.device)
         return torch.cat([scale.new_zeros(plain), value.expand(self.keys.shape[0])])
@@ -78,6 +86,7 @@ def check_negatives(
         raise ValueError(f"negative_mode: expected one of {NEGATIVE_MODES}, got {given.mode!r}")
     if given.keys is not None:
         _check_keys(given, query, symmetric)
+    _check_weight_of_all(given)
     _check_own_weight(given, query)
     if given.exclude is not None:
         check_groups("exclude", given.exclude, query)
@@ -121,14 +130,19 @@ def _check_keys(given: Negatives, query: Tensor, symmetric: bool) -> None:
         )
     else:
         check_embeddings(False, query=query, negative_keys=keys.flatten(0, 1))
-    if isinstance(given.weight, Tensor):
-        _check_weight("hard_negative_weight", given.weight, _shapes(given, []))
-    else:
-        check_real("hard_negative_weight", given.weight)
-        if not float(given.weight) < torch.inf:
-            raise ValueError(
-                f"hard_negative_weight: expected numbers below inf, got {given.weight}"
-            )
+
+
+def _check_weight_of_all(given: Negatives) -> None:
+    name, weight = "hard_negative_weight", given.weight
+    if not isinstance(weight, Tensor):
+        check_real(name, weight)
+    if given.weighs_all and given.keys is None:
+        raise ValueError(f"{name}: expected 0 without negative_keys, got {_described(weight)}")
+    if isinstance(weight, Tensor):
+        _check_weight(name, weight, _shapes(given, []))
+    for value in extremes(weight) if isinstance(weight, Tensor) else (float(weight),):
+        if not value < torch.inf:
+            raise ValueError(f"{name}: expected numbers below inf, got {value}")
 
 
 def _shapes(given: Negatives, *further: list[int]) -> list[list[int]]:
@@ -138,12 +152,8 @@ def _shapes(given: Negatives, *further: list[int]) -> list[list[int]]:
 
 
 def _check_weight(name: str, weight: Tensor, shapes: list[list[int]]) -> None:
-    if list(weight.shape) not in shapes:
-        raise RuntimeError(
-            f"{name}: expected shape {' or '.join(map(str, shapes))}, got {list(weight.shape)}"
-        )
-    if weight.is_complex() or weight.dtype == torch.bool:
-        raise RuntimeError(f"{name}: expected a real dtype, got {weight.dtype}")
+    check_shape(name, weight, shapes)
+    check_real_dtype(name, weight)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: expected no gradient; detach() it")
 
@@ -154,11 +164,13 @@ def _check_own_weight(given: Negatives, query: Tensor) -> None:
         _check_weight(name, weight, [[]])
     else:
         check_scalar(name, weight, query)
+    check_finite(name, weight)
     if not given.weighs_own:
         return
     if given.keys is None or given.mode != "in_batch":
         raise ValueError(
-            f"{name}: expected 0 without negative_keys and negative_mode 'in_batch', got {weight}"
+            f"{name}: expected 0 without negative_keys and negative_mode 'in_batch', "
+            f"got {_described(weight)}"
         )
     if given.keys.shape[0] != query.shape[0]:
         raise RuntimeError(
@@ -167,14 +179,13 @@ def _check_own_weight(given: Negatives, query: Tensor) -> None:
         )
 
 
+def _described(weight: Any) -> Any:
+    return "a Tensor" if isinstance(weight, Tensor) else weight
+
+
 def _check_ids(given: Negatives, query: Tensor) -> None:
     if given.keys is None or given.exclude is None:
         missing = "negative_keys" if given.keys is None else "exclude, the ids of the rows"
         raise ValueError(f"negative_ids: expected none without {missing}")
     check_integers("negative_ids", given.ids, query)
-    shapes = _shapes(given)
-    if list(given.ids.shape) not in shapes:
-        raise RuntimeError(
-            f"negative_ids: expected shape {' or '.join(map(str, shapes))}, "
-            f"got {list(given.ids.shape)}"
-        )
+    check_shape("negative_ids", given.ids, _shapes(given))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neglog import torch_state
-from neglog.checks_of_pairs import check_groups, check_integers
+from neglog.checks_of_pairs import check_dense, check_groups, check_integers
 from neglog.losses._result import reduce
 from neglog.ops.dtypes import real_dtype
 
@@ -94,7 +94,8 @@ class _OfRows(PositiveKeys):
     """Of (N, P) rows of keys, -1 where a query has fewer."""
 
     def __init__(self, rows: Tensor, keys: Any) -> None:
-        self.rows, self.keys, self.named = rows.long(), keys, rows >= 0
+        self.rows, self.keys = rows.long(), keys
+        self.named = self.rows >= 0
         self.number = self.named.sum(1)
         self.key_of = self.rows.clamp(min=0)
         self.first = self.key_of.amax(1)
@@ -144,7 +145,11 @@ def positives_of(given: Any, keys: Tensor) -> PositiveKeys:
     """What was checked."""
     if not isinstance(given, Tensor):
         return _OfIds(*given)
-    return _OfMask(given) if given.dtype == torch.bool else _OfRows(given, keys.shape[0])
+    if given.dtype == torch.bool:
+        return _OfMask(given)
+    if not given.shape[1]:  # which has no maximum
+        given = given.new_full((given.shape[0], 1), -1, dtype=torch.int64)
+    return _OfRows(given, keys.shape[0])
 
 
 def check_positives(given: Any, query: Tensor, key: Tensor) -> None:
@@ -162,6 +167,7 @@ def check_positives(given: Any, query: Tensor, key: Tensor) -> None:
             raise RuntimeError(
                 f"positives: expected shape [{rows}, {keys}] of a mask, got {list(given.shape)}"
             )
+        check_dense("positives", given)
         if given.device != query.device:
             raise RuntimeError(f"positives: expected device {query.device}, got {given.device}")
     else:
@@ -172,12 +178,12 @@ def check_positives(given: Any, query: Tensor, key: Tensor) -> None:
 
 def _check_rows(given: Tensor, query: Tensor, keys: Any) -> None:
     check_integers("positives", given, query)
-    if given.dim() != 2 or given.shape[0] != query.shape[0] or not given.shape[1]:
+    if given.dim() != 2 or given.shape[0] != query.shape[0]:
         raise RuntimeError(
-            f"positives: expected shape ({query.shape[0]}, P), P from 1, got {list(given.shape)}"
+            f"positives: expected shape ({query.shape[0]}, P), got {list(given.shape)}"
         )
     if torch_state.readable(given) and given.numel():
-        low, high = (int(x) for x in given.aminmax())
+        low, high = (int(x) for x in given.long().aminmax())  # unsigned dtypes have none
         if low < -1 or high >= keys:
             raise IndexError(
                 f"positives: expected rows of positive_key, 0 to {keys - 1}, or -1, "

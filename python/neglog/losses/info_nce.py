@@ -112,7 +112,7 @@ def info_nce(
             padding.
         own_negative_weight: with negative_keys (N, D) "in_batch": added, besides, to the score of
             query i with key i of them alone, its own hard negative, as SimCSE does. A number, or a
-            tensor () without gradient.
+            tensor () without gradient, finite.
         label_smoothing: this much of the target's mass is spread over all keys that are not left
             out.
         return_stats: LossStats(loss, logsumexp, correct, entropy), (N,) but for the loss, of each

@@ -72,25 +72,43 @@ def _integers(labels: Any, features: Tensor) -> Tensor:
             )
         return torch.arange(features.shape[0], device=features.device)
     if not isinstance(labels, Tensor):
-        labels = _numbers_of(labels, features.device)
+        labels = _numbers_of(labels, features)
     check_groups("labels", labels, features)
     return labels
 
 
-def _numbers_of(labels: Any, device: torch.device) -> Tensor:
+def _numbers_of(labels: Any, features: Tensor) -> Tensor:
     """Of an array, a list or a tuple of values that can be compared with each other."""
+    shape = getattr(labels, "shape", None)
+    if shape is not None and len(shape) != 1:
+        raise RuntimeError(f"labels: expected shape [{features.shape[0]}], got {list(shape)}")
     values: Iterable[Any] = labels.tolist() if hasattr(labels, "tolist") else labels
     if not isinstance(values, list | tuple):
         raise TypeError(
             "labels: expected a Tensor, or a list, tuple or array of hashable values, "
             f"got {type(labels).__name__}"
         )
+    if values and all(isinstance(x, Tensor) and x.dim() == 0 for x in values):
+        return torch.stack(list(values)).to(features.device)
     known: dict[Any, int] = {}
     try:
-        numbers = [known.setdefault(value, len(known)) for value in values]
+        numbers = [known.setdefault(_key(value), len(known)) for value in values]
     except TypeError as error:
-        raise TypeError(f"labels: expected hashable values, got one of {error}") from None
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+        raise TypeError(
+            f"labels: expected hashable values, or Tensors of shape [] alone, got one of {error}"
+        ) from None
+    return torch.tensor(numbers, dtype=torch.int64, device=features.device)
+
+
+def _key(value: Any) -> Any:
+    """What is equal where the labels are."""
+    if isinstance(value, tuple):
+        return tuple(map(_key, value))
+    if isinstance(value, Tensor):  # whose hash is that of the object, not of its numbers
+        raise TypeError(f"a Tensor of shape {list(value.shape)}")
+    if isinstance(value, float) and value != value:
+        return object()  # a NaN is equal to none, not even to the same object
+    return value
 
 
 class _Mates(NamedTuple):
