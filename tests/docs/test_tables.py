@@ -3,6 +3,9 @@
 import inspect
 import re
 
+import pytest
+import torch
+
 import neglog
 from tests.support import code_blocks
 from tests.support.code_blocks import ROOT
@@ -37,6 +40,37 @@ def test_every_loss_is_listed():
     functions = {name for name in neglog.__all__ if inspect.isfunction(getattr(neglog, name))}
     losses = functions - {"cached_step", "explain"}
     assert {code(row["loss"])[0] for row in rows} == losses
+
+
+NEGATIVES = {
+    "no `negative_keys`": {},
+    '`"unpaired"`': {"negative_keys": torch.ones(3, 4)},
+    '`"paired"`': {"negative_keys": torch.ones(3, 3, 4), "negative_mode": "paired"},
+    '`"in_batch"`': {"negative_keys": torch.ones(3, 4), "negative_mode": "in_batch"},
+}
+GIVEN = {
+    "symmetric": True,
+    "positives": torch.arange(3)[:, None],
+    "exclude": torch.arange(3),
+    "negative_ids": torch.arange(3),
+    "hard_negative_weight": 1.0,
+    "own_negative_weight": 1.0,
+    "label_smoothing": 0.1,
+}
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_options_go_with_the_negatives_that_the_table_says(negatives):
+    x, rows = torch.ones(3, 4), table("docs/losses.md", negatives)
+    assert [code(row["option"]) for row in rows] == [[name] for name in GIVEN]
+    for row in rows:
+        options = {name: GIVEN[name] for name in code(row["option"])}
+        needed = {name: GIVEN[name] for name in code(row[negatives])}
+        if needed or row[negatives] == "no":
+            with pytest.raises(ValueError, match="expected"):
+                neglog.info_nce(x, x, **NEGATIVES[negatives], **options)
+        if row[negatives] != "no":
+            neglog.info_nce(x, x, **NEGATIVES[negatives], **options, **needed)
 
 
 def test_environment_variables_are_those_that_the_sources_read():

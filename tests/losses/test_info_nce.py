@@ -179,6 +179,16 @@ def test_statistics_of_nothing(backend, mode):
     assert [part.shape for part in stats[1:]] == [(0,)] * 3
 
 
+# By each path that a temperature takes.
+@pytest.mark.parametrize("value", [2, torch.tensor(2), torch.tensor([2] * 9)], ids=["n", "()", "N"])
+def test_an_integer_for_the_temperature(value):
+    query, key = pair(9, 5)
+    for options in ({}, {"symmetric": True}):
+        expected = neglog.info_nce(query, key, temperature=2.0, **options)
+        found = neglog.info_nce(query, key, temperature=value, **options)
+        torch.testing.assert_close(found, expected)
+
+
 # A number is a scale of scores; a tensor scales the queries, and has a gradient.
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_dot_products_as_classes(backend, temperature):

@@ -39,10 +39,12 @@ def clip_loss(
         group: a torch.distributed process group: this process's images against the texts of all,
             and its texts against all images, with gradients back to all. The mean over processes,
             as DistributedDataParallel takes it of gradients, is then the loss of the whole batch.
+            None, as dist.group.WORLD is until init_process_group(): this process alone.
         options, backend: as in `info_nce`.
 
-    Several positives, of which each counts: `info_nce` with `positives`, `symmetric`, temperature
-    1 / logit_scale and normalize=False.
+    The same loss is `info_nce` with symmetric=True, temperature 1 / logit_scale and
+    normalize=False. It has `label_smoothing` and `return_stats`, and `positives`, of which each
+    counts; but no `group`.
 
     Source: arXiv:2103.00020; the arguments are those of open_clip's ClipLoss.
     """

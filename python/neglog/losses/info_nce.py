@@ -91,28 +91,32 @@ def info_nce(
             queue; "paired", (N, M, D): each query has its own; "in_batch", (M, D): these and the
             other rows' positive keys.
         temperature: what similarities are divided by: a number, a tensor () or, for each query,
-            (N,); the tensor receives a gradient.
+            (N,); the tensor receives a gradient. On a device, and while it is traced, its numbers
+            are not read: 0 then gives NaN, not ValueError.
         reduction: "mean", "sum" or "none", (N,).
         positives: several positives a query, or none; positive_key may then be (M, D). (N, P)
-            integers: rows of positive_key, -1 where a query has fewer; or (N, M) bool: True for a
-            positive; or a pair of integers (N,), (M,): ids of the queries and of positive_key, of
-            which those with the query's id are its positives. The loss is the mean over them of
-            -log p, each against all keys, as in `sup_con`. A query without one has loss 0 and no
-            share in the "mean". Without negative_keys, or with those "in_batch".
+            integers: rows of positive_key, -1 where a query has fewer; one named twice counts
+            twice. Or (N, M) bool: True for a positive; a mask of integers would be read as rows. Or
+            a pair of integers (N,), (M,): ids of the queries and of positive_key, of which those
+            with the query's id are its positives. The loss is the mean over them of -log p, each
+            against all keys, as in `sup_con`. A query without one has loss 0 and no share in the
+            "mean". negative_keys must be None or "in_batch".
         symmetric: the mean of this loss and that of each key against all queries, of which those
             are positives that it is a positive of. Without negative_keys; with positives, reduced.
         normalize: similarities are cosines; False: dot products. 16-bit embeddings are normalised
             in float32, so a zero vector stays one.
         exclude: (N,) integers: other rows with the same one are no negatives of each other, such
-            as duplicates. Without positives, which say so themselves.
-        negative_ids: (M,) integers, with "paired" also (N, M): a negative key whose id is that of
-            a query in `exclude` is no negative of it, such as one that a queue still holds.
-        hard_negative_weight: added to the scores of negative_keys, of every query: a number, or a
-            tensor without gradient (M,), with "paired" also (N, M). -inf leaves a key out, such as
-            padding.
-        own_negative_weight: with negative_keys (N, D) "in_batch": added, besides, to the score of
-            query i with key i of them alone, its own hard negative, as SimCSE does. A number, or a
-            tensor () without gradient, finite.
+            as duplicates. "unpaired" and "paired" negatives then need negative_ids. It cannot be
+            given with label_smoothing, nor with positives, which say themselves what is no
+            negative.
+        negative_ids: (M,) integers, for "paired" negatives also (N, M): a negative key whose id is
+            that of a query in `exclude` is no negative of it, such as one that a queue still holds.
+        hard_negative_weight: is added to the score of each negative key with every query: a number,
+            or a tensor without gradient (M,), for "paired" negatives also (N, M). -inf leaves a key
+            out, such as padding.
+        own_negative_weight: is added to the score of query i with negative key i, its own hard
+            negative, as SimCSE does. It needs negative_keys (N, D), one a query, "in_batch". A
+            finite number, or a tensor () without gradient.
         label_smoothing: this much of the target's mass is spread over all keys that are not left
             out.
         return_stats: LossStats(loss, logsumexp, correct, entropy), (N,) but for the loss, of each

@@ -27,8 +27,9 @@ def sup_con(
 
     Args:
         features: (N, D), or (N, V, D): V views of each sample, which are rows of its label.
-        labels: (N,) integers; or a list, tuple or array of N hashable values, such as names. None,
-            with (N, V, D): the other views of its sample are a row's mates.
+        labels: (N,) integers; or a list, tuple or array of N hashable values, such as names, or of
+            tensors () of integers. A NaN is a label of its own. None, with (N, V, D): the other
+            views of its sample are a row's mates.
         temperature: a number or a tensor (), which receives a gradient.
         reduction: a row without a mate has loss 0 and no share in the "mean", which is 0 if no row
             has one, as pytorch-metric-learning's SupConLoss has it. "none" gives (N,) or (N, V).
