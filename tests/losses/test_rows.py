@@ -239,3 +239,30 @@ def test_other_tensors_of_one_number(scale):
     if scale.is_floating_point():
         found = neglog.cross_entropy(logits, target, logit_scale=scale.requires_grad_())
         torch.testing.assert_close(found, F.cross_entropy(logits * 2, target))
+
+
+# A sum or a quotient beyond the range of the loss's dtype
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"reduction": "sum"}, {"num_items": 1e-45}, {"num_items": torch.tensor(1e-40)}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_beyond_float32_is_inf(kernel_backend, name, options, inplace_backward):
+    logits = torch.zeros(4, 3)
+    logits[:, 0] = 2e38
+    logits.requires_grad_()
+    target = torch.ones(4, dtype=torch.int64)
+    if name != "linear_cross_entropy":
+        options = options | {"inplace_backward": inplace_backward}
+    loss = loss_of(name, logits * 1, target, backend=kernel_backend, **options)
+    assert loss.item() == torch.inf
+    expected = F.cross_entropy(logits, target, reduction="sum")
+    if "num_items" in options:
+        expected = expected / options["num_items"]
+    assert expected.item() == torch.inf
+    if options.get("reduction") == "sum":
+        made, exact = (torch.autograd.grad(x, logits)[0] for x in (loss, expected))
+        assert torch.equal(made, exact)

@@ -9,6 +9,7 @@ from neglog import kernels
 from neglog.kernels.memory import LARGE
 from neglog.losses.cross_entropy import cross_entropy
 from neglog.ops.nll import cpu as nll_cpu
+from neglog.ops.pairs import autograd as pairs
 from neglog.ops.pairs import cpu as pairs_cpu
 
 ROWS = 1100  # times 1000 floats: more than 4 MB
@@ -120,3 +121,135 @@ def test_misaligned_heads_and_embeddings(aligned_kernels):
 
     given = (x, table, target, weight, grad)
     torch.testing.assert_close(run(*map(shifted, given)), run(*given))
+
+
+def freed(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def tail(tensor):
+    """The numbers in a storage that begins before them."""
+    return torch.cat([tensor[:1], tensor])[1:]
+
+
+LOSSES = {
+    "cross_entropy": ("input", "target", "weight"),
+    "linear_cross_entropy": ("input", "linear_weight", "target", "linear_bias", "weight"),
+    "pairs": ("query", "key"),
+}
+ARGUMENTS = [(loss, name) for loss, names in LOSSES.items() for name in names]
+
+
+def call(loss, given, reduction):
+    """The loss of tensors by name; that of pairs without a function that reads them before."""
+    if loss != "pairs":
+        return getattr(neglog, loss)(**given, reduction=reduction)
+    none, rows = [None] * 3, torch.arange(6)
+    options = (False, False, 1 << 20, torch.float32, "", False)
+    made = pairs.forward(*given.values(), torch.tensor(1.0), None, rows, *none, *options).row_loss
+    return made if reduction == "none" else made.sum()
+
+
+def arguments_of(loss):
+    """New tensors, each in memory of its own."""
+    if loss == "cross_entropy":
+        made = torch.randn(6, 40), torch.arange(6), torch.rand(40)
+    elif loss == "pairs":
+        made = torch.randn(6, 16), torch.randn(6, 16)
+    else:
+        made = (
+            torch.randn(6, 16), torch.randn(40, 16), torch.arange(6), torch.rand(40),
+            torch.rand(40),
+        )  # fmt: skip
+    return dict(zip(LOSSES[loss], made, strict=True))
+
+
+# An offset is the address of a tensor without memory, so with one the address is not 0. The
+# gradient of a sum is formed in the forward, those of rows are not.
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize(("loss", "name"), ARGUMENTS)
+def test_freed_memory_before_the_call_is_an_error_that_names_the_argument(loss, name, offset):
+    for reduction in ("sum", "none"):
+        given = arguments_of(loss)
+        next(iter(given.values())).requires_grad_()
+        with torch.no_grad():
+            given[name] = freed(tail(given[name]) if offset else given[name])
+        with pytest.raises(RuntimeError, match=f"^{name}: .* whose memory was freed"):
+            call(loss, given, reduction)
+
+
+@pytest.mark.parametrize(("loss", "name"), ARGUMENTS)
+def test_freed_memory_before_the_backward_is_an_error_that_names_the_argument(loss, name):
+    given = arguments_of(loss)
+    learned = [x.requires_grad_() for x in given.values() if x.is_floating_point()][:2]
+    if "weight" in given:
+        given["weight"].requires_grad_(False)
+    made = {key: x * 1 if x.requires_grad else x for key, x in given.items()}
+    rows = call(loss, made, "none")
+    freed(made[name])
+    with pytest.raises(RuntimeError, match=f"^{name}: .* whose memory was freed"):
+        torch.autograd.grad(rows, learned[0], torch.rand(6))
+
+
+def test_an_input_freed_before_the_backward_is_not_missed_where_its_gradient_was_formed():
+    x, target = torch.randn(6, 40, requires_grad=True), torch.arange(6)
+    y = x * 1
+    loss = cross_entropy(y, target)
+    expected = torch.autograd.grad(cross_entropy(x, target), x)
+    freed(y)
+    torch.testing.assert_close(torch.autograd.grad(loss, x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_freed_memory_of_an_upstream_gradient_is_an_error_that_names_it(loss):
+    given = arguments_of(loss)
+    x = next(iter(given.values())).requires_grad_()
+    rows = call(loss, given, "none")
+    with pytest.raises(RuntimeError, match=r"^grad_\w+: .* whose memory was freed"):
+        torch.autograd.grad(rows, x, freed(torch.rand(6)))
+
+
+def negated(x):
+    """x as the negative view of its negation."""
+    return torch._neg_view(-x)
+
+
+# The gradient of a sum is formed in the forward, those of rows are not.
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("loss", [*LOSSES, "masked_cross_entropy"])
+def test_views_that_negate_have_the_numbers_they_show(loss, probabilities, reduction):
+    if loss == "masked_cross_entropy":
+        given = arguments_of("cross_entropy") | {"mask": torch.arange(6) < 4}
+    else:
+        given = arguments_of(loss)
+    if probabilities and "target" in given:
+        given["target"] = torch.rand(6, 40)
+    grad = torch.rand(6) if reduction == "none" else torch.tensor(2.0)
+
+    def run(view):
+        first, *others = given
+        x = given[first].clone().requires_grad_()
+        tensors = {key: given[key] if key == "mask" else view(given[key]) for key in others}
+        made = call(loss, {first: view(x)} | tensors, reduction)
+        return made.detach(), *torch.autograd.grad(made, x, view(grad))
+
+    torch.testing.assert_close(run(negated), run(lambda x: x))
+
+
+# As autograd makes them: of tensors that have no memory at all.
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_zeros_without_memory_are_zeros(reduction):
+    target, zeros = torch.arange(4), torch._efficientzerotensor((4, 10))
+    assert zeros._is_zerotensor()
+    given = {"target": target, "reduction": reduction}
+    expected = cross_entropy(torch.zeros(4, 10), **given)
+    torch.testing.assert_close(cross_entropy(zeros, **given), expected)
+    table = torch.randn(10, 10)
+    made, same = (neglog.linear_cross_entropy(x, table, **given) for x in (zeros, zeros.clone()))
+    torch.testing.assert_close(made, same)
+    rows = torch.randn(4, 10, requires_grad=True)
+    loss = cross_entropy(rows, **given)
+    (grad,) = torch.autograd.grad(loss, rows, torch._efficientzerotensor(loss.shape))
+    torch.testing.assert_close(grad, torch.zeros(4, 10))

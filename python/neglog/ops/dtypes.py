@@ -5,6 +5,7 @@ from __future__ import annotations
 from ctypes import c_float
 
 import torch
+from torch import Tensor
 
 # As the kernels number them (kernels/cython/nll.pyx).
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -34,6 +35,12 @@ def rounded(value: float, dtype: torch.dtype) -> float:
     """As a tensor of the accumulation dtype holds it. An eager backward has the number itself, that
     of the registered op a tensor: so they divide by the same."""
     return value if dtype == torch.float64 else c_float(value).value
+
+
+def number(value: float, dtype: torch.dtype) -> Tensor:
+    """() on the CPU, whatever torch.set_default_device says: its memory may be written. Beyond the
+    dtype's range it is inf, which torch.scalar_tensor refuses to make of a number."""
+    return torch.scalar_tensor(rounded(value, dtype), dtype=dtype, device="cpu")
 
 
 def quotient(numerator: float, divisor: float) -> float:

@@ -11,6 +11,11 @@ from torch import Tensor
 from neglog.kernels.memory import large_buffer, use_huge_pages
 from neglog.tiles import plan
 
+# A tensor without memory has its offset in the storage for an address, which lies below this. Only
+# a tensor that lies there is asked whether it has memory: that takes 0.2 microseconds, and most
+# systems place memory above.
+LOW_ADDRESS = 1 << 40
+
 
 def new_memory(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """like.new_empty, in memory that is kept where it is large and on the CPU (kernels/memory.py).
@@ -40,28 +45,43 @@ def new_rows(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tenso
     return new_memory((rows, stride), like, dtype)[:, :columns]
 
 
-def number(value: float, dtype: torch.dtype) -> Tensor:
-    """() on the CPU, whatever torch.set_default_device says: its memory may be written."""
-    return torch.scalar_tensor(value, dtype=dtype, device="cpu")
-
-
 def address(tensor: Tensor | None, start: int = 0) -> int:
     """Of the number at `start`; 0 for "not given". An empty tensor has no address: it gets 1,
     which nobody reads."""
     return 0 if tensor is None else (tensor.data_ptr() or 1) + start * tensor.itemsize
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """A copy where a tensor begins within a number, as torch.frombuffer can make it: C++ must not
-    read one there."""
-    return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
+def aligned(tensor: Tensor, name: str) -> Tensor:
+    """The tensor, where C++ can read its numbers in memory. A copy where they are not there as they
+    are, or where one begins within a number, as torch.frombuffer can make it.
+
+    Raises RuntimeError, which calls the tensor `name`, where its memory was freed.
+    """
+    start = tensor.data_ptr()
+    if start < LOW_ADDRESS or tensor.is_neg():
+        tensor = _materialized(tensor, name)
+        start = tensor.data_ptr()
+    return tensor.clone() if start % tensor.itemsize else tensor
 
 
-def contiguous(tensor: Tensor) -> Tensor:
-    """Numbers that are adjacent in memory, and aligned."""
-    return aligned(tensor.contiguous())
+def _materialized(tensor: Tensor, name: str) -> Tensor:
+    """The numbers in memory: torch may keep beside it that they are negated, or all 0."""
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise RuntimeError(
+            f"{name}: expected a tensor that has memory, got one of shape {list(tensor.shape)} "
+            "whose memory was freed: its storage was resized to 0 bytes"
+        )
+    return tensor.resolve_neg()
 
 
-def adjacent_columns(rows: Tensor) -> Tensor:
-    """Rows whose columns are adjacent in memory, and aligned, as the kernels want them."""
-    return aligned(rows) if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+def contiguous(tensor: Tensor, name: str) -> Tensor:
+    """Numbers that are adjacent in memory, and as `aligned` has them."""
+    return aligned(tensor, name).contiguous()
+
+
+def adjacent_columns(rows: Tensor, name: str) -> Tensor:
+    """Rows whose columns are adjacent in memory, and as `aligned` has them."""
+    rows = aligned(rows, name)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

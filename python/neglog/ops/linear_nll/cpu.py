@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from neglog.kernels.threads import allowed
-from neglog.ops.dtypes import DTYPE_CODES, divides_late, quotient, real_dtype, rounded
+from neglog.ops.dtypes import DTYPE_CODES, divides_late, number, quotient, real_dtype, rounded
 from neglog.ops.linear_nll.tiles import Tile, Tiles
-from neglog.ops.memory import address, contiguous, number
+from neglog.ops.memory import address, contiguous
 from neglog.ops.nll import cpu as nll_cpu
 from neglog.ops.nll.schema import MEAN, NONE
 
@@ -37,7 +37,7 @@ class CpuRows:
     def begin(self) -> None:
         """Find the divisor of the mean and what the gradients are formed for."""
         a = self.a
-        target = contiguous(a.target)
+        target = a.target
         # Formed in any case: it checks that targets are in range.
         total = self._kernel.total_weight(
             len(target), self.tiles.head.vocab, address(target), 0, address(self.weight),
@@ -63,8 +63,8 @@ class CpuRows:
     def backward(self, tile: Tile, grad_loss: Tensor, grad_lse: Tensor | None) -> Tensor:
         """The gradient of the logits, where they lay."""
         self.forward(tile)
-        grad = contiguous(grad_loss[tile.rows])
-        through_lse = None if grad_lse is None else contiguous(grad_lse[tile.rows])
+        grad = contiguous(grad_loss[tile.rows], "grad_loss")
+        through_lse = None if grad_lse is None else contiguous(grad_lse[tile.rows], "grad_lse")
         _, *lse, _, _ = self._outputs(tile)
         self._kernel.backward(
             *self._problem(tile), *lse, address(grad), 1, 1.0, address(through_lse),

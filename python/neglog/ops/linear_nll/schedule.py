@@ -25,7 +25,7 @@ from neglog.ops.linear_nll import schema
 from neglog.ops.linear_nll.cpu import CpuRows
 from neglog.ops.linear_nll.cuda import CudaRows
 from neglog.ops.linear_nll.tiles import NARROW, Gradients, Head, Tiles
-from neglog.ops.memory import contiguous, new_gradient
+from neglog.ops.memory import aligned, contiguous, new_gradient
 from neglog.ops.nll.autograd import late_divisor, scale_in_place
 from neglog.ops.nll.schema import MEAN, NONE
 
@@ -34,11 +34,13 @@ ROWS: dict[str, Any] = {"cpu": CpuRows, "cuda": CudaRows}
 
 def _prepare(kind: Any, op: str, a: Any, wide: bool) -> tuple[Tiles, Any]:
     head = Head(a.input, a.linear_weight, a.linear_bias).contiguous()
+    a = a._replace(target=contiguous(a.target, "target"))
     tiles = Tiles(
         head, a.target, a.ignore_index, a.workspace, a.tile_dtype, a.wanted[1],
         kind.compacts(a.input.device), wide,
     )  # fmt: skip
-    return tiles, kind(op, a, tiles, None if a.weight is None else contiguous(a.weight))
+    weight = None if a.weight is None else contiguous(a.weight, "weight")
+    return tiles, kind(op, a, tiles, weight)
 
 
 def forward(kind: Any, a: Any, wide: Sequence[bool] = NARROW) -> tuple[Tensor, ...]:
@@ -76,7 +78,8 @@ def backward(kind: Any, a: Any) -> tuple[Tensor, ...]:
             for want, kept, like in zip(a.wanted, formed, likes, strict=True)
         )
     tiles, rows = _prepare(kind, "linear_nll_backward", a, False)
-    upstream = a.grad_loss / a.total_weight if a.reduction == MEAN else a.grad_loss
+    upstream = aligned(a.grad_loss, "grad_loss")
+    upstream = upstream / a.total_weight if a.reduction == MEAN else upstream
     upstream = upstream.expand(len(a.target))
     largest = upstream.abs().amax() if len(upstream) else 0.0
     gradients = Gradients(tiles, a.wanted, a.filter_eps)

@@ -29,7 +29,9 @@ class Head(NamedTuple):
         return self.weight.shape[0]
 
     def contiguous(self) -> Head:
-        return Head(*(None if x is None else x.contiguous() for x in self))  # type: ignore[arg-type]
+        names = ("input", "linear_weight", "linear_bias")
+        parts = zip(self, names, strict=True)
+        return Head(*(None if x is None else contiguous(x, name) for x, name in parts))  # type: ignore[arg-type]
 
 
 class Tile(NamedTuple):
@@ -61,7 +63,7 @@ class Tiles:
         self.rows = counted.nonzero().squeeze(1) if compact else None
         if self.rows is not None and len(self.rows) == len(target):
             self.rows = None
-        self.target = contiguous(target if self.rows is None else target[self.rows])
+        self.target = target if self.rows is None else target[self.rows]
         row_bytes = plan.row_stride(head.vocab, dtype.itemsize) * dtype.itemsize
         rows = len(self.target)
         self.height = plan.rows_per_tile(rows, row_bytes, workspace)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from neglog import availability, kernels
 from neglog.kernels.threads import allowed
-from neglog.ops.dtypes import DTYPE_CODES, divides_late, quotient, real_dtype, rounded
+from neglog.ops.dtypes import DTYPE_CODES, divides_late, number, quotient, real_dtype, rounded
 from neglog.ops.memory import (
     address,
     adjacent_columns,
@@ -17,7 +17,6 @@ from neglog.ops.memory import (
     contiguous,
     new_gradient,
     new_memory,
-    number,
 )
 from neglog.ops.nll import schema
 from neglog.ops.nll.schema import MEAN, NONE, empty_stats
@@ -74,8 +73,8 @@ def problem(logits: Tensor, target: Tensor, weight: Tensor | None, options: Any)
 
 
 def _ready(target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    target = contiguous(target) if target.dim() == 1 else adjacent_columns(target)
-    return target, None if weight is None else contiguous(weight)
+    ready = contiguous if target.dim() == 1 else adjacent_columns
+    return ready(target, "target"), None if weight is None else contiguous(weight, "weight")
 
 
 def _divisor(kernel: Any, given: tuple, num_items: Tensor | None, real: torch.dtype) -> float:
@@ -89,7 +88,7 @@ def _begin(op: str, a: Any) -> tuple[Any, Tensor, tuple, tuple]:
     """The kernels, rows with adjacent columns, the kernels' first arguments, and what these point
     into."""
     kernel = load_kernel(op, a.backend)
-    rows = adjacent_columns(a.logits)
+    rows = adjacent_columns(a.logits, "input")
     target, weight = _ready(a.target, a.weight)
     return kernel, rows, problem(rows, target, weight, a), (target, weight)
 
@@ -112,8 +111,9 @@ def forward(a: Any) -> Outputs:
 def backward(a: Any, divisor: float) -> Tensor:
     """The gradient of the logits, in new memory."""
     kernel, logits, given, _alive = _begin("nll_backward", a)
-    grad_lse = None if a.grad_lse is None else contiguous(a.grad_lse)
-    lse, lse_low, grad_loss = contiguous(a.lse), contiguous(a.lse_low), aligned(a.grad_loss)
+    grad_lse = None if a.grad_lse is None else contiguous(a.grad_lse, "grad_lse")
+    lse, lse_low = contiguous(a.lse, "lse"), contiguous(a.lse_low, "lse_low")
+    grad_loss = aligned(a.grad_loss, "grad_loss")
     # Activations have no storage that anyone resizes, and kept memory takes half the time.
     new = new_gradient if isinstance(a.logits, torch.nn.Parameter) else new_memory
     out = new(logits.shape, logits)
@@ -154,7 +154,7 @@ def forward_with_gradient(
     For a small input the fixed cost of calls is all that is felt.
     """
     kernel = load_kernel("nll", backend)
-    logits = contiguous(logits)
+    logits = contiguous(logits, "input")
     target, weight = _ready(target, weight)
     given = problem(logits, target, weight, options)
     real = real_dtype(logits.dtype)

@@ -12,16 +12,13 @@ from neglog.ops.pairs import (
     schedule,  # noqa: F401 - implements the ops
     schema,
 )
-from neglog.ops.pairs.schema import Pairs
+from neglog.ops.pairs.schema import UPSTREAM, Pairs
 
 forward, sigmoid = schema.forward, schema.sigmoid
 
 LEARNED = ("query", "key", "scale")
 OTHERS = ("bias", "positive", "excluded", "query_group", "key_group")
 FLAGS = ("columns", "symmetric", "workspace", "tile_dtype", "backend")
-UPSTREAM = (
-    "grad_row_loss", "grad_column_loss", "grad_row_lse", "grad_column_lse", "grad_positive_score",
-)  # fmt: skip
 
 
 def _named(a: Any, names: tuple[str, ...]) -> dict[str, Any]:

@@ -128,17 +128,13 @@ def _largest(grads: Sequence[Tensor | None]) -> Tensor | float:
 
 def _upstream(pairs: Pairs, a: Any) -> Upstream:
     """The gradients of losses are those of a log-sum-exp, and their negatives of a score."""
-    grads = [
-        a.grad_row_loss, a.grad_column_loss, a.grad_row_lse, a.grad_column_lse,
-        a.grad_positive_score,
-    ]  # fmt: skip
+    given = ((name, getattr(a, name)) for name in schema.UPSTREAM)
+    grads = [None if g is None or not g.numel() else contiguous(g, name) for name, g in given]
     size: float | Tensor = 1.0
     if pairs.query.itemsize == 2:  # products of small gradients and small probabilities vanish
         size = _largest(grads)
         grads = [None if g is None else g / size for g in grads]
-    row_loss, column_loss, through_rows, through_columns, score = (
-        None if g is None or not g.numel() else contiguous(g) for g in grads
-    )
+    row_loss, column_loss, through_rows, through_columns, score = grads
     by_row = _sum(through_rows, row_loss)
     by_row = torch.zeros_like(a.row_lse) if by_row is None else by_row
     row = Marginal(a.row_lse, a.row_low, by_row, row_loss)

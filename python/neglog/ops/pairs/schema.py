@@ -77,6 +77,10 @@ statistics = Op(
     f"pairs_statistics(Tensor positive_score, {PAIRS}) -> "
     "(Tensor correct, Tensor entropy, Tensor best)"
 )
+# What flows into the backward.
+UPSTREAM = (
+    "grad_row_loss", "grad_column_loss", "grad_row_lse", "grad_column_lse", "grad_positive_score",
+)  # fmt: skip
 
 _TILE = (
     "Tensor similarity, Tensor scale, Tensor? bias, Tensor? positive, Tensor? excluded, "
@@ -154,7 +158,7 @@ class Pairs(NamedTuple):
         indices = ("positive", "excluded", "query_group", "key_group")
         dtypes |= dict.fromkeys(indices, torch.int64)
         ready: dict[str, Any] = {
-            name: contiguous(x.to(dtype))
+            name: contiguous(x, name).to(dtype)
             for name, dtype in dtypes.items()
             if (x := getattr(self, name)) is not None
         }
