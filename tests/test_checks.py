@@ -94,7 +94,16 @@ OURS = {
     "smoothing NaN": (RuntimeError, r"label_smoothing: expected 0 <= value <= 1, got nan",
                       {"label_smoothing": float("nan")}),
     "softcap": (ValueError, r"softcap: expected a finite number above 0", {"softcap": 0.0}),
-    "softcap inf": (ValueError, r"softcap: expected a finite number", {"softcap": float("inf")}),
+    "softcap inf": (ValueError, r"softcap: expected a finite number above 0 or None, got inf",
+                    {"softcap": float("inf")}),
+    "softcap beyond float64": (ValueError, r"softcap: .* got an int of 1329 bits",
+                               {"softcap": 10**400}),
+    "scale beyond float64": (ValueError, r"logit_scale: .* got an int of 16610 bits",
+                             {"logit_scale": 10**5000}),
+    "scale complex": (RuntimeError, r"logit_scale: expected a real dtype, got torch.complex64",
+                      {"logit_scale": torch.tensor(2j)}),
+    "index beyond int64": (ValueError, r"ignore_index: .* got an int of 16610 bits",
+                           {"ignore_index": 10**5000}),
     "scale beyond float32": (ValueError, r"logit_scale: expected a finite number of torch.float32",
                              {"logit_scale": 1e39}),
     "z_loss beyond float32": (ValueError, r"z_loss: expected a finite number of torch.float32",
@@ -248,6 +257,46 @@ def test_a_number_on_the_meta_device(name, argument):
         calls(3)[name](torch.arange(3), **{argument: torch.ones((), device="meta")})
 
 
+# None and 0 too, which would stand for False.
+@pytest.mark.parametrize("value", ["no", None, 0, 1], ids=repr)
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        *((name, "return_stats") for name in LOSSES),
+        *((name, "inplace_backward") for name in LOSSES if not name.startswith("linear")),
+    ],
+)
+def test_a_flag_is_a_bool(name, flag, value):
+    with pytest.raises(TypeError, match=f"^{flag}: expected a bool, got {type(value).__name__}"):
+        calls(3)[name](torch.arange(3), **{flag: value})
+
+
+X, T = torch.zeros(3, 5), torch.arange(3)
+DENSE = {
+    neglog.cross_entropy: {"input": X, "target": T, "weight": torch.ones(5)},
+    neglog.masked_cross_entropy: {
+        "input": X, "target": T, "mask": T >= 0, "weight": torch.ones(5)
+    },
+    neglog.linear_cross_entropy: {
+        "input": X, "linear_weight": torch.ones(5, 5), "target": T, "linear_bias": torch.ones(5),
+        "mask": T >= 0, "weight": torch.ones(5),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "name"), [(f, name) for f, given in DENSE.items() for name in given]
+)
+def test_a_tensor_that_is_not_strided(function, name):
+    given = DENSE[function]
+    others = [given[name].to_sparse()]
+    if given[name].is_floating_point() and torch.backends.mkldnn.is_available():
+        others.append(given[name].to_mkldnn())
+    for other in others:
+        with pytest.raises(RuntimeError, match=f"^{name}: expected a dense Tensor, got layout"):
+            function(**given | {name: other})
+
+
 # Types that torch takes, and those that only neglog's options have.
 ACCEPTED = {
     "uint8": lambda t: (t.to(torch.uint8), {}),
@@ -255,6 +304,7 @@ ACCEPTED = {
     "an int for a float": lambda t: (t, {"label_smoothing": 0, "z_loss": 1, "softcap": 3}),
     "a tensor for a number": lambda t: (t, {"logit_scale": torch.tensor(0.5)}),
     "num_items as an int": lambda t: (t, {"num_items": 7}),
+    "num_items beyond int64": lambda t: (t, {"num_items": 2**70}),
     "num_items as a tensor": lambda t: (t, {"num_items": torch.tensor([7])}),
 }
 
@@ -269,7 +319,7 @@ def test_what_is_accepted(backend, name, accepted):
         target, options = accepted(torch.arange(rows) % 5)
         loss = calls(rows)[name](target, **options)
         assert (loss.shape, loss.dtype) == ((), torch.float32)
-        means.append(loss * options.get("num_items", rows) / rows)
+        means.append(loss * float(options.get("num_items", rows)) / rows)
     torch.testing.assert_close(means[0].reshape(()), means[1].reshape(()))
 
 

@@ -428,7 +428,7 @@ Results forward(const Inputs& in, const MaybeTensor& num_items, bool stats, bool
 // The schemas are copied from python/neglog/ops/nll/schema.py, which defines them.
 
 // nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, int reduction,
-//     int ignore_index, float label_smoothing, float logit_scale, float softcap, float z_loss,
+//     SymInt ignore_index, float label_smoothing, float logit_scale, float softcap, float z_loss,
 //     bool stats, str backend)
 //     -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor total_weight, Tensor correct,
 //         Tensor entropy)
@@ -443,7 +443,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nll(
 }
 
 // nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, int reduction,
-//      int ignore_index, float label_smoothing, float logit_scale, float softcap, float z_loss,
+//      SymInt ignore_index, float label_smoothing, float logit_scale, float softcap, float z_loss,
 //      bool stats, str backend)
 //     -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, Tensor entropy)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nll_(
@@ -459,7 +459,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nll_(
 }
 
 // nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight,
-//              Tensor lse, Tensor lse_low, Tensor total_weight, int reduction, int ignore_index,
+//              Tensor lse, Tensor lse_low, Tensor total_weight, int reduction, SymInt ignore_index,
 //              float label_smoothing, float logit_scale, float softcap, float z_loss, str backend)
 //     -> Tensor
 Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const Tensor& logits,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from typing import Any
 
@@ -61,7 +60,17 @@ def number_on(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         return value.to(device, dtype)
     if torch_state.varies(value):  # torch.full would make a constant of a symbol
         return value * torch.ones((), dtype=dtype, device=device)
-    return torch.full((), value, dtype=dtype, device=device)
+    return torch.full((), float(value), dtype=dtype, device=device)  # an int may be beyond int64
+
+
+def shown(number: Any) -> Any:
+    """A number for a message. torch.compile does not trace the formatting of a symbol, and would
+    raise an error of its own; Python formats no int of more than 4300 digits."""
+    if torch_state.varies(number):
+        return "a number that changes from call to call"
+    if isinstance(number, int) and abs(number) >= 2**1024:
+        return f"an int of {number.bit_length()} bits"
+    return number
 
 
 def _shape(x: Tensor) -> list[int]:
@@ -83,6 +92,8 @@ def check_cross_entropy(
         raise RuntimeError(f"target: expected device {input.device}, got {target.device}")
     if not input.dtype.is_floating_point:
         raise NotImplementedError(f"input: expected a floating-point dtype, got {input.dtype}")
+    check_dense("input", input)
+    check_dense("target", target)
     probabilities = is_probabilities(input, target)
     if probabilities:
         _check_probabilities(target, ignore_index)
@@ -107,7 +118,7 @@ def to_ignore_index(value: Any) -> int:
     if not isinstance(number, INTEGERS) or isinstance(number, bool):
         raise TypeError(f"ignore_index: expected an int, got {_type(value)}")
     if not -(2**63) <= number < 2**63:
-        raise ValueError(f"ignore_index: expected an int of 64 bits, got {number}")
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {shown(number)}")
     return number
 
 
@@ -117,7 +128,7 @@ def to_smoothing(value: Any) -> float:
     if not isinstance(number, REALS):
         raise TypeError(f"label_smoothing: expected a float, got {_type(value)}")
     if not 0.0 <= number <= 1.0:
-        raise RuntimeError(f"label_smoothing: expected 0 <= value <= 1, got {number}")
+        raise RuntimeError(f"label_smoothing: expected 0 <= value <= 1, got {shown(number)}")
     return number
 
 
@@ -191,6 +202,7 @@ def check_weight(weight: Any, classes: int, input: Tensor, converts: bool = Fals
         raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
     if weight.dim() != 1 or weight.shape[0] != classes:
         raise RuntimeError(f"weight: expected shape [{classes}], got {_shape(weight)}")
+    check_dense("weight", weight)
     if weight.device != input.device:
         raise RuntimeError(f"weight: expected device {input.device}, got {weight.device}")
     if converts:
@@ -205,6 +217,7 @@ def check_masked(input: Any, target: Any, mask: Any) -> None:
     for name, value in (("input", input), ("target", target), ("mask", mask)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        check_dense(name, value)
     if input.dim() < 1:
         raise IndexError("input: expected shape (..., C), got a scalar")
     positions = list(input.shape[:-1])
@@ -234,6 +247,7 @@ def check_linear(
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        check_dense(name, value)
         if name == "input" and not value.dtype.is_floating_point:
             raise NotImplementedError(f"input: expected a floating-point dtype, got {value.dtype}")
         if value.device != input.device:
@@ -297,6 +311,7 @@ def _check_linear_target(
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a Tensor or None, got {type(mask).__name__}")
+    check_dense("mask", mask)
     if mask.dtype != torch.bool:
         raise RuntimeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
     if mask.device != target.device:
@@ -338,16 +353,18 @@ def check_extensions(
     _check_number("logit_scale", logit_scale, input, real, learns=True)
     _check_number("z_loss", z_loss, input, real)
     if _known(z_loss) and z_loss < 0:
-        raise ValueError(f"z_loss: expected a number from 0, got {z_loss}")
+        raise ValueError(f"z_loss: expected a number from 0, got {shown(z_loss)}")
     if softcap is not None:
-        _check_number("softcap", softcap, input, torch.float64)  # beyond float32 it is none
-        if _known(softcap) and not 0 < softcap < math.inf:
-            raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
+        _check_type_of_number("softcap", softcap, input)
+        if _known(softcap) and not (softcap > 0 and _fits(softcap, torch.float64)):
+            raise ValueError(
+                f"softcap: expected a finite number above 0 or None, got {shown(softcap)}"
+            )
     if num_items is None:
         return
     _check_number("num_items", num_items, input, real)
     if _known(num_items) and num_items < 0:
-        raise ValueError(f"num_items: expected a number from 0, got {num_items}")
+        raise ValueError(f"num_items: expected a number from 0, got {shown(num_items)}")
     if reduction == "none":
         raise ValueError("num_items: expected reduction 'mean' or 'sum', got 'none'")
 
@@ -375,9 +392,16 @@ def _check_number(
 ) -> None:
     """A number that `real` holds or a tensor of one; unless it `learns`, not one whose gradient
     would be lost."""
+    _check_type_of_number(name, value, input, learns)
+    if not isinstance(value, Tensor) and not _fits(value, real):
+        raise ValueError(f"{name}: expected a finite number of {real}, got {shown(value)}")
+
+
+def _check_type_of_number(name: str, value: Any, input: Tensor, learns: bool = False) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {_shape(value)}")
+        check_real_dtype(name, value)
         check_has_number(name, value, input)
         if value.requires_grad and torch.is_grad_enabled() and not learns:
             raise ValueError(
@@ -386,8 +410,24 @@ def _check_number(
             )
     elif not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    elif not abs(float(value)) <= torch.finfo(real).max:
-        raise ValueError(f"{name}: expected a finite number of {real}, got {value}")
+
+
+def _fits(value: Any, real: torch.dtype) -> bool:
+    """Whether a number, or that of a tensor, is a finite one of `real`."""
+    try:
+        return abs(float(value)) <= torch.finfo(real).max
+    except OverflowError:  # an int beyond float64
+        return False
+
+
+def check_real_dtype(name: str, x: Tensor) -> None:
+    if x.is_complex() or x.dtype == torch.bool:
+        raise RuntimeError(f"{name}: expected a real dtype, got {x.dtype}")
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise RuntimeError(f"{name}: expected a dense Tensor, got layout {x.layout}")
 
 
 def to_count(name: str, value: Any) -> int:

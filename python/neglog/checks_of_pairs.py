@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from neglog import torch_state
-from neglog.checks import check_flags, check_has_number, check_reduction, multiplied_alike
+from neglog.checks import (
+    check_dense,
+    check_flags,
+    check_has_number,
+    check_real_dtype,
+    check_reduction,
+    multiplied_alike,
+)
 
 # In which embeddings are multiplied; torch multiplies no others, such as float8, into losses.
 EMBEDDINGS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -103,11 +110,6 @@ def check_real(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number or a Tensor, got {type(value).__name__}")
 
 
-def check_real_dtype(name: str, x: Tensor) -> None:
-    if x.is_complex() or x.dtype == torch.bool:
-        raise RuntimeError(f"{name}: expected a real dtype, got {x.dtype}")
-
-
 def check_shape(name: str, x: Tensor, shapes: list[list[int]]) -> None:
     """One of some."""
     # Not `in`, nor str() of a list: torch.compile finds no fixed size among symbolic ones by the
@@ -133,11 +135,6 @@ def check_groups(name: str, groups: Any, like: Tensor) -> None:
     check_integers(name, groups, like)
     if groups.dim() != 1 or groups.shape[0] != like.shape[0]:
         raise RuntimeError(f"{name}: expected shape [{like.shape[0]}], got {list(groups.shape)}")
-
-
-def check_dense(name: str, x: Tensor) -> None:
-    if x.layout != torch.strided:
-        raise RuntimeError(f"{name}: expected a dense Tensor, got layout {x.layout}")
 
 
 def check_integers(name: str, x: Any, like: Tensor) -> None:

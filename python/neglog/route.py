@@ -78,6 +78,8 @@ def explain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Ro
     """
     inner = function.func if isinstance(function, partial) else function
     inner = getattr(inner, "_orig_mod", inner)
+    if isinstance(inner, type):
+        raise TypeError(f"function: expected a loss or an instance of a module, got {inner!r}")
     if isinstance(inner, torch.nn.Module):
         inner = type(inner).forward
     if not str(getattr(inner, "__module__", "")).startswith(("neglog.losses.", "neglog.nn")):
@@ -114,9 +116,9 @@ def choose(
     demanded = availability.demanded(backend, compiling)
     # A lookup takes half the time of the questions; torch.compile would trace the cache.
     find = _for_tensor.__wrapped__ if compiling else _for_tensor
-    where = find(type(x), x.dtype, x.layout, x.device, demanded)
+    where = find(type(x), x.dtype, x.device, demanded)
     for other in others:
-        beside = find(type(other), other.dtype, other.layout, other.device, demanded)
+        beside = find(type(other), other.dtype, other.device, demanded)
         where = beside if beside.backend == "torch" else where
     if weight is not None or compiling or torch_state.differentiating_forward():
         where = _unless_refused_now(where, weight, compiling)
@@ -142,17 +144,14 @@ def keeps(route: Route, rows: Any, columns: Any, learns: bool) -> bool:
 
 @cache
 def _for_tensor(
-    kind: type, dtype: torch.dtype, layout: torch.layout, device: torch.device,
-    demanded: str | None,
-) -> Route:  # fmt: skip
+    kind: type, dtype: torch.dtype, device: torch.device, demanded: str | None
+) -> Route:
     """For scores that are given, in such a tensor."""
     refusal = _refused_by_device(device, demanded)
     if refusal is None and dtype not in DTYPES:
         refusal = f"logits of dtype {dtype}"
     elif refusal is None and kind not in ACCEPTED:
         refusal = f"logits of type {kind.__name__}, which decides for itself what an op does"
-    elif refusal is None and layout != torch.strided:
-        refusal = f"logits of layout {layout}"
     best = availability.best(device.type)
     if demanded == "torch" or refusal or best is None:
         why = "it was demanded" if demanded == "torch" else refusal or NO_KERNELS

@@ -7,6 +7,7 @@ the graph, so a symbol must reach an op in a tensor.
 import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import Unsupported
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -85,6 +86,19 @@ def test_a_count_that_changes():
     compiles_once_more(lambda x, v: neglog.cross_entropy(x, TARGET, num_items=v), range(5, 17))
 
 
+@pytest.mark.parametrize("by_torch", [False, True])
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+def test_an_ignore_index_that_changes(name, by_torch):
+    head = (HEAD,) if name == "linear_cross_entropy" else ()
+    given = {"backend": "torch"} if by_torch else {}
+    target = TARGET.clamp(min=0)
+
+    def loss(x, v):
+        return getattr(neglog, name)(x, *head, target, ignore_index=v, **given)
+
+    compiles_once_more(loss, range(-5, 7))
+
+
 def test_a_module_whose_number_changes():
     """Its attributes, all of which dynamic=True makes symbols of from the first."""
     module = neglog.nn.CrossEntropyLoss(label_smoothing=0.25, softcap=7.0)
@@ -105,6 +119,28 @@ def test_a_wrong_number_after_right_ones():
         compiled(X, right)
     with pytest.raises(ValueError, match="z_loss: expected a number from 0, got -1"):
         compiled(X, -1.0)
+
+
+# The whole function is one graph, so torch raises its own error, which has ours in it.
+@pytest.mark.parametrize(
+    ("name", "wrong", "error"),
+    [
+        ("softcap", -1.0, "ValueError"), ("z_loss", -1.0, "ValueError"),
+        ("num_items", -1.0, "ValueError"), ("logit_scale", 1e300, "ValueError"),
+        ("label_smoothing", -1.0, "RuntimeError"),
+    ],
+)  # fmt: skip
+def test_a_wrong_number_in_a_whole_graph_after_right_ones(name, wrong, error):
+    torch.compiler.reset()
+
+    def loss(x, v):
+        return neglog.cross_entropy(x, TARGET, **{name: v})
+
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    for right in STEPS[:3]:
+        compiled(X, right)
+    with pytest.raises(Unsupported, match=rf"{error}\(.*{name}: expected"):
+        compiled(X, wrong)
 
 
 # In a tensor that is traced

@@ -106,6 +106,13 @@ def test_the_choice_can_be_fixed(monkeypatch):
     gemm.linear(x[:2], w, None, out[:2])  # too small to ask
 
 
+def test_an_unknown_product_is_refused(monkeypatch):
+    monkeypatch.setenv("NEGLOG_MATMUL", "onednn")
+    x, w = draw((3, 4), (5, 4))
+    with pytest.raises(ValueError, match="NEGLOG_MATMUL: expected blas, got 'onednn'"):
+        gemm.linear(x, w, None, torch.empty(3, 5))
+
+
 # Several parts of a product, one number, and rests of every loop.
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 @pytest.mark.parametrize("shape", [(70, 33, 5000), (1, 1, 1), (3, 7, 31)])

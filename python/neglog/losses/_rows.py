@@ -59,7 +59,8 @@ class RowOptions(NamedTuple):
             isinstance(self.logit_scale, Tensor) or self.logit_scale != 1.0
             or isinstance(self.z_loss, Tensor) or self.z_loss != 0.0
             or self.softcap is not None or self.num_items is not None
-            or self.return_stats or self.inplace_backward
+            # Anything but False: what is no bool must reach the checks.
+            or self.return_stats is not False or self.inplace_backward is not False
         )  # fmt: skip
 
     def scale_as_tensor(self) -> Tensor | None:

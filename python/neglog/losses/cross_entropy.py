@@ -13,6 +13,7 @@ from neglog import route, torch_state
 from neglog.checks import (
     check_cross_entropy,
     check_extensions,
+    check_flags,
     check_loss_dtype,
     check_masked,
     check_weight,
@@ -138,6 +139,7 @@ def cross_entropy(
     )  # fmt: skip
     extends_torch = options.extends_torch()
     if extends_torch:
+        check_flags(inplace_backward=inplace_backward, return_stats=return_stats)
         check_extensions(input, reduction, logit_scale, softcap, z_loss, num_items)
     where = route.choose(input, backend=backend, weight=weight)
     if where.backend == "torch" and not extends_torch:
@@ -222,6 +224,7 @@ def masked_cross_entropy(
         return on_whole_tensors(masked_cross_entropy, locals())
     check_masked(input, target, mask)
     _, label_smoothing = to_options(MASKED, reduction, label_smoothing)
+    check_flags(inplace_backward=inplace_backward, return_stats=return_stats)
     check_extensions(input, reduction, logit_scale, softcap, z_loss, num_items)
     check_loss_dtype(loss_dtype, input)
     probabilities = is_probabilities(input, target)
@@ -290,7 +293,8 @@ def _masked_by_zeros(
     )
     loss = torch.where(counted, result.loss, 0)
     if options.num_items is not None or options.reduction == "mean":
-        loss = loss.sum() / (counted.sum() if options.num_items is None else options.num_items)
+        divisor = options.divisor(dtype, loss.device)
+        loss = loss.sum() / (counted.sum() if divisor is None else divisor)
     elif options.reduction == "sum":
         loss = loss.sum()
     loss = options.cast(loss, dtype)

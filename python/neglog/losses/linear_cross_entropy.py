@@ -13,6 +13,7 @@ from neglog import route, torch_state
 from neglog.checks import (
     check_cross_entropy,
     check_extensions,
+    check_flags,
     check_linear,
     check_loss_dtype,
     check_no_ignore_index,
@@ -136,6 +137,7 @@ def linear_cross_entropy(
         -100 if ignore_index is None else ignore_index, reduction, label_smoothing
     )
     check_linear(input, linear_weight, linear_bias, target, mask, shift)
+    check_flags(return_stats=return_stats)
     check_extensions(input, reduction, logit_scale, softcap, z_loss, num_items)
     check_loss_dtype(loss_dtype, input)
     workspace, filter_eps = _tile_options(options, input)

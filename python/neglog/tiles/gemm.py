@@ -108,11 +108,19 @@ def describe() -> str:
 
 def _may_use_onednn(x: Tensor, logits: Tensor) -> bool:
     """Whether oneDNN may make a product of x (n, D) that makes or takes logits (n, V)."""
+    fixed = _fixed_matmul()
     if x.dtype != torch.float32 or not x.is_cpu or logits.numel() * x.shape[1] < SMALL_PRODUCT:
         return False
     # A choice by measurement may differ in the next process, and with it the last bits.
-    fixed = os.environ.get("NEGLOG_MATMUL") == "blas"
-    return not fixed and not torch.are_deterministic_algorithms_enabled()
+    return fixed is None and not torch.are_deterministic_algorithms_enabled()
+
+
+def _fixed_matmul() -> str | None:
+    """What NEGLOG_MATMUL in the environment asks for."""
+    fixed = os.environ.get("NEGLOG_MATMUL")
+    if fixed not in (None, "blas"):
+        raise ValueError(f"NEGLOG_MATMUL: expected blas, got {fixed!r}")
+    return fixed
 
 
 # By BLAS, by oneDNN, and in a wider dtype

@@ -29,7 +29,7 @@ from neglog.ops.dtypes import real_dtype
 
 NONE, MEAN, SUM = 0, 1, 2
 NUMBERS = "float label_smoothing, float logit_scale, float softcap, float z_loss"
-OPTIONS = f"int reduction, int ignore_index, {NUMBERS}"
+OPTIONS = f"int reduction, SymInt ignore_index, {NUMBERS}"
 forward = Op(
     f"nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, "
     "str backend) -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor total_weight, "
