@@ -6,6 +6,10 @@ import operator
 import os
 from typing import Any
 
+# Where there are fewer cores. OpenMP ends the process where it cannot start as many as it is asked
+# for, and what threads beyond the cores do is wait.
+MOST_THREADS = 64
+
 _threads_started = False
 _threads_lost = False
 
@@ -31,15 +35,21 @@ def allowed(threads: int) -> int:
     return threads
 
 
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def thread_count(threads: Any) -> int:
     """The number of threads for an argument `threads`; None is every core of this process."""
     if threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return allowed(cores or 1)
+        return allowed(_cores())
     try:
         count = operator.index(threads)
     except TypeError:
         raise TypeError(f"threads: expected a whole number or None, got {threads!r}") from None
     if count < 1:
         raise ValueError(f"threads: expected at least 1, got {threads}")
-    return allowed(count)
+    return allowed(min(count, max(_cores(), MOST_THREADS)))

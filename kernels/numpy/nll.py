@@ -53,11 +53,48 @@ class _Problem(NamedTuple):
 def array_of(name: str, value: ArrayLike) -> NDArray:
     """As an array. One with a mask is refused: its numbers where the mask is set would count."""
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name}: expected an array without a mask, got a MaskedArray; a row whose target is "
-            "ignore_index does not count"
-        )
-    return np.asarray(value)
+        ignored = "; a row whose target is ignore_index does not count"
+        hint = ignored if name in ("logits", "target") else ""
+        raise TypeError(f"{name}: expected an array without a mask, got a MaskedArray{hint}")
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # lists of lists of unlike lengths
+        raise ValueError(f"{name}: expected an array; {error}") from None
+
+
+def reals_of(
+    name: str, value: ArrayLike, shapes: tuple[tuple[int, ...], ...], real: RealType
+) -> NDArray:
+    """As a new array of the type that is computed in, of one of some shapes: the last is named."""
+    a = array_of(name, value)
+    _check_real(name, a)
+    if a.shape not in shapes:
+        scalar = "a scalar or " if () in shapes else ""
+        raise ValueError(f"{name}: expected {scalar}shape {shapes[-1]}, got {a.shape}")
+    return np.array(a, real, order="C")
+
+
+def _check_real(name: str, array: NDArray) -> None:
+    if array.dtype.kind not in "fiub" and array.dtype.name not in DTYPE_CODES:
+        raise TypeError(f"{name}: expected real numbers, got {array.dtype}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """True or False: any other object would stand for one of them by its truth, "no" for True."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_kind_of_result(result: Any, kind: type, function: str) -> None:
+    if not isinstance(result, kind):
+        got = type(result).__name__
+        raise TypeError(f"result: expected the {kind.__name__} of {function}, got {got}")
+
+
+def load_kernel(family: str, backend: Any) -> ModuleType:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected a str or None, got {type(backend).__name__}")
+    return load(family, backend)
 
 
 def number_of(name: str, value: Any, real: RealType, lowest: float = -np.inf) -> float:
@@ -66,6 +103,8 @@ def number_of(name: str, value: Any, real: RealType, lowest: float = -np.inf) ->
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    except OverflowError:
+        number = np.inf  # an int beyond float64
     if not abs(number) <= float(np.finfo(real).max):
         raise ValueError(f"{name}: expected a finite number of {np.dtype(real)}, got {number}")
     if number < lowest:
@@ -99,6 +138,7 @@ def _target_of(target: ArrayLike, logits: NDArray) -> NDArray:
     if t.ndim == 2:
         if t.shape != logits.shape:
             raise ValueError(f"target: expected the logits' shape {logits.shape}, got {t.shape}")
+        _check_real("target", t)
         return rows_of("target", t.astype(logits.dtype, copy=False))[0]
     if t.shape != (rows,):
         raise ValueError(f"target: expected shape {(rows,)} or {logits.shape}, got {t.shape}")
@@ -117,10 +157,31 @@ def _checked_options(
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
     scale = number_of("logit_scale", logit_scale, real)
-    cap = 0.0 if softcap is None else number_of("softcap", softcap, np.float64)
-    if softcap is not None and cap <= 0:
-        raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap}")
-    return smoothing, scale, cap, number_of("z_loss", z_loss, real, 0)
+    return smoothing, scale, _softcap(softcap), number_of("z_loss", z_loss, real, 0)
+
+
+def _softcap(softcap: float | None) -> float:
+    """0 for none. Beyond float32 it is none too, which is the kernels' to say."""
+    if softcap is None:
+        return 0.0
+    try:
+        cap = number_of("softcap", softcap, np.float64)
+    except ValueError:
+        cap = 0.0
+    if cap <= 0:
+        raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap:g}")
+    return cap
+
+
+def _index(ignore_index: Any) -> int:
+    try:
+        index = operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}") from None
+    if not -INT64_MAX - 1 <= index <= INT64_MAX:
+        bits = index.bit_length()
+        raise ValueError(f"ignore_index: expected an integer of int64, got one of {bits} bits")
+    return index
 
 
 def _problem(
@@ -138,21 +199,16 @@ def _problem(
     rows, vocab = x.shape
     real: RealType = np.float64 if code == DTYPE_CODES["float64"] else np.float32
     t = _target_of(target, x)
-    w = None if weight is None else np.ascontiguousarray(array_of("weight", weight), real)
-    if w is not None and w.shape != (vocab,):
-        raise ValueError(f"weight: expected shape {(vocab,)}, got {w.shape}")
+    w = None if weight is None else reals_of("weight", weight, ((vocab,),), real)
     options = _checked_options(real, label_smoothing, logit_scale, softcap, z_loss)
-    try:
-        ignore_index = operator.index(ignore_index)
-    except TypeError:
-        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}") from None
+    ignore_index = _index(ignore_index)
     index, probs = (t, None) if t.ndim == 1 else (None, t)
     total = kernel.total_weight(
         rows, vocab, address(index), address(probs), address(w), ignore_index, code
     )
-    probs_stride = 0 if probs is None else probs.strides[0] // probs.itemsize
+    probs_stride = 0 if probs is None else row_stride(probs)
     arguments = (
-        code, rows, vocab, address(x), x.strides[0] // x.itemsize,
+        code, rows, vocab, address(x), row_stride(x),
         address(index), address(probs), probs_stride,
         address(w), ignore_index, *options,
     )  # fmt: skip
@@ -188,8 +244,11 @@ def _gradient_in(out: NDArray | None, problem: _Problem, *others: NDArray | None
     array_of("out", out)
     if out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(f"out: expected {x.shape} {x.dtype}, got {out.shape} {out.dtype}")
-    if not (out.flags.c_contiguous and out.flags.writeable and out.flags.aligned):
-        raise ValueError("out: expected a writeable, aligned array with contiguous rows")
+    if not (out.flags.writeable and out.flags.aligned and _has_contiguous_rows(out)):
+        raise ValueError(
+            "out: expected a writeable, aligned array whose rows are contiguous, each after the "
+            f"last, got strides {out.strides}"
+        )
     if _overlaps_inputs(out, problem, others):
         raise ValueError(
             "out: expected an array of its own or the logits themselves, got one that "
@@ -198,8 +257,21 @@ def _gradient_in(out: NDArray | None, problem: _Problem, *others: NDArray | None
     return out
 
 
+def _has_contiguous_rows(a: NDArray) -> bool:
+    """Whether the numbers of a row are adjacent; the rows of (N, V) may be apart."""
+    (rows, columns), (down, across) = a.shape, a.strides
+    apart = rows <= 1 or (down >= columns * a.itemsize and down % a.itemsize == 0)
+    return apart and (columns <= 1 or across == a.itemsize)
+
+
+def row_stride(a: NDArray) -> int:
+    """From a row to the next, in numbers."""
+    return a.strides[0] // a.itemsize
+
+
 def _stats(problem: _Problem, wanted: bool) -> tuple[NDArray | None, NDArray | None]:
     rows = problem.arguments[1]
+    check_flag("stats", wanted)
     if not wanted:
         return None, None
     return np.empty(rows, bool), np.empty(rows, problem.real)
@@ -231,7 +303,7 @@ def nll_forward(
         z = softcap * tanh(logit_scale * logits / softcap).
     z_loss: adds z_loss * w_t * logsumexp(z)^2 to a row's loss; for probabilities w_t is 1.
     stats: also returns `correct` and `entropy`.
-    threads: how many threads to use; every core if None.
+    threads: how many threads to use, no more than the cores or 64; every core if None.
     backend: "cython" or "numba"; the first that can run if None.
 
     With log p = z - logsumexp(z), the loss of a row whose target is t is
@@ -241,7 +313,7 @@ def nll_forward(
     Raises IndexError for a target out of range, ValueError for a wrong shape or value, TypeError
     for a wrong dtype, ImportError if the backend cannot run.
     """
-    kernel = load("nll", backend)
+    kernel = load_kernel("nll", backend)
     problem = _problem(
         kernel, logits, target, weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
     )
@@ -285,11 +357,12 @@ def nll_backward(
     Raises what nll_forward does, ValueError if `result` does not fit the logits, and TypeError if
     it is no NLL.
     """
-    kernel = load("nll", backend)
+    check_kind_of_result(result, NLL, "nll_forward")
+    kernel = load_kernel("nll", backend)
     problem = _problem(
         kernel, logits, target, weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
     )
-    rows, vocab = problem.arguments[1:3]
+    rows = problem.arguments[1]
     _check_result(result, rows, np.dtype(problem.real))
     upstream = _upstream("grad", grad, problem)
     through_lse = None if grad_lse is None else _upstream("grad_lse", grad_lse, problem)
@@ -298,15 +371,13 @@ def nll_backward(
     out = _gradient_in(out, problem, result.lse, result.lse_low)
     kernel.backward(
         *problem.arguments, address(result.lse), address(result.lse_low), address(upstream), 1,
-        1.0, address(through_lse), address(out), vocab, thread_count(threads),
+        1.0, address(through_lse), address(out), row_stride(out), thread_count(threads),
     )  # fmt: skip
     return out
 
 
-def _check_result(result: Any, rows: int, dtype: np.dtype[Any]) -> None:
-    """That a result of nll_forward is of as many rows and of the type that is computed in."""
-    if not isinstance(result, NLL):
-        raise TypeError(f"result: expected the NLL of nll_forward, got {type(result).__name__}")
+def _check_result(result: NLL, rows: int, dtype: np.dtype[Any]) -> None:
+    """That an NLL is of as many rows and of the type that is computed in."""
     for name, kept in (("lse", result.lse), ("lse_low", result.lse_low)):
         if kept.shape != (rows,) or kept.dtype != dtype:
             raise ValueError(
@@ -317,12 +388,9 @@ def _check_result(result: Any, rows: int, dtype: np.dtype[Any]) -> None:
 
 def _upstream(name: str, value: ArrayLike, problem: _Problem) -> NDArray:
     """A gradient of each row: (N,), or one number for all."""
-    rows, a = problem.arguments[1], array_of(name, value)
-    if a.dtype.kind not in "fiub" and a.dtype.name not in DTYPE_CODES:
-        raise TypeError(f"{name}: expected real numbers, got {a.dtype}")
-    if a.shape not in ((), (1,), (rows,)):
-        raise ValueError(f"{name}: expected a number or shape {(rows,)}, got {a.shape}")
-    return np.ascontiguousarray(np.broadcast_to(a.astype(problem.real), (rows,)))
+    rows = problem.arguments[1]
+    a = reals_of(name, value, ((), (1,), (rows,)), problem.real)
+    return np.ascontiguousarray(np.broadcast_to(a, (rows,)))
 
 
 def nll_forward_backward(
@@ -345,23 +413,24 @@ def nll_forward_backward(
 
     grad_scale: the gradient is that of grad_scale times the losses' sum, so by default that of the
         sum, not of the mean. For a mean pass 1 / (the number of rows that are not ignored).
-    out: where the gradient is written, a C-contiguous (N, V) array of the logits' dtype. It may be
-        `logits` itself, which is then overwritten. A new array if None.
+    out: where the gradient is written, an (N, V) array of the logits' dtype. Its rows are
+        contiguous, and may be apart in memory. It may be `logits` itself, which is then
+        overwritten. A new array if None.
 
     The other arguments and errors are those of nll_forward. ValueError if `out` has another shape
     or dtype, or shares memory with an input in another way. lse_low of the result is 0.
     """
-    kernel = load("nll", backend)
+    kernel = load_kernel("nll", backend)
     problem = _problem(
         kernel, logits, target, weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
     )
     x = problem.logits
-    scale = number_of("grad_scale", grad_scale, np.float64)
+    scale = number_of("grad_scale", grad_scale, problem.real)
     out = _gradient_in(out, problem)
     loss, lse = (np.empty(len(x), problem.real) for _ in range(2))
     correct, entropy = _stats(problem, stats)
     kernel.forward_backward(
         *problem.arguments, address(loss), address(lse), address(correct), address(entropy),
-        scale, address(out), x.shape[1], thread_count(threads),
+        scale, address(out), row_stride(out), thread_count(threads),
     )  # fmt: skip
     return NLL(loss, lse, np.zeros_like(lse), problem.total_weight, correct, entropy), out

@@ -7,13 +7,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from neglog.kernels.builds import load
 from neglog.kernels.numpy.nll import (
     DTYPE_CODES,
+    INT64_MAX,
     RealType,
     address,
     array_of,
+    check_flag,
+    check_kind_of_result,
+    load_kernel,
     new_gradient,
+    reals_of,
+    row_stride,
     rows_of,
 )
 from neglog.kernels.threads import thread_count
@@ -51,12 +56,18 @@ class _Problem(NamedTuple):
 
 def _reals(name: str, value: ArrayLike, length: int, real: RealType) -> NDArray:
     """A scalar, or (length,), as real numbers of the type that is computed in."""
-    a = array_of(name, value)
-    if a.dtype.name not in DTYPE_CODES and a.dtype.kind not in "iub":
-        raise TypeError(f"{name}: expected real numbers, got {a.dtype}")
-    if a.shape not in ((), (length,)):
-        raise ValueError(f"{name}: expected a scalar or shape {(length,)}, got {a.shape}")
-    return np.array(a, real, order="C")
+    return reals_of(name, value, ((), (length,)), real)
+
+
+def _scale(value: ArrayLike, length: int, real: RealType) -> NDArray:
+    """() or (length,), finite in the type that is computed in."""
+    with np.errstate(over="ignore"):
+        scale = _reals("scale", value, length, real)
+    bad = np.flatnonzero(~np.isfinite(scale))
+    if len(bad):
+        got = np.asarray(value).reshape(-1)[bad[0]]
+        raise ValueError(f"scale: expected finite numbers of {np.dtype(real)}, got {got}")
+    return scale
 
 
 def _integers(name: str, value: ArrayLike, length: int) -> NDArray:
@@ -91,10 +102,14 @@ def _groups(
         return None, None
     if rows is None or columns is None:
         raise ValueError("row_group, column_group: expected both or neither, got one")
-    return (
-        np.ascontiguousarray(_integers("row_group", rows, shape[0]), np.int64),
-        np.ascontiguousarray(_integers("column_group", columns, shape[1]), np.int64),
-    )
+    return _group("row_group", rows, shape[0]), _group("column_group", columns, shape[1])
+
+
+def _group(name: str, value: ArrayLike, length: int) -> NDArray:
+    a = _integers(name, value, length)
+    if a.dtype == np.uint64 and (a > INT64_MAX).any():  # as int64 it would be another group
+        raise ValueError(f"{name}: expected integers of int64, got {a.max()}")
+    return np.ascontiguousarray(a, np.int64)
 
 
 def _bounded(similarity: NDArray, scale: NDArray, bias: NDArray | None, real: RealType) -> bool:
@@ -118,13 +133,13 @@ def _problem(
 ) -> _Problem:
     x, code = rows_of("similarity", similarity)
     real: RealType = np.float64 if code == DTYPE_CODES["float64"] else np.float32
-    factor = _reals("scale", scale, x.shape[0], real)
+    factor = _scale(scale, x.shape[0], real)
     offset = None if bias is None else _reals("bias", bias, x.shape[1], real)
     match = _columns("positive", positive, x.shape, 0)
     left_out = _columns("excluded", excluded, x.shape, -1)
     groups = _groups(row_group, column_group, x.shape)
     tile = (
-        code, *x.shape, 0, address(x), x.strides[0] // x.itemsize,
+        code, *x.shape, 0, address(x), row_stride(x),
         address(factor), factor.ndim, address(offset), 0 if offset is None else offset.ndim,
         address(match), address(left_out), *map(address, groups),
         _bounded(x, factor, offset, real),
@@ -183,15 +198,16 @@ def pairs_forward(
     row_group, column_group: (N,) and (M,) integers. A pair of one group is excluded, unless it is
         the row's positive.
     columns: False leaves the columns' log-sum-exps out.
-    threads: how many threads to use; every core if None.
+    threads: how many threads to use, no more than the cores or 64; every core if None.
     backend: "cython" or "numba"; the first that can run if None.
 
     A row or column whose every pair is excluded has a log-sum-exp of -inf.
 
-    Raises IndexError for a column out of range, ValueError for a wrong shape, TypeError for a wrong
-    dtype, ImportError if the backend cannot run.
+    Raises IndexError for a column out of range, ValueError for a wrong shape or value, TypeError
+    for a wrong dtype, ImportError if the backend cannot run.
     """
-    kernel = load("pairs", backend)
+    check_flag("columns", columns)
+    kernel = load_kernel("pairs", backend)
     problem = _problem(similarity, scale, bias, positive, excluded, row_group, column_group)
     shape, bounded = problem.similarity.shape, problem.tile[-1]
     by_row, by_column = (_States.empty(length, problem.real) for length in shape)
@@ -260,7 +276,8 @@ def pairs_backward(
     Raises what pairs_forward does, and ValueError if `result` does not fit or lacks what a gradient
     is given for.
     """
-    kernel = load("pairs", backend)
+    check_kind_of_result(result, Pairs, "pairs_forward")
+    kernel = load_kernel("pairs", backend)
     problem = _problem(similarity, scale, bias, positive, excluded, row_group, column_group)
     real, (rows, columns) = problem.real, problem.similarity.shape
     of_rows = _upstream("grad_row_lse", grad_row_lse, rows)

@@ -307,7 +307,7 @@ BAD = {
     "weight": (ValueError, r"weight: expected shape \(4,\), got \(3,\)", {"weight": np.ones(3)}),
     "smoothing": (ValueError, r"label_smoothing: expected", {"label_smoothing": 1.5}),
     "softcap": (ValueError, r"softcap: expected", {"softcap": -1.0}),
-    "softcap inf": (ValueError, r"softcap: expected a finite", {"softcap": np.inf}),
+    "softcap inf": (ValueError, r"softcap: .* above 0 or None, got inf", {"softcap": np.inf}),
     "threads": (ValueError, r"threads: expected", {"threads": 0}),
     "half a thread": (TypeError, r"threads: expected a whole number", {"threads": 1.5}),
     "ignore_index": (TypeError, r"ignore_index: expected an integer", {"ignore_index": 1.5}),
@@ -338,6 +338,35 @@ BAD = {
         r"weight: expected an array without a mask",
         {"weight": np.ma.masked_array(np.ones(4))},
     ),
+    "complex weight": (
+        TypeError,
+        r"weight: expected real numbers, got complex128",
+        {"weight": np.ones(4) * 1j},
+    ),
+    "weight of text": (TypeError, r"weight: expected real numbers, got <U1", {"weight": "a"}),
+    "complex probabilities": (
+        TypeError,
+        r"target: expected real numbers, got complex64",
+        {"target": np.ones((2, 4), np.complex64)},
+    ),
+    "ragged logits": (ValueError, r"logits: expected an array;", {"logits": [[1.0], [1.0, 2.0]]}),
+    "ragged target": (ValueError, r"target: expected an array;", {"target": [[1.0], [1.0, 2.0]]}),
+    "ignore_index beyond int64": (
+        ValueError,
+        r"ignore_index: expected an integer of int64, got one of 64 bits",
+        {"ignore_index": 2**63},
+    ),
+    "scale beyond float64": (
+        ValueError,
+        r"logit_scale: expected a finite number of float32",
+        {"logit_scale": 10**400},
+    ),
+    "stats": (TypeError, r"stats: expected a bool, got str", {"stats": "no"}),
+    "list of backends": (
+        TypeError,
+        r"backend: expected a str or None, got list",
+        {"backend": ["cython"]},
+    ),
 }
 
 
@@ -367,6 +396,8 @@ def test_bad_upstreams():
         nll_backward(np.ma.masked_array(np.ones(5)), result, logits, target)
     with pytest.raises(TypeError, match="grad_scale: expected a number, got 'a'"):
         nll_forward_backward(logits, target, grad_scale="a")
+    with pytest.raises(ValueError, match="grad_scale: expected a finite number of float32, got 1e"):
+        nll_forward_backward(logits, target, grad_scale=1e300)
 
 
 def test_bad_out():
@@ -374,8 +405,44 @@ def test_bad_out():
     for out in (np.zeros((5, 3), np.float32), np.zeros((5, 4))):
         with pytest.raises(ValueError, match=r"out: expected \(5, 4\) float32, got"):
             nll_forward_backward(logits, target, out=out)
-    with pytest.raises(ValueError, match="out: expected a writeable, aligned array with"):
-        nll_forward_backward(logits, target, out=np.zeros((4, 5), np.float32).T)
+    memory = np.zeros((9, 8), np.float32)
+    overlapping = np.lib.stride_tricks.as_strided(memory, (5, 4), (8, 4))
+    for out in (memory[:4, :5].T, memory[:5, ::2], memory[4::-1, :4], overlapping):
+        with pytest.raises(ValueError, match="out: expected a writeable, aligned array whose rows"):
+            nll_forward_backward(logits, target, out=out)
+    with pytest.raises(
+        TypeError, match="out: expected an array without a mask, got a MaskedArr"
+    ) as e:
+        nll_forward_backward(logits, target, out=np.ma.zeros((5, 4), np.float32))
+    assert "ignore_index" not in str(e.value)
+
+
+def test_out_whose_rows_are_apart(kernel_backend, rng):
+    """The numbers between its rows stay as they are; so do they where it is the logits."""
+    memory = np.full((5, 90), 7, np.float32)
+    logits, target = draw(rng, 5, 70, "float32")
+    given = {"label_smoothing": 0.1, "backend": kernel_backend}
+    result, expected = nll_forward_backward(logits, target, **given)
+    out = memory[:, :70]
+    assert nll_forward_backward(logits, target, out=out, **given)[1] is out
+    np.testing.assert_array_equal(out, expected)
+    out[:] = 0
+    expected = nll_backward(1.0, result, logits, target, **given)
+    assert nll_backward(1.0, result, logits, target, out=out, **given) is out
+    np.testing.assert_array_equal(out, expected)
+    out[:] = logits
+    nll_forward_backward(out, target, out=out, **given)
+    np.testing.assert_array_equal(out, nll_forward_backward(logits, target, **given)[1])
+    assert (memory[:, 70:] == 7).all()
+
+
+def test_more_threads_than_any_machine_has(kernel_backend, rng):
+    """As many as there are cores, or 64: OpenMP would end the process."""
+    logits, target = draw(rng, 300, 70, "float32")
+    many, one = (
+        nll_forward(logits, target, threads=n, backend=kernel_backend) for n in (10**10, 1)
+    )
+    np.testing.assert_array_equal(many.loss, one.loss)
 
 
 def test_backward_into_out(kernel_backend, rng):

@@ -384,6 +384,17 @@ BAD = {
     "one group": (ValueError, r"row_group, column_group: expected both", {"row_group": [0, 0]}),
     "groups": (ValueError, r"column_group: expected shape \(4,\)",
                {"row_group": [0, 0], "column_group": [0, 0]}),
+    "group beyond int64": (ValueError, r"row_group: expected integers of int64, got 18446744073",
+                           {"row_group": np.array([0, 2**64 - 1], np.uint64),
+                            "column_group": [-1, 0, 1, 2]}),
+    "scale NaN": (ValueError, r"scale: expected finite numbers of float32, got nan",
+                  {"scale": np.nan}),
+    "scale beyond float32": (ValueError, r"scale: .* of float32, got 1e\+300",
+                             {"scale": [1.0, 1e300]}),
+    "columns": (TypeError, r"columns: expected a bool, got str", {"columns": "no"}),
+    "ragged": (ValueError, r"similarity: expected an array;", {"similarity": [[1.0], [1.0, 2.0]]}),
+    "list of backends": (TypeError, r"backend: expected a str or None, got list",
+                         {"backend": ["cython"]}),
     "threads": (ValueError, r"threads: expected", {"threads": 0}),
     "backend": (ValueError, r"backend: expected one of cython, numba", {"backend": "gpu"}),
 }  # fmt: skip
@@ -408,6 +419,9 @@ def test_bad_upstreams():
          {"result": Pairs(np.zeros(2), np.zeros(2), None, None, None)}),
         (ValueError, r"result.row_lse: expected shape \(3,\)",
          {"similarity": np.zeros((3, 4), np.float32)}),
+        (TypeError, r"result: expected the Pairs of pairs_forward, got NoneType", {"result": None}),
+        (TypeError, r"result: expected the Pairs of pairs_forward, got ndarray",
+         {"result": similarity, "similarity": result}),
     ):  # fmt: skip
         given = {"result": result, "similarity": similarity, "grad_row_lse": 1.0, **change}
         with pytest.raises(error, match=message):
