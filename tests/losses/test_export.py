@@ -6,6 +6,7 @@ import torch
 from torch.export import Dim
 
 import neglog
+from tests.support.processes import python
 from tests.support.traced_calls import (
     CALLS,
     HEAD,
@@ -119,3 +120,30 @@ def test_compiled_dynamic_gradients(name):
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for count in (ROWS, *sizes_of(name)):
         assert_same(*(outcome(f, of_rows(given, count)) for f in (compiled, function)))
+
+
+LOAD = """
+import sys, torch, neglog
+exported, traced, given = sys.argv[1:]
+logits, target = torch.load(given)
+try:
+    torch.export.load(exported)
+except Exception:
+    print("unknown")
+import neglog.nn
+for loss in (torch.export.load(exported).module(), torch.jit.load(traced)):
+    print(loss(logits, target).item())
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_saved_program_in_a_new_process(tmp_path):
+    """neglog.nn registers the ops; neglog alone does not import torch."""
+    paths = [str(tmp_path / name) for name in ("exported.pt2", "traced.pt", "given.pt")]
+    given, loss = (torch.randn(6, 5), torch.arange(6) % 5), neglog.nn.CrossEntropyLoss()
+    torch.export.save(torch.export.export(loss, given), paths[0])
+    torch.jit.save(torch.jit.trace(loss, given), paths[1])
+    torch.save(given, paths[2])
+    done = python(LOAD, *paths)
+    assert done.stdout.split() == ["unknown", *[str(loss(*given).item())] * 2], done.stderr

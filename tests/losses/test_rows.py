@@ -217,6 +217,32 @@ def test_the_log_sum_exp_of_an_ignored_row_reaches_the_scale():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_of_a_scale_of_float16_logits_does_not_overflow(
+    compiled_or_torch, name, probabilities
+):
+    """16 of each of 5000 rows: 80,000, beyond float16."""
+    logits = torch.zeros(5000, 2, dtype=torch.float16)
+    logits[:, 0] = 16
+    target = torch.ones(5000, dtype=torch.int64)
+    if probabilities:
+        target = F.one_hot(target, 2).half()
+    scale = torch.tensor(1.0, requires_grad=True)
+    options = {"logit_scale": scale, "reduction": "sum", "loss_dtype": torch.float32}
+    if name == "masked_cross_entropy":
+        mask = torch.ones(5000, dtype=torch.bool)
+        loss = neglog.masked_cross_entropy(logits, target, mask, **options)
+    elif name == "linear_cross_entropy":
+        weight, bias = torch.eye(2).half(), torch.tensor([16.0, 0.0]).half()
+        zeros = torch.zeros_like(logits)
+        loss = neglog.linear_cross_entropy(zeros, weight, target, linear_bias=bias, **options)
+    else:
+        loss = neglog.cross_entropy(logits, target, **options)
+    (grad,) = torch.autograd.grad(loss, scale)
+    torch.testing.assert_close(grad, torch.tensor(80_000.0), rtol=1e-3, atol=0)
+
+
 def test_in_place_the_scale_learns_too():
     logits, target = draw()
     scale = torch.tensor(2.0, requires_grad=True)

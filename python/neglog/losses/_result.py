@@ -16,7 +16,8 @@ class LossStats(NamedTuple):
     logsumexp: of the transformed logits; differentiable, unless the backward is in place.
     correct: whether the target is the argmax; False where ignored or given as probabilities.
     entropy: of softmax(logits), in nats; detached.
-    A position outside a mask, or whose logits are never made, has 0 in all of them.
+    A position outside a mask, or that linear_cross_entropy ignores, has 0 in all of them. One that
+    cross_entropy ignores has the logsumexp and entropy of its logits.
     """
 
     loss: Tensor

@@ -126,11 +126,17 @@ def _scaled(rows: Tensor, target: Tensor, options: RowOptions) -> tuple[Tensor, 
 
 def times_scale(rows: Tensor, scale: Tensor, counted: Tensor | None) -> Tensor:
     """rows (N, D) times scale (), whose gradient gets nothing from rows that are not counted: that
-    of a row of NaN would be 0 * NaN."""
-    scale = scale.to(rows.dtype)
-    if counted is not None:
-        scale = torch.where(counted, scale, scale.detach()).unsqueeze(1)
-    return rows * scale
+    of a row of NaN would be 0 * NaN.
+
+    One number a row, rounded to the rows' dtype after: so the gradient of the scale is summed over
+    rows in the accumulation dtype. In float16 the sum of some thousand rows is inf.
+    """
+    scale = scale.to(torch.promote_types(scale.dtype, real_dtype(rows.dtype)))
+    if counted is None:
+        by_row = scale.expand(rows.shape[0])
+    else:
+        by_row = torch.where(counted, scale, scale.detach())
+    return rows * by_row.to(rows.dtype).unsqueeze(1)
 
 
 def _by_formula(

@@ -104,13 +104,14 @@ def linear_cross_entropy(
         workspace_mb: megabytes for the logits of one tile; otherwise NEGLOG_WORKSPACE_MB, else 64,
             on CUDA 1024. In bfloat16 a single tile for all rows may have besides it the memory of
             the float32 sum of linear_weight's gradient, which it makes needless.
-        filter_eps: number, or "auto" for a 32nd of the dtype's eps (2**-12 in bfloat16). The
-            gradients of a tile of rows against a class are left out if each is smaller than
-            filter_eps times g, the largest gradient of any row's loss (1 / divisor for "mean").
-            So the gradient of input row i is wrong by less than filter_eps * g times the sum of
-            the norms of linear_weight's rows left out, that of linear_weight's row c by less than
-            filter_eps * g times the sum of the norms of the inputs; linear_bias has no error, nor
-            has the loss. Worth it for a trained model only. Default 0: nothing is left out.
+        filter_eps: number, or "auto" for a 32nd of the dtype's eps (2**-12 in bfloat16). Default 0:
+            nothing is left out. A class is left out of the matmuls of a tile where each of the
+            tile's gradients of its logits is below e = filter_eps * g. Here g is the largest
+            upstream gradient of a row's loss: 1 for "sum", 1 / divisor for "mean". The gradient of
+            an input row is then wrong by less than e times the sum of the norms of the rows of
+            linear_weight that were left out; that of a row of linear_weight by less than e times
+            the sum of the norms of the inputs. The loss and linear_bias have no error. It saves
+            time for a trained model only.
 
     With probabilities, a K-dimensional linear_weight and on devices without kernels the logits are
     made in memory. Where gradients are formed in the forward the first
@@ -199,7 +200,9 @@ def _of_labels(
     scale = options.scale_as_tensor()
     if scale is not None:
         given = times_scale(given, scale, labels != options.ignore_index)
-        linear_bias = None if linear_bias is None else linear_bias * scale.to(linear_bias.dtype)
+        if linear_bias is not None:  # its gradient is a sum over rows: in 16 bits, theirs overflows
+            real = real_dtype(linear_bias.dtype)
+            linear_bias = (linear_bias.to(real) * scale.to(real)).to(linear_bias.dtype)
         options = options._replace(logit_scale=1.0)
     rows = given.to(autocast_dtype(given))
     if weight is not None:
