@@ -179,6 +179,27 @@ def test_freed_memory_before_the_call_is_an_error_that_names_the_argument(loss, 
             call(loss, given, reduction)
 
 
+X, LABELS, MASK = torch.randn(4, 5), torch.arange(4), torch.ones(4) > 0
+READ_BEFORE = {
+    "target": lambda: neglog.cross_entropy(X, freed(LABELS.to(torch.uint8))),
+    "num_items": lambda: neglog.cross_entropy(X, LABELS, num_items=freed(torch.tensor(4.0))),
+    "mask": lambda: neglog.masked_cross_entropy(X, LABELS, freed(MASK.clone())),
+    "linear_bias": lambda: neglog.linear_cross_entropy(
+        X.double(), X.double(), LABELS, linear_bias=freed(torch.rand(4).double()),
+    ),
+    "positive_key|key": lambda: neglog.info_nce(X, freed(X.clone())),
+    "image_features": lambda: neglog.siglip_loss(freed(X.clone()), X, 1.0, 0.0),
+    "exclude": lambda: neglog.nt_xent(X, X, exclude=freed(LABELS.clone())),
+}  # fmt: skip
+
+
+# Some of torch's functions crash the process there.
+@pytest.mark.parametrize(("name", "call"), READ_BEFORE.items())
+def test_freed_memory_that_torch_would_read_first_is_an_error_that_names_the_argument(name, call):
+    with pytest.raises(RuntimeError, match=f"^({name}): .* whose memory was freed"):
+        call()
+
+
 @pytest.mark.parametrize(("loss", "name"), ARGUMENTS)
 def test_freed_memory_before_the_backward_is_an_error_that_names_the_argument(loss, name):
     given = arguments_of(loss)

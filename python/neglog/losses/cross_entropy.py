@@ -28,6 +28,7 @@ from neglog.losses._result import LossStats, change_rows, public, without_stats
 from neglog.losses._rows import RowOptions, common_dtype, loss_of_rows, may_overwrite, torch_loss
 from neglog.losses._types import Backend, Reduction
 from neglog.ops.dtypes import real_dtype
+from neglog.ops.memory import check_not_freed
 
 # The ignore_index of positions outside a mask.
 MASKED = -(2**63)
@@ -157,8 +158,10 @@ def cross_entropy(
 
 def to_indices(target: Tensor) -> Tensor:
     """Class indices (N,), int64."""
-    target = target if target.dim() == 1 else target.flatten()
-    return target if target.dtype is torch.int64 else target.long()
+    if target.dim() == 1 and target.dtype is torch.int64:
+        return target
+    check_not_freed(target, "target")
+    return target.flatten().long()
 
 
 def with_probabilities(

@@ -38,9 +38,12 @@ def rounded(value: float, dtype: torch.dtype) -> float:
 
 
 def number(value: float, dtype: torch.dtype) -> Tensor:
-    """() on the CPU, whatever torch.set_default_device says: its memory may be written. Beyond the
-    dtype's range it is inf, which torch.scalar_tensor refuses to make of a number."""
-    return torch.scalar_tensor(rounded(value, dtype), dtype=dtype, device="cpu")
+    """() on the CPU, whatever torch.set_default_device says: its memory may be written. Inf where
+    the value is beyond the dtype's range."""
+    try:
+        return torch.scalar_tensor(value, dtype=dtype, device="cpu")
+    except RuntimeError:  # it makes no inf of a finite number
+        return torch.scalar_tensor(rounded(value, dtype), dtype=dtype, device="cpu")
 
 
 def quotient(numerator: float, divisor: float) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from neglog import torch_state
 from neglog.kernels.memory import large_buffer, use_huge_pages
 from neglog.tiles import plan
 
@@ -68,12 +69,27 @@ def _materialized(tensor: Tensor, name: str) -> Tensor:
     """The numbers in memory: torch may keep beside it that they are negated, or all 0."""
     if tensor._is_zerotensor():
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    _check_not_freed(tensor, name)
+    return tensor.resolve_neg()
+
+
+def _check_not_freed(tensor: Tensor, name: str) -> None:
     if tensor.numel() and not tensor.untyped_storage().nbytes():
         raise RuntimeError(
             f"{name}: expected a tensor that has memory, got one of shape {list(tensor.shape)} "
             "whose memory was freed: its storage was resized to 0 bytes"
         )
-    return tensor.resolve_neg()
+
+
+def check_not_freed(tensor: Tensor, name: str) -> None:
+    """As `aligned` does, for a tensor that torch's functions read before the kernels; some of them
+    crash the process. Nothing is asked of tensors that are traced or transformed."""
+    if torch_state.compiling() or not tensor.is_cpu or type(tensor) not in torch_state.PLAIN:
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return
+    if tensor.data_ptr() < LOW_ADDRESS and not tensor._is_zerotensor():
+        _check_not_freed(tensor, name)
 
 
 def contiguous(tensor: Tensor, name: str) -> Tensor:
