@@ -359,7 +359,7 @@ def check_extensions(
         raise ValueError(f"z_loss: expected a number from 0, got {shown(z_loss)}")
     if softcap is not None:
         _check_type_of_number("softcap", softcap, input)
-        if _known(softcap) and not (softcap > 0 and _fits(softcap, torch.float64)):
+        if _known(softcap) and not (softcap > 0 and fits(softcap, torch.float64)):
             raise ValueError(
                 f"softcap: expected a finite number above 0 or None, got {shown(softcap)}"
             )
@@ -396,7 +396,7 @@ def _check_number(
     """A number that `real` holds or a tensor of one; unless it `learns`, not one whose gradient
     would be lost."""
     _check_type_of_number(name, value, input, learns)
-    if not isinstance(value, Tensor) and not _fits(value, real):
+    if not isinstance(value, Tensor) and not fits(value, real):
         raise ValueError(f"{name}: expected a finite number of {real}, got {shown(value)}")
 
 
@@ -416,7 +416,7 @@ def _check_type_of_number(name: str, value: Any, input: Tensor, learns: bool = F
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
-def _fits(value: Any, real: torch.dtype) -> bool:
+def fits(value: Any, real: torch.dtype) -> bool:
     """Whether a number, or that of a tensor, is a finite one of `real`."""
     try:
         return abs(float(value)) <= torch.finfo(real).max

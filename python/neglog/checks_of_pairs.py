@@ -16,7 +16,9 @@ from neglog.checks import (
     check_has_number,
     check_real_dtype,
     check_reduction,
+    fits,
     multiplied_alike,
+    shown,
 )
 
 # In which embeddings are multiplied; torch multiplies no others, such as float8, into losses.
@@ -74,8 +76,9 @@ def check_temperature(temperature: Any, rows: int, per_sample: bool) -> None:
     if not isinstance(temperature, Tensor):
         if not isinstance(temperature, numbers.Real | torch.SymFloat | torch.SymInt):
             raise TypeError(f"temperature: expected {expected}, got {type(temperature).__name__}")
-        if not SMALLEST_TEMPERATURE < float(temperature) < math.inf:
-            raise ValueError(f"temperature: expected {expected}, got {temperature}")
+        number: Any = temperature  # numbers.Real has no comparison that types know
+        if not (number > SMALLEST_TEMPERATURE and fits(number, torch.float64)):
+            raise ValueError(f"temperature: expected {expected}, got {shown(temperature)}")
         return
     shape = list(temperature.shape)
     if shape not in ([], [1]) and not (per_sample and shape == [rows]):
@@ -100,9 +103,9 @@ def check_scalar(name: str, value: Any, like: Tensor) -> None:
 
 def check_finite(name: str, value: Any) -> None:
     """Of a number, and of a tensor where it can be read."""
-    for found in extremes(value) if isinstance(value, Tensor) else (float(value),):
-        if not -math.inf < found < math.inf:
-            raise ValueError(f"{name}: expected a finite number, got {found}")
+    for found in extremes(value) if isinstance(value, Tensor) else (value,):
+        if not fits(found, torch.float64):
+            raise ValueError(f"{name}: expected a finite number, got {shown(found)}")
 
 
 def check_real(name: str, value: Any) -> None:

@@ -127,13 +127,18 @@ def test_a_wrong_number_after_right_ones():
     [
         ("softcap", -1.0, "ValueError"), ("z_loss", -1.0, "ValueError"),
         ("num_items", -1.0, "ValueError"), ("logit_scale", 1e300, "ValueError"),
-        ("label_smoothing", -1.0, "RuntimeError"),
+        ("label_smoothing", -1.0, "RuntimeError"), ("temperature", -1.0, "ValueError"),
+        ("logit_bias", 1e400, "ValueError"),
     ],
 )  # fmt: skip
 def test_a_wrong_number_in_a_whole_graph_after_right_ones(name, wrong, error):
     torch.compiler.reset()
 
     def loss(x, v):
+        if name == "temperature":
+            return neglog.info_nce(x, Y, temperature=v)
+        if name == "logit_bias":
+            return neglog.siglip_loss(x, Y, 1.0, v)
         return neglog.cross_entropy(x, TARGET, **{name: v})
 
     compiled = torch.compile(loss, backend="eager", fullgraph=True)
