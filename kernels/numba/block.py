@@ -139,10 +139,9 @@ def block_maximum(z: Pointer, n: int) -> Real:
 
 
 @njit(**EXACT)
-def clear_lanes(sums: Pointer) -> None:
-    zero = cast(0, sums)
-    for i in range(LANES):
-        sums[i] = zero
+def block_fill(x: Pointer, n: int, value: Real) -> None:
+    for j in range(n):
+        x[j] = value
 
 
 @njit(**SUM)
@@ -157,7 +156,7 @@ def block_sum(x: Pointer, n: int) -> float:
 def block_exp_sum(z: Pointer, n: int, shift: Real) -> float:
     """The sum of e^(z - shift), by 64 partial sums that are added in double: see block.hpp."""
     sums = block_buffer(shift)
-    clear_lanes(sums)
+    block_fill(sums, LANES, cast(0, sums))
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
         for i in range(LANES):
@@ -201,7 +200,7 @@ def log_probability(z: Real, lse: Lse) -> Real:
 @njit(**FUSED)
 def block_log_probability_sum(z: Pointer, n: int, lse: Lse) -> float:
     sums = block_buffer(z)
-    clear_lanes(sums)
+    block_fill(sums, LANES, cast(0, sums))
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
         for i in range(LANES):
@@ -214,7 +213,7 @@ def block_log_probability_sum(z: Pointer, n: int, lse: Lse) -> float:
 @njit(**FUSED)
 def block_log_probability_dot(z: Pointer, coefficient: Pointer, n: int, lse: Lse) -> float:
     sums = block_buffer(z)
-    clear_lanes(sums)
+    block_fill(sums, LANES, cast(0, sums))
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
         for i in range(LANES):
@@ -234,7 +233,7 @@ def negative_entropy(log_p: Real) -> Real:
 @njit(**FUSED)
 def block_negative_entropy(z: Pointer, n: int, lse: Lse) -> float:
     sums = block_buffer(z)
-    clear_lanes(sums)
+    block_fill(sums, LANES, cast(0, sums))
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
         for i in range(LANES):

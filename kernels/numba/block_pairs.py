@@ -1,6 +1,6 @@
 """Arithmetic on the scores of pairs: the Numba version of block_pairs.hpp, with the same functions.
 
-Read the two side by side. block_fill and block_finite_shift are loops of pairs.pyx.
+Read the two side by side. block_finite_shift is a loop of pairs.pyx, as block_fill of block.py is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from math import inf
 
 from numba import njit, types
 
-from neglog.kernels.numba.block import LANES, block_sum, clear_lanes, exp_nonpositive  # isort: skip
+from neglog.kernels.numba.block import LANES, block_fill, block_sum, exp_nonpositive  # isort: skip
 from neglog.kernels.numba.intrinsics import (  # isort: skip
     EXACT, FUSED, Pointer, Real, block_buffer, cast, pointer, polynomial,
 )  # fmt: skip
@@ -28,12 +28,6 @@ def block_pair_scores(similarity: Pointer, n: int, scale: Real, bias: int, z: Po
         offset = pointer(bias, z)
         for j in range(n):
             z[j] = similarity[j] * scale + offset[j]
-
-
-@njit(**EXACT)
-def block_fill(x: Pointer, n: int, value: Real) -> None:
-    for j in range(n):
-        x[j] = value
 
 
 @njit(**EXACT)
@@ -69,7 +63,7 @@ def block_exp_sum_of_row_and_columns(z: Pointer, n: int, column_sum: Pointer) ->
     There is no shift, so the scores must be near enough to 0 for e^z to be in range.
     """
     sums = block_buffer(z)
-    clear_lanes(sums)
+    block_fill(sums, LANES, cast(0, z))
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
         for i in range(LANES):
@@ -142,7 +136,7 @@ def softplus(z: Real) -> tuple[Real, Real]:
 def block_softplus(z: Pointer, n: int, scale: Real, out: Pointer) -> float:
     """Returns the sum of softplus(z), by 64 partial sums; out = scale * sigmoid(z)."""
     sums = block_buffer(z)
-    clear_lanes(sums)
+    block_fill(sums, LANES, cast(0, z))
     for j in range(0, n, LANES):
         for i in range(min(LANES, n - j)):
             value, sigmoid = softplus(z[j + i])

@@ -14,10 +14,10 @@ import numpy as np
 from numba import njit, prange
 
 from neglog.kernels.numba.block import (  # isort: skip
-    Lse, block_softmax, block_sum, exp_nonpositive, log_probability, update,
+    Lse, block_fill, block_softmax, block_sum, exp_nonpositive, log_probability, update,
 )  # fmt: skip
 from neglog.kernels.numba.block_pairs import (  # isort: skip
-    block_exp_sum_of_columns, block_exp_sum_of_row_and_columns, block_fill, block_finite_shift,
+    block_exp_sum_of_columns, block_exp_sum_of_row_and_columns, block_finite_shift,
     block_flush_sums, block_maximum_of_columns, block_pair_gradient, block_pair_gradient_bounded,
     block_softplus, softplus,
 )  # fmt: skip

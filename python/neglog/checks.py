@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neglog import torch_state
+from neglog.ops.dtypes import real_dtype
 from neglog.ops.memory import check_not_freed
 from neglog.torch_state import autocast_dtype, under_autocast
 
@@ -352,7 +353,7 @@ def check_extensions(
     input: Tensor, reduction: str, logit_scale: Any, softcap: Any, z_loss: Any, num_items: Any
 ) -> None:
     """What neglog adds to torch's arguments."""
-    real = torch.float64 if input.dtype == torch.float64 else torch.float32
+    real = real_dtype(input.dtype)
     _check_number("logit_scale", logit_scale, input, real, learns=True)
     _check_number("z_loss", z_loss, input, real)
     if _known(z_loss) and z_loss < 0:

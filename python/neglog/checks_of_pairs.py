@@ -103,7 +103,7 @@ def check_scalar(name: str, value: Any, like: Tensor) -> None:
 
 def check_finite(name: str, value: Any) -> None:
     """Of a number, and of a tensor where it can be read."""
-    for found in extremes(value) if isinstance(value, Tensor) else (value,):
+    for found in extremes(value):
         if not fits(found, torch.float64):
             raise ValueError(f"{name}: expected a finite number, got {shown(found)}")
 
@@ -122,9 +122,11 @@ def check_shape(name: str, x: Tensor, shapes: list[list[int]]) -> None:
         raise RuntimeError(f"{name}: expected shape {expected}, got {list(x.shape)}")
 
 
-def extremes(x: Tensor) -> tuple[float, ...]:
-    """The least and the greatest number, NaN both if one is; none where to read them would wait for
-    a device, or break the graph that is being compiled."""
+def extremes(x: Any) -> tuple[Any, ...]:
+    """The least and the greatest number of a tensor, NaN both if one is; none where to read them
+    would wait for a device, or break the graph that is being compiled. A number itself."""
+    if not isinstance(x, Tensor):
+        return (x,)
     if not torch_state.readable(x) or not x.numel():
         return ()
     if x.numel() == 1:  # a few microseconds less

@@ -17,6 +17,7 @@ import neglog
 from neglog import dispatch
 from neglog.losses._result import LossStats
 from tests.support.backends import BEST
+from tests.support.nll_tensors import LOSSES, loss_of
 
 # One call of a kernel in one thread, a few tiles, and more logits than have their gradient formed
 # in the forward, on several threads. Few classes, so that these are many rows.
@@ -26,17 +27,6 @@ CLASSES = 11
 # Below and above what nll calls small, and several tiles and threads.
 ROWS = (9, 3000)
 VOCAB = 50
-LOSSES = ("cross_entropy", "masked_cross_entropy", "linear_cross_entropy")
-
-
-def loss_of(name, logits, target, **options):
-    """By each loss the same: linear_cross_entropy gets logits as hidden states of unit weights."""
-    if name == "cross_entropy":
-        return neglog.cross_entropy(logits, target, **options)
-    if name == "masked_cross_entropy":
-        return neglog.masked_cross_entropy(logits, target.clamp(min=0), target != -100, **options)
-    weight = torch.eye(logits.shape[1], dtype=logits.dtype)
-    return neglog.linear_cross_entropy(logits, weight, target, **options)
 
 
 def by_masked(logits, target, ignore_index=-100, **options):

@@ -16,6 +16,7 @@ from tests.support.contrastive_cases import (
     normal,
     of_learned,
     pair,
+    temperature_of,
 )
 from tests.support.contrastive_formulas import INF
 
@@ -28,11 +29,7 @@ def ids_case(name, temperature="tensor", rows=31, keys=7, features=5, dtype=torc
     """Inputs, and options with ids of which each query shares some."""
     mode = name.partition(",")[0]
     shape = (rows, keys, features) if mode == "paired" else (keys, features)
-    tau = {
-        "number": 0.3,
-        "tensor": torch.tensor(0.3, dtype=dtype, requires_grad=True),
-        "of each row": torch.linspace(0.1, 0.6, rows, dtype=dtype).requires_grad_(),
-    }[temperature]
+    tau = temperature_of(temperature, rows, dtype)
     ids = torch.arange(rows * keys).view(rows, keys) if FORMS[name] == "NM" else torch.arange(keys)
     inputs = (*pair(rows, features, dtype), normal(*shape, dtype=dtype).requires_grad_(), tau)
     options = {"negative_mode": mode, "exclude": torch.arange(rows) % 5, "negative_ids": ids % 3}

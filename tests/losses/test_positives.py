@@ -16,6 +16,7 @@ from tests.support.contrastive_cases import (
     learned,
     normal,
     of_learned,
+    temperature_of,
 )
 from tests.support.contrastive_formulas import INF
 
@@ -44,15 +45,6 @@ def embeddings(rows, keys, features=6, dtype=torch.float64, further=0):
     drawn = [normal(n, features, seed=s, dtype=dtype) for s, n in enumerate((rows, keys, further))]
     query, key, negatives = (x.requires_grad_() for x in drawn)
     return query, key, negatives if further else None
-
-
-def temperature_of(kind, rows, dtype=torch.float64):
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
-        "number": 0.3,
-        "tensor": torch.tensor(0.3, dtype=real, requires_grad=True),
-        "of each row": torch.linspace(0.1, 0.6, rows, dtype=real).requires_grad_(),
-    }[kind]
 
 
 FORMS = {

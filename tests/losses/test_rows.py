@@ -8,18 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import neglog
-
-LOSSES = ("cross_entropy", "masked_cross_entropy", "linear_cross_entropy")
-
-
-def loss_of(name, logits, target, **options):
-    """By each loss the same; linear_cross_entropy gets logits as hidden states of unit weights."""
-    if name == "cross_entropy":
-        return neglog.cross_entropy(logits, target, **options)
-    if name == "masked_cross_entropy":
-        return neglog.masked_cross_entropy(logits, target.clamp(min=0), target != -100, **options)
-    weight = torch.eye(logits.shape[1], dtype=logits.dtype)
-    return neglog.linear_cross_entropy(logits, weight, target, **options)
+from tests.support.nll_tensors import LOSSES, loss_of
 
 
 def draw(rows=40, classes=11, dtype=torch.float32):

@@ -96,6 +96,14 @@ FORMS = {
 TEMPERATURES = ("number", "tensor", "of each row")
 
 
+def temperature_of(kind, rows, dtype=torch.float64):
+    return {
+        "number": 0.3,
+        "tensor": torch.tensor(0.3, dtype=dtype, requires_grad=True),
+        "of each row": torch.linspace(0.1, 0.6, rows, dtype=dtype).requires_grad_(),
+    }[kind]
+
+
 def form(name, temperature="tensor", rows=90, keys=70, features=9, dtype=torch.float64):
     """Inputs (query, positive_key, negative_keys, temperature) and options of info_nce."""
     options = dict(FORMS[name])
@@ -115,11 +123,7 @@ def form(name, temperature="tensor", rows=90, keys=70, features=9, dtype=torch.f
         options["hard_negative_weight"] = weight
     if excluding:
         options["exclude"] = labels_of(rows)
-    tau = {
-        "number": 0.3,
-        "tensor": torch.tensor(0.3, dtype=dtype, requires_grad=True),
-        "of each row": torch.linspace(0.1, 0.6, rows, dtype=dtype).requires_grad_(),
-    }[temperature]
+    tau = temperature_of(temperature, rows, dtype)
     return (*pair(rows, features, dtype), negatives, tau), options
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from neglog.checks import check_flags, number_on
+from neglog.checks import check_flags, number_on, shown
 from neglog.checks_of_pairs import (
     check_embeddings,
     check_finite,
@@ -140,9 +140,9 @@ def _check_weight_of_all(given: Negatives) -> None:
         raise ValueError(f"{name}: expected 0 without negative_keys, got {_described(weight)}")
     if isinstance(weight, Tensor):
         _check_weight(name, weight, _shapes(given, []))
-    for value in extremes(weight) if isinstance(weight, Tensor) else (float(weight),):
+    for value in extremes(weight):
         if not value < torch.inf:
-            raise ValueError(f"{name}: expected numbers below inf, got {value}")
+            raise ValueError(f"{name}: expected numbers below inf, got {shown(value)}")
 
 
 def _shapes(given: Negatives, *further: list[int]) -> list[list[int]]:

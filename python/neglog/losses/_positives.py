@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from neglog import torch_state
-from neglog.checks_of_pairs import check_dense, check_groups, check_integers
+from neglog.checks import check_dense
+from neglog.checks_of_pairs import check_groups, check_integers
 from neglog.losses._result import reduce
 from neglog.ops.dtypes import real_dtype
 
@@ -64,30 +65,33 @@ class _OfMask(PositiveKeys):
         return _OfMask(self.mask.t())
 
 
-class _OfIds(PositiveKeys):
+class OfIds(PositiveKeys):
+    """The keys with a query's id; `place` (N,) is that of the first one in the order of all."""
+
     def __init__(self, query_ids: Tensor, key_ids: Tensor) -> None:
-        self.query_ids, self.key_ids = query_ids.long(), key_ids.long()
+        # torch.searchsorted warns of strided ones.
+        self.query_ids, self.key_ids = (x.long().contiguous() for x in (query_ids, key_ids))
         # torch.unique, whose result's size depends on the values, would break a graph that is
         # being compiled.
-        found, order = self.key_ids.sort(stable=True)
+        found, self.order = self.key_ids.sort(stable=True)
         start = torch.searchsorted(found, self.query_ids)
         self.number = torch.searchsorted(found, self.query_ids, right=True) - start
-        # An id's place in the order of all; that of an id without a key is another's or none.
-        self.of_query = start.clamp(max=found.shape[0] - 1)
-        self.of_key = torch.searchsorted(found, self.key_ids)
-        self.first = torch.where(self.number > 0, order[self.of_query], 0)
+        # That of an id without a key is another's or none.
+        self.place = start.clamp(max=found.shape[0] - 1)
+        self.place_of_key = torch.searchsorted(found, self.key_ids)
+        self.first = torch.where(self.number > 0, self.order[self.place], 0)
 
     def sums(self, keys: Tensor) -> Tensor:
         keys = widened(keys)
-        of_ids = add_rows(torch.zeros_like(keys), self.of_key, keys)
-        return torch.where((self.number > 0)[:, None], take_rows(of_ids, self.of_query), 0)
+        of_ids = add_rows(torch.zeros_like(keys), self.place_of_key, keys)
+        return torch.where((self.number > 0)[:, None], take_rows(of_ids, self.place), 0)
 
     def holds(self, column: Tensor) -> Tensor:
         keys = self.key_ids.shape[0]
         return (self.key_ids[column.clamp(max=keys - 1)] == self.query_ids) & (column < keys)
 
     def transposed(self) -> PositiveKeys:
-        return _OfIds(self.key_ids, self.query_ids)
+        return OfIds(self.key_ids, self.query_ids)
 
 
 class _OfRows(PositiveKeys):
@@ -144,7 +148,7 @@ class _Named(PositiveKeys):
 def positives_of(given: Any, keys: Tensor) -> PositiveKeys:
     """What was checked."""
     if not isinstance(given, Tensor):
-        return _OfIds(*given)
+        return OfIds(*given)
     if given.dtype == torch.bool:
         return _OfMask(given)
     if not given.shape[1]:  # which has no maximum

@@ -185,10 +185,15 @@ def without_ignored(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The logits, 0 where the target is ignored: there torch's gradient of NaN would be 0 * NaN."""
     if is_probabilities(input, target) or type(input) not in ACCEPTED:
         return input
-    counted = target != ignore_index
+    return zero_unless(target != ignore_index, input, class_dim(input))
+
+
+def zero_unless(counted: Tensor, x: Tensor, axis: int) -> Tensor:
+    """x, 0 where a position does not count; `axis` is that of its numbers. What sums over positions
+    has 0 * NaN of those that are NaN."""
     if torch_state.readable(counted) and bool(counted.all()):
-        return input
-    return torch.where(counted.unsqueeze(class_dim(input)), input, 0)
+        return x
+    return torch.where(counted.unsqueeze(axis), x, 0)
 
 
 def _as_kernels_take_it(input: Tensor, target: Tensor) -> Tensor:

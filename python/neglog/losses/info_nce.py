@@ -6,10 +6,9 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
-from neglog import availability, route
+from neglog import availability, route, torch_state
 from neglog.checks import check_flags, number_on, to_smoothing
 from neglog.checks_of_pairs import check_comparison
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
@@ -256,7 +255,7 @@ def _of_several(
     """Reduced over the queries that have a positive."""
     result = _in_batch(asked, query, key, negatives, scale, several=several)
     loss = several.reduced(result.loss, reduction)
-    if symmetric and not statically_known_true(query.shape[0] == 0):
+    if symmetric and not torch_state.known_true(query.shape[0] == 0):
         if scale.dim():
             query, scale = (query * scale[:, None]).to(query.dtype), scale.new_ones(())
         # The roles are exchanged, as only a query's loss can be told from its only positive.

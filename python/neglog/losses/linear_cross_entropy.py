@@ -24,7 +24,7 @@ from neglog.checks import (
 )
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._result import LossStats, change_rows, public
-from neglog.losses._rows import RowOptions, loss_of_rows, times_scale
+from neglog.losses._rows import RowOptions, loss_of_rows, times_scale, zero_unless
 from neglog.losses._types import Backend, Reduction, TileOptions
 from neglog.losses.cross_entropy import masked_rows, to_indices, with_probabilities
 from neglog.ops.dtypes import real_dtype
@@ -242,16 +242,9 @@ def _with_logits_in_memory(
 ) -> LossStats:  # fmt: skip
     rows, linear_weight, linear_bias = cast(head, dtype)
     counted = labels != options.ignore_index
-    logits = F.linear(_zero_unless(counted, rows), linear_weight, linear_bias)
+    # The gradient of the weight sums over all rows.
+    logits = F.linear(zero_unless(counted, rows, -1), linear_weight, linear_bias)
     return _stats_of(counted, loss_of_rows(where, logits, labels, weight, options))
-
-
-def _zero_unless(counted: Tensor, rows: Tensor) -> Tensor:
-    """Rows (..., D), 0 where they do not count: the gradient of the weight sums over all of them,
-    and has 0 * NaN of those that are NaN."""
-    if torch_state.readable(counted) and bool(counted.all()):
-        return rows
-    return torch.where(counted.unsqueeze(-1), rows, 0)
 
 
 def _stats_of(counted: Tensor, result: LossStats) -> LossStats:
@@ -277,7 +270,7 @@ def _of_probabilities(
     positions = input.shape[:-1]
     if mask is not None:
         mask = mask.expand(positions)
-        input = _zero_unless(mask, input)
+        input = zero_unless(mask, input, -1)
     logits = F.linear(input, linear_weight, linear_bias)
     rows = rows_of_last_axis(logits), rows_of_last_axis(target)
     if mask is None:
@@ -299,7 +292,7 @@ def _of_many_dimensions(
     positions = (input.shape[0], *linear_weight.shape[1:-1])
     if target.shape == positions:
         counted = target.long() != options.ignore_index
-        input = _zero_unless(counted.flatten(1).any(1), input)
+        input = zero_unless(counted.flatten(1).any(1), input, -1)
     logits = F.linear(input, flat, bias).view(input.shape[0], *linear_weight.shape[:-1])
     if target.shape == logits.shape:
         check_no_ignore_index(ignore_index)

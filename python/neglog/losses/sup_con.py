@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from neglog import route
 from neglog.checks_of_pairs import check_comparison, check_groups
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._pairs import compare, embeddings, scale_of, workspace_of
-from neglog.losses._positives import add_rows, mean_of, take_rows, widened
+from neglog.losses._positives import OfIds, mean_of, widened
 from neglog.losses._result import reduce_and_cast
 from neglog.losses._types import Backend, Reduction, WorkspaceOptions
 from neglog.ops.dtypes import real_dtype
@@ -48,7 +48,7 @@ def sup_con(
     where = route.choose(z, backend=backend, workspace=workspace_of(options))
     scale = scale_of(temperature, z)
     rows = torch.arange(z.shape[0], device=z.device)
-    mates = _Mates.of(labels if views is None else labels.repeat_interleave(views))
+    mates = _Mates(labels if views is None else labels.repeat_interleave(views))
     # A row's only mate is a positive, whose loss may be near 0 and then needs the score that its
     # log-sum-exp was made of. With more mates than one the loss is log 2 or more.
     only = mates.number == 1
@@ -112,30 +112,20 @@ def _key(value: Any) -> Any:
     return value
 
 
-class _Mates(NamedTuple):
-    """The other rows with a row's label, (N,) each."""
+class _Mates:
+    """The other rows with a row's label, (N,) each: number; first, a mate if there is one."""
 
-    of_row: Tensor  # the label's number: its first place in the order of all
-    number: Tensor
-    first: Tensor  # a mate, if there is one
-
-    @classmethod
-    def of(cls, labels: Tensor) -> _Mates:
-        # torch.unique, whose result's size depends on the values, would break a graph that is
-        # being compiled.
-        labels = labels.long().contiguous()
-        sorted_labels, order = labels.sort(stable=True)
-        of_row = torch.searchsorted(sorted_labels, labels)
-        number = torch.zeros_like(of_row).index_add(0, of_row, torch.ones_like(of_row))[of_row] - 1
-        one, other = order[of_row], order[(of_row + 1).clamp(max=labels.shape[0] - 1)]
-        rows = torch.arange(one.shape[0], device=one.device)
-        return cls(of_row, number, torch.where(one == rows, other, one))
+    def __init__(self, labels: Tensor) -> None:
+        self.and_itself = same = OfIds(labels, labels)
+        self.number = same.number - 1
+        following = same.order[(same.place + 1).clamp(max=labels.shape[0] - 1)]
+        rows = torch.arange(labels.shape[0], device=labels.device)
+        self.first = torch.where(same.first == rows, following, same.first)
 
     def mean_score(self, z: Tensor) -> Tensor:
         """Each row's mean similarity to its mates, by sums over labels."""
         # A sum less one of its terms cancels where that is the longest: in double.
         wide = widened(z)
-        of_labels = add_rows(torch.zeros_like(wide), self.of_row, wide)
-        others = take_rows(of_labels, self.of_row) - wide
+        others = self.and_itself.sums(wide) - wide
         score = (wide * others).sum(-1) / self.number.clamp(min=1)
         return score.to(real_dtype(z.dtype))
