@@ -589,8 +589,9 @@ def forward_backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t log
                      Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs,
                      Py_ssize_t probs_stride, uintptr_t weight, int64_t ignore_index,
                      double label_smoothing, double logit_scale, double softcap, double z_loss,
-                     uintptr_t loss, uintptr_t lse, uintptr_t correct, uintptr_t entropy,
-                     double grad_scale, uintptr_t out, Py_ssize_t out_stride, int threads):
+                     uintptr_t loss, uintptr_t lse, uintptr_t lse_low, uintptr_t correct,
+                     uintptr_t entropy, double grad_scale, uintptr_t out,
+                     Py_ssize_t out_stride, int threads):
     """forward, and while each row is in cache its gradient, for upstream `grad_scale`.
 
     `out` may be the address of the logits.
@@ -598,7 +599,8 @@ def forward_backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t log
     cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
                                   probs_stride, weight, ignore_index, label_smoothing, logit_scale,
                                   softcap, z_loss)
-    cdef Output o = Output(<void*>loss, <void*>lse, NULL, <uint8_t*>correct, <void*>entropy)
+    cdef Output o = Output(<void*>loss, <void*>lse, <void*>lse_low, <uint8_t*>correct,
+                           <void*>entropy)
     cdef Gradient g = Gradient(<char*>out, out_stride)
     cdef double total
     with nogil:

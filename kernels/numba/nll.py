@@ -529,8 +529,8 @@ def backward(
 def forward_backward(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
     probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
-    softcap: float, z_loss: float, loss: int, lse: int, correct: int, entropy: int,
-    grad_scale: float, out: int, out_stride: int, threads: int,
+    softcap: float, z_loss: float, loss: int, lse: int, lse_low: int, correct: int,
+    entropy: int, grad_scale: float, out: int, out_stride: int, threads: int,
 ) -> float:  # fmt: skip
     """forward, and while each row is in cache its gradient, for upstream `grad_scale`.
 
@@ -541,5 +541,5 @@ def forward_backward(
         ignore_index, label_smoothing, logit_scale, softcap, z_loss,
     )  # fmt: skip
     g = Gradient(out, out_stride, 0, 0, float(grad_scale), 0)
-    o = Output(loss, lse, 0, correct, entropy)
+    o = Output(loss, lse, lse_low, correct, entropy)
     return call_with_threads(threads, run_serial, run_parallel, p, o, g)

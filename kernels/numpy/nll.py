@@ -418,7 +418,7 @@ def nll_forward_backward(
         overwritten. A new array if None.
 
     The other arguments and errors are those of nll_forward. ValueError if `out` has another shape
-    or dtype, or shares memory with an input in another way. lse_low of the result is 0.
+    or dtype, or shares memory with an input in another way.
     """
     kernel = load_kernel("nll", backend)
     problem = _problem(
@@ -427,10 +427,10 @@ def nll_forward_backward(
     x = problem.logits
     scale = number_of("grad_scale", grad_scale, problem.real)
     out = _gradient_in(out, problem)
-    loss, lse = (np.empty(len(x), problem.real) for _ in range(2))
+    loss, lse, lse_low = (np.empty(len(x), problem.real) for _ in range(3))
     correct, entropy = _stats(problem, stats)
     kernel.forward_backward(
-        *problem.arguments, address(loss), address(lse), address(correct), address(entropy),
-        scale, address(out), row_stride(out), thread_count(threads),
+        *problem.arguments, address(loss), address(lse), address(lse_low), address(correct),
+        address(entropy), scale, address(out), row_stride(out), thread_count(threads),
     )  # fmt: skip
-    return NLL(loss, lse, np.zeros_like(lse), problem.total_weight, correct, entropy), out
+    return NLL(loss, lse, lse_low, problem.total_weight, correct, entropy), out

@@ -53,9 +53,8 @@ class CpuRows:
 
     def forward_backward(self, tile: Tile) -> Tensor:
         """The gradient of the logits, where they lay, for an upstream of `largest`."""
-        loss, lse, _, correct, entropy = self._outputs(tile)
         self._kernel.forward_backward(
-            *self._problem(tile), loss, lse, correct, entropy, self.largest,
+            *self._problem(tile), *self._outputs(tile), self.largest,
             tile.logits.data_ptr(), tile.logits.stride(0), self._threads,
         )  # fmt: skip
         return tile.logits

@@ -135,7 +135,7 @@ def forward_in_place(a: Any) -> Outputs:
     correct, entropy = empty_stats(rows, a.stats)
     divides = a.reduction == MEAN and not (divides_late(rows.dtype) and divisor)
     total = kernel.forward_backward(
-        *given, row_loss.data_ptr(), lse.data_ptr(),
+        *given, row_loss.data_ptr(), lse.data_ptr(), 0,
         correct.data_ptr() if a.stats else 0, entropy.data_ptr() if a.stats else 0,
         quotient(1.0, divisor) if divides else 1.0, rows.data_ptr(), rows.stride(0),
         threads_for(rows),
@@ -166,7 +166,7 @@ def forward_with_gradient(
     mean = options.reduction == MEAN
     scale = quotient(1.0, divisor) if mean else 1.0
     total = kernel.forward_backward(
-        *given, losses, losses + rows * real.itemsize, 0, 0, scale, out.data_ptr(), columns,
+        *given, losses, losses + rows * real.itemsize, 0, 0, 0, scale, out.data_ptr(), columns,
         threads,
     )  # fmt: skip
     return number(quotient(total, divisor) if mean else total, real), out
