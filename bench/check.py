@@ -32,10 +32,11 @@ class Checked(NamedTuple):
 def step(
     contender: Contender, leaves: tuple[Tensor, ...], fixed: tuple[Any, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Loss and gradients. Each call writes its gradients to memory of its own, as training does
-    after zero_grad(set_to_none=True)."""
+    """Loss and gradients, of the first upstream. Each call writes its gradients to memory of its
+    own, as training does after zero_grad(set_to_none=True)."""
     loss = contender.loss(*leaves, *fixed)
-    return loss.detach(), torch.autograd.grad(loss, leaves[: contender.leaves])
+    upstream = loss.new_tensor(contender.upstreams[0]) if contender.upstreams else None
+    return loss.detach(), torch.autograd.grad(loss, leaves[: contender.leaves], upstream)
 
 
 def check(contender: Contender, problem: Problem, leaves: tuple[Tensor, ...]) -> Checked:
@@ -58,8 +59,9 @@ def _compare(
     dtype, shape = problem.spec.dtype, problem.spec.shape
     errors = [_error(np.float64(loss.item()), np.float64(truth.loss), NEGLIGIBLE[dtype])]
     if contender.check == "oracle":
-        for got, want in zip(problem.compared(grads), truth.grads, strict=True):
-            by_number = not problem.by_norm
+        upstream = contender.upstreams[0] if contender.upstreams else 1.0
+        for got, want_of_one in zip(problem.compared(grads), truth.grads, strict=True):
+            want, by_number = want_of_one * upstream, not problem.by_norm
             errors.append(
                 _error(got, want, NEGLIGIBLE[dtype]) if by_number else _norm_error(got, want)
             )

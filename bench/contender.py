@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cases import Shape
+from .cases import BRIEF, LONG, Shape
 
 Grads = tuple[Tensor, ...]
 # Enough rows to meet every thread, few enough for float64 at any vocabulary.
 CHECKED_ROWS = 64
-BOTH_SUITES = ("large", "small")
+ALL_SUITES = LONG + BRIEF
 
 
 class Contender(NamedTuple):
@@ -29,6 +30,7 @@ class Contender(NamedTuple):
     backend: the neglog backend that must run the call; None accepts any.
     leaves: how many of the problem's leaves get a gradient; None is all of them.
     baseline: the others are compared with it.
+    upstreams: what flows into each backward, in turn; none: 1, as of loss.backward().
     suites: of shapes, those it takes part in.
     """
 
@@ -43,7 +45,8 @@ class Contender(NamedTuple):
     backend: str | None = None
     leaves: int | None = None
     baseline: bool = False
-    suites: tuple[str, ...] = ("large",)
+    upstreams: tuple[float, ...] = ()
+    suites: tuple[str, ...] = LONG
 
     @property
     def optional(self) -> bool:
@@ -64,7 +67,8 @@ class Spec(NamedTuple):
     nbytes: of the inputs. yardstick: the least that any implementation must do, timed beside them.
     yardstick_work: the yardstick's work, in units of unit_work. unit_work: the bytes or operations
     of one unit of work. unit: what 1e9 of them a second are called. model: how `work` is counted,
-    in words. note: what the shape does not say.
+    in words. note: what the shape does not say. of_rounds: the time of the yardstick, from those of
+    all rounds.
     """
 
     op: str
@@ -77,6 +81,7 @@ class Spec(NamedTuple):
     unit: str
     model: str
     note: str = ""
+    of_rounds: Callable[[list[float]], float] = median
 
 
 class Problem(NamedTuple):
@@ -101,7 +106,7 @@ class Problem(NamedTuple):
 
 def torch_eager(loss: Callable[..., Tensor], work: float, label: str = "torch eager") -> Contender:
     """The contender that the others are compared with."""
-    return Contender("eager", label, loss, work, baseline=True, suites=BOTH_SUITES)
+    return Contender("eager", label, loss, work, baseline=True, suites=ALL_SUITES)
 
 
 def torch_compiled(
@@ -109,12 +114,13 @@ def torch_compiled(
 ) -> Contender:
     """The same formula, compiled for one shape."""
     made = torch.compile(loss, fullgraph=True, dynamic=False)
-    return Contender("compile", label, made, work, library="torch.compile", baseline=True)
+    suites = (*LONG, "classes")
+    return Contender("compile", label, made, work, "torch.compile", baseline=True, suites=suites)
 
 
 def neglog_default(loss: Callable[..., Tensor], work: float) -> Contender:
     """neglog's function as a user calls it."""
-    return Contender("neglog", "neglog", loss, work, library="neglog", suites=BOTH_SUITES)
+    return Contender("neglog", "neglog", loss, work, library="neglog", suites=ALL_SUITES)
 
 
 def checked_rows(count: int, device: str = "cpu") -> Tensor:

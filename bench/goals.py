@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from .cases import HEAD, PAIRS, ROWS, Shape, shapes
+from .cases import HEAD, OPS, PAIRS, ROWS, Shape, shapes
 from .report import JSON
 
 GIB = 2**30 / 1e6
@@ -16,7 +16,7 @@ LARGE, IMAGES, ODD, MEDIUM = shapes(
 )
 (LINEAR,) = shapes(HEAD, (4096, 4096, 128256))
 CLIP, MILLION = shapes(PAIRS, (65536, 768), (1_000_000, 768))
-(TINY,) = shapes(ROWS, (8, 10))
+TINY, LESS_TINY = shapes(ROWS, (8, 10), (64, 1000))
 MASKED_SHARE = 0.15
 Part = str  # "forward", "forward, backward" or "in place"
 FORWARD, BOTH, IN_PLACE = "forward", "forward, backward", "in place"
@@ -128,6 +128,12 @@ def memory_beside_gradients(results: list[JSON], where: Where) -> Value:
     return Value((peak - gradients) / 1e6)
 
 
+def over_yardstick(results: list[JSON], where: Where) -> Value:
+    """How many times the yardstick's time a call of neglog takes."""
+    found = _find(results, where, "neglog")
+    return Value(found.contender["yardsticks"] if isinstance(found, Found) else found)
+
+
 def kernel_over_torch(results: list[JSON], where: Where) -> Value:
     """How many times torch eager's time a call of neglog takes."""
     found = _find(results, where, "neglog")
@@ -169,11 +175,29 @@ def _times() -> Iterator[Goal]:
 
 # Set for an H200.
 CUDA = (*_shares(), *_ratios(), *_times())
-_TINY = Where("cross_entropy", TINY, "float32")
-SMALL = (
-    Goal(f"{_TINY}, a kernel call's time over torch's", partial(kernel_over_torch, where=_TINY),
-         1.6, "x", True),
-)  # fmt: skip
+
+
+def _over_torch() -> Iterator[Goal]:
+    classes = OPS["cross_entropy"].suites["classes"]
+    for shape, bound in ((TINY, 1.4), (LESS_TINY, 0.9), *((shape, 0.5) for shape in classes)):
+        where = Where("cross_entropy", shape, "float32")
+        value = partial(kernel_over_torch, where=where)
+        yield Goal(f"{where}, time over torch's", value, bound, "x", True)
+
+
+def _over_matmuls() -> Iterator[Goal]:
+    for op, dtype, bound in (
+        ("linear_cross_entropy", "float32", 1.0),
+        ("linear_cross_entropy", "bfloat16", 1.0),
+        ("clip_loss", "float32", 1.0),
+        ("clip_loss", "bfloat16", 1.05),
+    ):
+        where = Where(op, OPS[op].default, dtype)
+        value = partial(over_yardstick, where=where)
+        yield Goal(f"{where}, time over three matmuls'", value, bound, "x", True)
+
+
+CPU = (*_over_torch(), *_over_matmuls())
 
 
 def evaluate(results: list[JSON], goals: Iterable[Goal]) -> list[JSON]:

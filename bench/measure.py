@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -25,9 +26,9 @@ from .check import Checked, check, step
 from .clocks import Clock
 from .contender import Contender, Problem, Spec
 
-# A round of small calls: long enough for the clock, short enough that a busy moment of the machine
+# A round of brief calls: long enough for the clock, short enough that a busy moment of the machine
 # spoils one round only.
-SMALL_ROUND = 2e-3
+BRIEF_ROUND = 2e-3
 WARM_UP_CALLS = 20
 SPARE_SECONDS = 10.0  # what began in time may take longer
 
@@ -35,14 +36,14 @@ SPARE_SECONDS = 10.0  # what began in time may take longer
 class Plan(NamedTuple):
     """How much is measured, and what happens to a contender that fails.
 
-    small: a round is as many calls as fill SMALL_ROUND, not one.
+    brief: a round is as many calls as fill BRIEF_ROUND, not one.
     strict: what a contender raises ends the run, unless it is optional. Otherwise it is left out.
     budget: of the run. limit: seconds that a contender may take for its check or for one round.
     once: the first call alone is timed, unchecked.
     """
 
     rounds: int = 9
-    small: bool = False
+    brief: bool = False
     strict: bool = True
     budget: Budget = Budget()
     limit: float = math.inf
@@ -122,6 +123,9 @@ class _Run:
         self.total: list[float] = []
         self.extra: int | None = None
         self.checked: Checked | None = None
+        dtype = getattr(torch, problem.spec.dtype)  # torch's losses have that of their inputs
+        upstreams = (torch.tensor(x, dtype=dtype, device=clock.device) for x in contender.upstreams)
+        self._upstreams = cycle(tuple(upstreams) or (None,))
 
     def leaves(self) -> tuple[Tensor, ...]:
         """The problem's, or copies that may be overwritten."""
@@ -160,11 +164,12 @@ class _Run:
     def _gradients(self, calls: int) -> Callable[[], object]:
         loss, grad, leaves = self.contender.loss, torch.autograd.grad, self.leaves()
         arguments, wanted = (*leaves, *self.problem.fixed), leaves[: self.contender.leaves]
+        upstreams = self._upstreams
 
         def run() -> object:
             for _ in range(calls - 1):
-                grad(loss(*arguments), wanted)
-            return grad(loss(*arguments), wanted)
+                grad(loss(*arguments), wanted, next(upstreams))
+            return grad(loss(*arguments), wanted, next(upstreams))
 
         return run
 
@@ -218,11 +223,11 @@ def _one_round(runs: list[_Run], guard: _Guard, calls: int) -> list[_Run]:
 
 def _warm_up(runs: list[_Run], guard: _Guard) -> tuple[list[_Run], int]:
     """Those that got through a round, and how many calls a timed round has."""
-    runs = _one_round(runs, guard, WARM_UP_CALLS if guard.plan.small else 1)
-    if not guard.plan.small or not runs:
+    runs = _one_round(runs, guard, WARM_UP_CALLS if guard.plan.brief else 1)
+    if not guard.plan.brief or not runs:
         return runs, 1
     runs = _one_round(runs, guard, WARM_UP_CALLS)
-    return runs, max(5, round(SMALL_ROUND / runs[0].total[-1]))
+    return runs, max(5, round(BRIEF_ROUND / runs[0].total[-1]))
 
 
 def _first_call_alone(problem: Problem, run: _Run, guard: _Guard) -> Measurement:

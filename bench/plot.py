@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import median
 from typing import Any
 
 from .figure import COLORS, COPY, INK, MUTED, OTHER, bars, label_bars, new_figure
@@ -41,7 +40,7 @@ def _times(axes: Any, result: JSON) -> None:
     forward = [min(c["forward_ms"], c["total_ms"]) for c in contenders]
     bars(axes, names, forward, colors)
     label_bars(axes, total, "ms")
-    stick = median(result["yardstick"]["seconds"]) * 1e3
+    stick = result["yardstick"]["ms"]
     axes.axvline(stick, color=COPY, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_xlabel(
         f"dark: forward, light: backward; dashed: {result['yardstick']['label']}, {stick:.1f} ms",
@@ -61,13 +60,12 @@ def _memory(axes: Any, result: JSON) -> None:
     label_bars(axes, values, "MB")
 
 
-def small_figure(results: list[JSON], subtitle: str) -> Any:
+def brief_figure(results: list[JSON], subtitle: str) -> Any:
     """Microseconds of each shape, one bar a contender."""
     names = [shape_text(result["shape"]) for result in results]
     many = len(results[0]["contenders"])
-    figure = new_figure(
-        (9, 1.6 + (0.2 + 0.28 * many) * len(names)), f"{results[0]['op']}, small shapes", subtitle
-    )
+    height = 1.6 + (0.2 + 0.28 * many) * len(names)
+    figure = new_figure((9, height), f"{results[0]['op']}: forward and backward", subtitle)
     axes = figure.add_subplot()
     thick = 0.8 / many
     for number, contender in enumerate(results[0]["contenders"]):

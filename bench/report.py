@@ -43,7 +43,7 @@ def header(facts: JSON) -> str:
 def as_json(measured: Measurement) -> JSON:
     """Every round of every contender, and what the tables derive from them."""
     spec = measured.spec
-    stick = median(measured.yardstick) if measured.yardstick else None
+    stick = spec.of_rounds(measured.yardstick) if measured.yardstick else None
     return {
         "op": spec.op,
         "shape": spec.shape,
@@ -117,7 +117,7 @@ def _baselines(result: JSON) -> list[JSON]:
 
 
 def _units(result: JSON) -> str:
-    return "copies" if result["yardstick"]["label"].startswith("copy") else "tiles"
+    return "copies" if result["yardstick"]["label"].startswith("copy") else "of the matmuls"
 
 
 def large_table(result: JSON) -> Table:
@@ -142,7 +142,7 @@ def large_table(result: JSON) -> Table:
     stick = result["yardstick"]
     emphasis[len(rows)] = "dim"
     rows.append((
-        stick["label"], "", duration(median(stick["seconds"])), *("" for _ in baselines),
+        stick["label"], "", duration(stick["ms"] / 1e3), *("" for _ in baselines),
         f"{stick['rate']:.1f}", "1.00", "",
     ))  # fmt: skip
     size = megabytes(result["input_bytes"])
@@ -153,23 +153,20 @@ def _ratio(contender: JSON, baseline: JSON) -> str:
     return f"{contender['times_faster'].get(baseline['name'], 1.0):.2f}"
 
 
-def small_table(results: list[JSON]) -> Table:
+def brief_table(results: list[JSON], suite: str) -> Table:
     """One row a shape: microseconds of forward and backward together."""
-    first = results[0]
-    names = [contender["name"] for contender in first["contenders"]]
-    own = names.index("neglog")
-    labels = [contender["label"].strip() for contender in first["contenders"]]
-    columns = ("shape", *labels, f"{labels[0]} / neglog", "calls a round", "neglog ran by")
+    labels = {c["name"]: c["label"].strip() for c in results[0]["contenders"]}
+    columns = ("shape", *labels.values(), "torch eager / neglog", "calls a round", "neglog ran by")
     rows: list[tuple[str, ...]] = []
     for result in results:
-        contenders = result["contenders"]
+        found = {contender["name"]: contender for contender in result["contenders"]}
+        times = (f"{found[x]['total_ms'] * 1e3:.1f} us" if x in found else "" for x in labels)
         rows.append((
-            shape_text(result["shape"]), *(f"{c['total_ms'] * 1e3:.1f} us" for c in contenders),
-            f"{contenders[own]['times_faster'][names[0]]:.2f}",
-            str(result["calls_per_round"]), ", ".join(contenders[own]["backends"]),
+            shape_text(result["shape"]), *times, _ratio(found["neglog"], found["eager"]),
+            str(result["calls_per_round"]), ", ".join(found["neglog"]["backends"]),
         ))  # fmt: skip
-    name = f"{first['op']}, small shapes, {first['dtype']}: forward and backward"
-    return Table(name, columns, rows)
+    heading = f"{results[0]['op']}, suite {suite}, {results[0]['dtype']}: forward and backward"
+    return Table(heading, columns, rows)
 
 
 def long_table(heading: str, results: Iterable[JSON]) -> Table:
@@ -211,7 +208,7 @@ def notes(result: JSON) -> str:
         f"{len(result['yardstick']['seconds'])} rounds in turn.",
         "extra memory: at the peak, nothing kept from before; the gradient itself is in it.",
         f"{result['unit']}: {result['model']}",
-        f"{_units(result)}: time in units of the {stick}.",
+        f"{_units(result)}: time over that of the {stick}.",
     ]
     names = {contender["name"] for contender in result["contenders"]}
     if "new_memory" in names:

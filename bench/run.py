@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from . import Refusal, files, terminal
-from .cases import OPS, Shape, load
+from .cases import BRIEF, OPS, SUITES, Shape, load
 
 if TYPE_CHECKING:
     from .clocks import Clock
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DIMENSIONS = tuple(dict.fromkeys(name for op in OPS.values() for name in op.default))
-ROUNDS, SMALL_ROUNDS = 9, 60
+ROUNDS = {"large": 9, "memory": 9, "small": 60, "classes": 15}
 PURPOSE, EXTRA = "bench", "bench"
 
 
@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=positive, metavar="N", help=_default_help(name))
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--suite", choices=("large", "small"), help="a set of shapes instead")
-    parser.add_argument("--repeat", type=positive, metavar="N",
-                        help=f"rounds ({ROUNDS}; with --suite small {SMALL_ROUNDS})")  # fmt: skip
+    parser.add_argument("--suite", choices=tuple(SUITES), help=_suite_help())
+    rounds = ", ".join(f"{count} of suite {suite}" for suite, count in ROUNDS.items())
+    parser.add_argument("--repeat", type=positive, metavar="N", help=f"rounds ({rounds})")
     parser.add_argument("--threads", type=positive, metavar="N", help="as torch chooses")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (0)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -53,6 +53,15 @@ def _default_help(dimension: str) -> str:
     return f"size ({', '.join(sizes)})"
 
 
+def _suite_help() -> str:
+    def losses(suite: str) -> str:
+        having = [name for name, op in OPS.items() if suite in op.suites]
+        return "" if len(having) == len(OPS) else f" ({', '.join(having)})"
+
+    which = (f"{suite}: {what}{losses(suite)}" for suite, what in SUITES.items())
+    return f"a set of shapes instead. {'; '.join(which)}"
+
+
 def _shapes(options: argparse.Namespace) -> tuple[Shape, ...]:
     op = OPS[options.op]
     given = {name: getattr(options, name) for name in DIMENSIONS}
@@ -63,8 +72,10 @@ def _shapes(options: argparse.Namespace) -> tuple[Shape, ...]:
         if name not in op.default:
             known = ", ".join(f"--{name}" for name in op.default)
             raise Refusal(f"{options.op} has no --{name}: its shape is {known}")
+    if options.suite and options.suite not in op.suites:
+        raise Refusal(f"{options.op} has no suite {options.suite}: {', '.join(op.suites)}")
     if options.suite:
-        return getattr(op, options.suite)
+        return op.suites[options.suite]
     return (op.default | given,)
 
 
@@ -97,12 +108,13 @@ def run(options: argparse.Namespace) -> None:
     screen = terminal.console()
     facts = report.environment()
     screen.print(report.header(facts))
-    small = options.suite == "small"
+    brief = options.suite in BRIEF
     results = _measure(options, shapes, clock, screen)
-    if small:
-        _print_small(screen, results)
+    if brief:
+        terminal.show(screen, report.brief_table(results, options.suite))
     else:
         screen.print(report.notes(results[-1]), style="dim")
+    _print_goals(screen, results)
     if json_path:
         entries = {"command": "bench", "op": options.op, "suite": options.suite}
         files.write_json(json_path, entries | facts | {"results": results})
@@ -110,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
     if plot_path:
         from . import plot
 
-        draw = plot.small_figure if small else plot.large_figure
+        draw = plot.brief_figure if brief else plot.large_figure
         subtitle = report.header(facts).replace("\n", "; ")
         files.write_figure(plot_path, draw(results, subtitle))
         screen.print(f"[dim]wrote {plot_path}[/]")
@@ -125,8 +137,8 @@ def _measure(
     from .measure import Plan, measure
 
     suite = options.suite or "large"
-    small = suite == "small"
-    plan = Plan(options.repeat or (SMALL_ROUNDS if small else ROUNDS), small=small)
+    brief = suite in BRIEF
+    plan = Plan(options.repeat or ROUNDS[suite], brief=brief)
     case = load(options.op)
     results = []
     for shape in shapes:
@@ -141,15 +153,15 @@ def _measure(
             ]
             measured = measure(problem, contenders, clock, plan, status.update)
         results.append(report.as_json(measured))
-        if not small:
+        if not brief:
             terminal.show(screen, report.large_table(results[-1]))
     return results
 
 
-def _print_small(screen: Any, results: list[JSON]) -> None:
-    from . import goals, report
+def _print_goals(screen: Any, results: list[JSON]) -> None:
+    """Those that speak of what was measured."""
+    from . import goals
 
-    terminal.show(screen, report.small_table(results))
-    found = [goal for goal in goals.evaluate(results, goals.SMALL) if goal["met"] is not None]
+    found = [goal for goal in goals.evaluate(results, goals.CPU) if goal["met"] is not None]
     for line in goals.lines(found):
         screen.print(line)

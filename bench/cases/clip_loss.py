@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import neglog
 
 from ..contender import (
-    BOTH_SUITES,
+    ALL_SUITES,
     Contender,
     Problem,
     checked_rows,
@@ -61,7 +61,7 @@ def contenders(problem: Problem) -> list[Contender]:
     return [
         torch_eager(_open_clip, 1, "torch eager (open_clip)"),
         Contender("one_matrix", "torch eager, one matrix", _one_matrix, 1, baseline=True,
-                  suites=BOTH_SUITES),
+                  suites=ALL_SUITES),
         torch_compiled(_one_matrix, 1, "torch.compile, one matrix"),
         neglog_default(neglog.clip_loss, 1),
         Contender("kept", "  given room for all scores", _all_scores_kept, 1, "neglog"),

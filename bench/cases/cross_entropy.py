@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +11,7 @@ import neglog
 from neglog import dispatch, reference
 
 from ..contender import (
+    ALL_SUITES,
     Contender,
     Grads,
     Problem,
@@ -24,6 +26,11 @@ from ..contender import (
 from . import Shape
 
 IGNORED = -100
+# No power of two among them, which change no digits of a gradient.
+CHANGING = tuple(1 / divisor for divisor in (3, 5, 7, 9, 11))
+# Of so few classes one is often sure, and then torch's p - 1 has no digits in 16 bits: such
+# gradients are compared by their norm.
+FEW_CLASSES = 150
 OUT_OF_PLACE, IN_PLACE = 3, 2
 MODEL = (
     "forward reads the logits, backward reads them and writes the gradient: 3 passes; "
@@ -34,10 +41,10 @@ MODEL = (
 def problem(shape: Shape, dtype: str, seed: int, device: str = "cpu") -> Problem:
     """Random logits and targets; a slice of rows, a quarter of them ignored, is checked."""
     logits, target = logits_and_target(shape, dtype, seed, device)
-    rows = checked_rows(len(logits), device)
+    rows = checked_rows(target.numel(), device)
     check_target = torch.full_like(target, IGNORED)
-    check_target[rows] = target[rows]
-    check_target[rows[3::4]] = IGNORED
+    check_target.view(-1)[rows] = target.view(-1)[rows]
+    check_target.view(-1)[rows[3::4]] = IGNORED
     return problem_of(
         Spec("cross_entropy", shape, dtype, logits.nbytes, "copy of the logits", 2,
              logits.nbytes, "GB/s", MODEL),
@@ -46,12 +53,12 @@ def problem(shape: Shape, dtype: str, seed: int, device: str = "cpu") -> Problem
 
 
 def logits_and_target(shape: Shape, dtype: str, seed: int, device: str) -> tuple[Tensor, Tensor]:
-    """Logits (rows, vocab) of standard deviation 2, and targets (rows)."""
-    rows, vocab = shape["rows"], shape["vocab"]
+    """Logits (rows, classes, ...) of standard deviation 2, and targets (rows, ...)."""
+    rows, classes, *others = shape.values()
     generator = torch.Generator(device).manual_seed(seed)
     # Formed in float32, then rounded: torch.randn has no generator path for every 16-bit dtype.
-    logits = torch.randn(rows, vocab, generator=generator, device=device).mul_(2)
-    target = torch.randint(vocab, (rows,), generator=generator, device=device)
+    logits = torch.randn(rows, classes, *others, generator=generator, device=device).mul_(2)
+    target = torch.randint(classes, (rows, *others), generator=generator, device=device)
     return logits.to(getattr(torch, dtype)), target
 
 
@@ -59,18 +66,24 @@ def problem_of(
     spec: Spec, logits: Tensor, fixed: tuple, check_fixed: tuple, check_target: Tensor
 ) -> Problem:
     """The truth is that of `check_target`, at the rows that are checked."""
-    rows = checked_rows(len(logits), str(logits.device))
-    oracle = reference.nll(float64_array(logits[rows]), check_target[rows].cpu().numpy())
+    rows = checked_rows(check_target.numel(), str(logits.device))
+    oracle = reference.nll(_rows_of(logits, rows), check_target.view(-1)[rows].cpu().numpy())
     buffer = torch.empty_like(logits)
 
     def compared(grads: Grads) -> tuple:
-        return (float64_array(grads[0][rows]),)
+        return (_rows_of(grads[0], rows),)
 
     return Problem(
         spec, leaves=(logits.requires_grad_(),), fixed=fixed, check_fixed=check_fixed,
         truth=Truth(float(oracle.loss), (oracle.grad,)), compared=compared,
         yardstick=lambda: buffer.copy_(logits.detach()),
+        by_norm=logits.itemsize == 2 and logits.shape[1] <= FEW_CLASSES,
     )  # fmt: skip
+
+
+def _rows_of(x: Tensor, rows: Tensor) -> np.ndarray:
+    """Some positions of x (N, classes, ...), each with all its classes."""
+    return float64_array(x.detach().movedim(1, -1).flatten(0, -2)[rows])
 
 
 def kernel_of(problem: Problem) -> str | None:
@@ -96,7 +109,11 @@ def contenders(problem: Problem) -> list[Contender]:
         torch_eager(F.cross_entropy, OUT_OF_PLACE),
         torch_compiled(F.cross_entropy, OUT_OF_PLACE),
         neglog_default(own, OUT_OF_PLACE),
-    ]
+        Contender("third", "  an upstream of a third", own, OUT_OF_PLACE, "neglog",
+                  upstreams=(1 / 3,), suites=ALL_SUITES),
+        Contender("changing", "  an upstream that changes", own, OUT_OF_PLACE, "neglog",
+                  upstreams=CHANGING, suites=ALL_SUITES),
+    ]  # fmt: skip
     if kernel is None:
         return found
     if kernel != "cuda":

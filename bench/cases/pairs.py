@@ -13,7 +13,8 @@ from ..contender import Grads, Problem, Spec, Truth, checked_rows, float64_array
 from . import Shape
 
 CHUNK = 1024  # rows of the oracle's matrix at once
-TILE = 4096  # rows and columns of the yardstick's matmul: all scores may not fit in memory
+SCORE_BYTES = 1 << 28  # of the yardstick's scores at once: all of them may not fit in memory
+YARDSTICK = "three matmuls by torch.mm, best round"
 MATMULS = 3  # the mathematics: scores, and the gradients of both sides
 
 
@@ -76,15 +77,23 @@ def through_normalisation(gradient: Tensor, rows: Tensor) -> Tensor:
     return gradient - rows * (gradient * rows).sum(1, keepdim=True)
 
 
-def matmul_of_a_tile(left: Tensor, columns: int) -> tuple[int, Callable[[], object]]:
-    """A product of scores and embeddings in the dtype of `left`, and its operations."""
-    rows, width, features = min(len(left), TILE), min(columns, TILE), left.shape[1]
-    scores, part = (
-        left.new_empty(rows, width).uniform_(),
-        left.new_empty(width, features).uniform_(),
-    )
-    out = left.new_empty(rows, features)
-    return 2 * rows * width * features, lambda: torch.mm(scores, part, out=out)
+def three_matmuls(left: Tensor, right: Tensor) -> Callable[[], object]:
+    """What any implementation multiplies, by torch.mm: the scores left @ right^T, and such a matrix
+    with `right` and, transposed, with `left`."""
+    left, right = left.detach(), right.detach()
+    height = max(1, SCORE_BYTES // max(1, len(right) * left.itemsize))
+    scores = left.new_empty(min(height, len(left)), len(right))
+    by_left, by_right = torch.empty_like(left), torch.empty_like(right)
+
+    def multiply() -> None:
+        for start in range(0, len(left), height):
+            part, out = left[start : start + height], by_left[start : start + height]
+            s = scores[: len(part)]
+            torch.mm(part, right.t(), out=s)
+            torch.mm(s, right, out=out)
+            torch.addmm(by_right, s.t(), part, beta=int(start > 0), out=by_right)
+
+    return multiply
 
 
 def problem_of(
@@ -97,7 +106,6 @@ def problem_of(
     """truth: the loss, and the gradient of the first leaf at the rows that are checked."""
     rows, features = shape["rows"], shape["features"]
     operations = MATMULS * 2 * rows * rows * features
-    of_tile, yardstick = matmul_of_a_tile(leaves[0], rows)
     picked = checked_rows(rows, str(leaves[0].device))
 
     def compared(grads: Grads) -> tuple:
@@ -105,15 +113,15 @@ def problem_of(
 
     return Problem(
         spec=Spec(
-            op, shape, dtype, sum(leaf.nbytes for leaf in leaves), "matmul of a tile",
-            of_tile / operations, operations, "GFLOP/s",
-            f"{MATMULS} matmuls of rows x features x rows, 2 operations each",
+            op, shape, dtype, sum(leaf.nbytes for leaf in leaves), YARDSTICK, 1, operations,
+            "GFLOP/s", f"{MATMULS} matmuls of rows x features x rows, 2 operations each",
+            of_rounds=min,
         ),
         leaves=tuple(leaf.detach().requires_grad_() for leaf in leaves),
         fixed=(),
         check_fixed=(),
         truth=None if truth is None else Truth(truth[0], (float64_array(truth[1]),)),
         compared=compared,
-        yardstick=yardstick,
+        yardstick=three_matmuls(leaves[0], leaves[1 % len(leaves)]),
         by_norm=True,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import pytest
 
 from neglog.bench import goals
+from neglog.bench.cases import OPS
 from neglog.bench.goals import Where
 
 FULL = Where("linear_cross_entropy", goals.LINEAR)
@@ -116,8 +117,23 @@ def test_another_device_is_said_to_be_one():
 
 
 # At the bound, and beyond it.
-@pytest.mark.parametrize(("ratio", "met"), [(1 / 1.6, True), (1 / 1.7, False)])
-def test_the_goal_of_a_small_call(ratio, met):
-    where = Where("cross_entropy", goals.TINY, "float32")
-    results = [result(where, entry("neglog", times_faster={"eager": ratio}))]
-    assert [goal["met"] for goal in goals.evaluate(results, goals.SMALL)] == [met]
+@pytest.mark.parametrize(("share", "met"), [(1.0, True), (1.01, False)])
+def test_the_goals_on_a_cpu(share, met):
+    classes = OPS["cross_entropy"].suites["classes"]
+    bounds = [(goals.TINY, 1.4), (goals.LESS_TINY, 0.9), *((shape, 0.5) for shape in classes)]
+    results = [
+        result(
+            Where("cross_entropy", shape, "float32"),
+            # Twice inverted, a ratio may end a rounding above what it was.
+            entry(times_faster={"eager": 1 / (share * bound * (1 - 1e-9))}),
+        )
+        for shape, bound in bounds
+    ]
+    for op, dtype, bound in (
+        ("linear_cross_entropy", "float32", 1.0), ("linear_cross_entropy", "bfloat16", 1.0),
+        ("clip_loss", "float32", 1.0), ("clip_loss", "bfloat16", 1.05),
+    ):  # fmt: skip
+        where = Where(op, OPS[op].default, dtype)
+        results.append(result(where, entry(yardsticks=share * bound)))
+    judged = goals.evaluate(results, goals.CPU)
+    assert [goal["met"] for goal in judged] == [met] * len(results)

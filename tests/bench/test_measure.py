@@ -10,7 +10,7 @@ import torch
 
 from neglog.bench import Mismatch
 from neglog.bench.budget import Budget, time_limit
-from neglog.bench.cases import load
+from neglog.bench.cases import load, pairs
 from neglog.bench.check import check
 from neglog.bench.clocks import CPUClock, CUDAClock
 from neglog.bench.contender import Contender
@@ -109,9 +109,45 @@ def test_a_lenient_run_keeps_the_others_and_says_what_is_wrong(problem, eager):
     assert "off the float64 oracle" in found["wrong"]
 
 
-def test_small_calls_fill_a_round(problem, eager):
-    measured = measure(problem, [eager], CPUClock(), Plan(rounds=1, small=True))
+def test_brief_calls_fill_a_round(problem, eager):
+    measured = measure(problem, [eager], CPUClock(), Plan(rounds=1, brief=True))
     assert measured.calls >= 5
+
+
+def test_each_backward_has_the_next_upstream_and_its_gradient_is_checked(problem, eager):
+    seen, upstreams = [], (0.25, 3.0)
+
+    def loss(logits, target):
+        made = eager.loss(logits, target)
+        if torch.is_grad_enabled():
+            made.register_hook(lambda upstream: seen.append(float(upstream)))
+        return made
+
+    contender = eager._replace(loss=loss, upstreams=upstreams)
+    measured = measure(problem, [contender], CPUClock(), Plan(rounds=2))
+    # The check and the call for memory have the first, the three rounds each in turn.
+    assert seen == [0.25, 0.25, 3.0, 0.25, 0.25]
+    assert measured.results[0].checked.error < 1e-5
+    scaled = changed(contender, lambda loss, x: loss + 0.1 * (loss - loss.detach()))
+    assert "the gradient is off" in check(scaled, problem, problem.leaves).mismatch
+
+
+# All scores at once, and in parts of which the last is smaller.
+@pytest.mark.parametrize("rows_at_once", [7, 3])
+def test_the_three_matmuls_of_a_yardstick(rows_at_once, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, 4, generator=generator) for n in (7, 5))
+    monkeypatch.setattr(pairs, "SCORE_BYTES", rows_at_once * right.shape[0] * 4)
+    products, multiply = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, out: products.append(out) or multiply(*a, out=out))
+    monkeypatch.setattr(
+        torch, "addmm", lambda *a, add=torch.addmm, **b: products.append(add(*a, **b))
+    )
+    pairs.three_matmuls(left, right)()
+    scores = left @ right.t()
+    assert len(products) == 3 * -(-7 // rows_at_once)
+    torch.testing.assert_close(products[-1], scores.t() @ left)
+    torch.testing.assert_close(products[1], (scores @ right)[:rows_at_once])
 
 
 def test_a_contender_is_skipped_when_the_seconds_are_used_up(problem, eager):

@@ -9,7 +9,8 @@ from neglog.bench import files
 from neglog.bench.cases import OPS
 from neglog.cli import main
 
-# Small enough for a second each. nt_xent's two views must be of equal number.
+# Small enough for a second each. nt_xent's two views must be of equal number, and sup_con's rows
+# have labels of four.
 SHAPES = {"rows": 64, "vocab": 300, "features": 16}
 
 
@@ -23,7 +24,7 @@ def test_it_checks_measures_and_writes(tmp_path, capsys):
     assert bench("cross_entropy", "--json", table, "--plot", picture) == 0
     (result,) = json.loads((tmp_path / "b.json").read_text())["results"]
     names = [contender["name"] for contender in result["contenders"]]
-    assert names[:4] == ["eager", "neglog", "new_memory", "inplace"]
+    assert names[:6] == ["eager", "neglog", "third", "changing", "new_memory", "inplace"]
     printed = capsys.readouterr().out
     for contender in result["contenders"]:
         assert len(contender["total_seconds"]) == len(contender["forward_seconds"]) == 2
@@ -58,21 +59,37 @@ def test_the_backend_that_ran_is_in_the_table(capsys):
 
 
 @pytest.fixture
-def two_small_shapes(monkeypatch):
-    op = OPS["cross_entropy"]
-    shapes = ({"rows": 8, "vocab": 10}, {"rows": 32, "vocab": 100})
-    monkeypatch.setitem(OPS, "cross_entropy", op._replace(small=shapes))
+def two_shapes_a_suite(monkeypatch):
+    small = ({"rows": 8, "vocab": 10}, {"rows": 32, "vocab": 100})
+    classes = ({"rows": 200, "vocab": 2}, {"images": 2, "classes": 3, "height": 8, "width": 5})
+    op = OPS["cross_entropy"]._replace(suites={"small": small, "classes": classes})
+    monkeypatch.setitem(OPS, "cross_entropy", op)
 
 
 # float32 has the goal; the others are the smallest tolerance and the fewest digits.
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_suite_of_small_shapes(dtype, two_small_shapes, tmp_path, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("suite", ["small", "classes"])
+def test_suites_of_brief_calls(suite, dtype, two_shapes_a_suite, tmp_path, capsys):
     picture = tmp_path / "b.png"
-    command = ["bench", "cross_entropy", "--suite=small", "--repeat=1", f"--dtype={dtype}"]
+    command = ["bench", "cross_entropy", f"--suite={suite}", "--repeat=1", f"--dtype={dtype}"]
     assert main([*command, "--no-compile", "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
-    assert "rows 32 x vocab 100" in printed
+    last = {"small": "rows 32 x vocab 100", "classes": "classes 3 x height 8 x width 5"}[suite]
+    assert last in printed
     assert files.made_by_us(picture)
-    goal = [line for line in printed.splitlines() if "a kernel call's time over torch's" in line]
-    assert len(goal) == (dtype == "float32")
-    assert all("<= 1.6 x" in line and line.rstrip().endswith("met") for line in goal)
+    goal = [line for line in printed.splitlines() if "time over torch's" in line]
+    assert len(goal) == (suite == "small" and dtype == "float32")
+    assert all("<= 1.4 x" in line and line.rstrip().endswith("met") for line in goal)
+
+
+def test_a_suite_that_a_loss_has_not(capsys):
+    assert main(["bench", "clip_loss", "--suite=classes"]) == 2
+    assert "clip_loss has no suite classes: large, small" in capsys.readouterr().err
+
+
+def test_the_help_says_what_each_suite_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "small: calls whose fixed cost decides;" in printed
+    assert "class axis is not the last (cross_entropy)" in printed
