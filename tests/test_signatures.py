@@ -151,3 +151,7 @@ def test_overloads_have_one_list_of_arguments(name):
 
     *overloads, implementation = map(arguments, found)
     assert overloads == [implementation] * 3
+
+
+def test_options_are_named_and_change_nothing_unless_given():
+    assert parameters(neglog.options) == {"gradient": (KEYWORD_ONLY, None)}

@@ -16,6 +16,7 @@ from neglog.losses.sup_con import sup_con as sup_con
 from neglog.patch import patch_torch as patch_torch
 from neglog.route import Route as Route
 from neglog.route import explain as explain
+from neglog.settings import options as options
 
 __version__: str
 dispatch = _availability

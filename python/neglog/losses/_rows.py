@@ -13,7 +13,8 @@ from neglog.checks import REDUCTIONS, check_range, class_dim, is_probabilities, 
 from neglog.losses._result import LossStats, without_stats
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.nll import formula
-from neglog.ops.nll.autograd import nll, nll_in_place
+from neglog.ops.nll.autograd import nll_in_place
+from neglog.ops.nll.eager import nll
 from neglog.ops.nll.schema import Options
 from neglog.route import ACCEPTED, Route
 from neglog.torch_state import under_autocast

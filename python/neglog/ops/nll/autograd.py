@@ -1,8 +1,4 @@
-"""The derivative of nll, and the two shorter forms that eager calls take.
-
-eager      the kernel without the dispatcher: 30 microseconds a call less than the registered op
-in place   the gradient is formed in the forward, over the logits
-"""
+"""The derivative of nll, and the form whose gradient is written over the logits in the forward."""
 
 from __future__ import annotations
 
@@ -12,20 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from neglog import availability, torch_state
+from neglog import torch_state
 from neglog.ops.define import library, save, saved, second_derivative
 from neglog.ops.dtypes import divides_late
-from neglog.ops.nll import cpu, formula, schema
+from neglog.ops.nll import formula, schema
 from neglog.ops.nll.schema import MEAN, NONE, Options
 
 ARGUMENTS = len(schema.forward.Arguments._fields)
-
-
-class Wanted(NamedTuple):
-    """Which gradients are."""
-
-    logits: bool
-    target: bool
 
 
 class Rows(NamedTuple):
@@ -43,21 +32,8 @@ class Rows(NamedTuple):
         return cls(results.loss, results.lse, results.correct, results.entropy)
 
 
-def nll(
-    logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
-    options: Options, stats: bool, backend: str,
-) -> Rows:  # fmt: skip
-    """Loss and statistics. Arguments as the op neglog::nll."""
-    if not torch_state.eager_on_cpu(logits):
-        given = (logits, target, weight, num_items, *options, stats, backend)
-        return Rows.of(schema.forward(*given), stats)
-    rest = (options, stats, backend, torch.is_grad_enabled())
-    found = torch_state.apply(EagerNLL, logits, target, weight, num_items, rest)
-    return Rows(*found) if stats else Rows(found)
-
-
 def nll_in_place(*arguments: Any) -> Rows:
-    """The same, and the gradient for an upstream of 1 written over the logits."""
+    """As `nll` of eager.py, and the gradient for an upstream of 1 written over the logits."""
     *tensors, options, stats, backend = arguments
     found = Rows(*InPlaceNLL.apply(*tensors, *options, stats, backend))
     return Rows.of(found, stats)
@@ -78,10 +54,10 @@ def _setup(ctx: Any, a: Any, results: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Any) -> dict[str, Any]:
-    return _gradients(ctx, grad.loss, grad.lse, saved(ctx))
+    return gradients(ctx, grad.loss, grad.lse, saved(ctx))
 
 
-def _gradients(
+def gradients(
     ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, kept: dict[str, Any]
 ) -> dict[str, Any]:
     """By the registered ops, which are themselves differentiable."""
@@ -131,76 +107,6 @@ def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
 
 schema.forward.differentiable(_setup, _backward)
 schema.backward.differentiable(_setup_backward, _double_backward)
-
-
-# Eager
-
-
-class EagerNLL(Function):
-    """Loss alone, or loss, lse, correct and entropy with stats.
-
-    The gradient of a small input is formed in the forward, for an upstream of 1, which nearly every
-    backward has: it is then handed over, and otherwise formed from the logits, to the same bits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        logits, target, weight, num_items, (options, stats, backend, learns) = inputs
-        ctx.save_for_backward(logits, target, weight, num_items)
-        ctx.options, ctx.backend = options, backend
-        small = logits.numel() <= cpu.FORMED_IN_FORWARD and options.reduction != NONE and not stats
-        if small and learns and ctx.needs_input_grad[0]:
-            loss, ctx.formed = cpu.forward_with_gradient(
-                logits, target, weight, num_items, options, backend
-            )
-            return loss
-        out = cpu.forward(schema.forward.Arguments(*inputs[:4], *options, stats, backend))
-        ctx.formed, ctx.out = None, out
-        loss = out.loss(options.reduction)
-        if not stats:
-            return loss
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(out.correct, out.entropy)
-        # A copy: what the user does to it must not reach the backward.
-        return loss, out.lse.clone(), out.correct, out.entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Any, grad_lse: Any = None, *undefined: Any) -> Any:
-        if grad_loss is None and grad_lse is None:
-            return None, None, None, None, None
-        # A batch of upstreams has no memory: the dispatcher takes it apart. With create_graph the
-        # gradient has a graph of its own.
-        plain = torch_state.plain_upstream(grad_loss) and not ctx.needs_input_grad[1]
-        # Asked for at every size alike: it raises if one was changed in place. And once: activation
-        # checkpointing refuses to unpack a tensor twice.
-        kept = ctx.saved_tensors
-        formed, ctx.formed = ctx.formed, None
-        if plain and formed is not None and float(grad_loss) == 1.0:
-            availability.ran("nll_backward", ctx.backend)
-            return formed, None, None, None, None
-        return *_eager_gradients(ctx, kept, grad_loss, grad_lse, plain), None, None, None
-
-
-def _eager_gradients(
-    ctx: Any, tensors: tuple, grad_loss: Tensor | None, grad_lse: Tensor | None, plain: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of logits and target, formed from the logits, the first of the saved tensors."""
-    logits, target, weight, num_items = tensors
-    if not hasattr(ctx, "out"):
-        given = (logits, target, weight, num_items, *ctx.options, False, ctx.backend)
-        ctx.out = cpu.forward(schema.forward.Arguments(*given))
-    kept = {
-        "logits": logits, "target": target, "weight": weight, "lse": ctx.out.lse,
-        "lse_low": ctx.out.lse_low, "total_weight": ctx.out.total_weight(),
-    }  # fmt: skip
-    if not plain:
-        ctx.wanted = Wanted(*ctx.needs_input_grad[:2])
-        found = _gradients(ctx, grad_loss, grad_lse, kept)
-        return found.get("logits"), found.get("target")
-    given = schema.backward.Arguments(
-        grad_loss, grad_lse, *kept.values(), *ctx.options, ctx.backend
-    )
-    return cpu.backward(given, ctx.out.divisor), None
 
 
 # In place

@@ -23,9 +23,6 @@ from neglog.ops.nll.schema import MEAN, NONE, empty_stats
 
 # Numbers a thread must have before another is worth waking: 9 microseconds of work.
 GRAIN = 32768
-# Logits up to which the gradient is formed in the forward: beyond, a pass over memory that an
-# evaluation would not need is felt.
-FORMED_IN_FORWARD = 1 << 17
 _NOTHING = torch.empty(0, device="cpu")
 
 
@@ -93,34 +90,51 @@ def _begin(op: str, a: Any) -> tuple[Any, Tensor, tuple, tuple]:
     return kernel, rows, problem(rows, target, weight, a), (target, weight)
 
 
-def forward(a: Any) -> Outputs:
-    """Loss and statistics of rows."""
+def forward(a: Any, gradient: Tensor | None = None, upstream: float = 1.0) -> Outputs:
+    """Loss and statistics of rows; in the same pass, into the memory `gradient`, the gradient of
+    the logits for an upstream of the reduced loss."""
     kernel, logits, given, _alive = _begin("nll", a)
     real = real_dtype(logits.dtype)
     divisor = _divisor(kernel, given, a.num_items, real)
     row_loss, lse, lse_low = (logits.new_empty(len(logits), dtype=real) for _ in range(3))
     correct, entropy = empty_stats(logits, True) if a.stats else (_NOTHING, _NOTHING)
-    total = kernel.forward(
+    given = (
         *given, row_loss.data_ptr(), lse.data_ptr(), lse_low.data_ptr(),
         correct.data_ptr() if a.stats else 0, entropy.data_ptr() if a.stats else 0,
-        threads_for(logits),
     )  # fmt: skip
+    threads = threads_for(logits)
+    if gradient is None:
+        total = kernel.forward(*given, threads)
+    else:
+        scale = upstream * _scale_of_mean(a.reduction, divisor)
+        total = kernel.forward_backward(
+            *given, scale, gradient.data_ptr(), logits.shape[1], threads
+        )
     return Outputs(row_loss, lse, lse_low, correct, entropy, total, divisor)
 
 
-def backward(a: Any, divisor: float) -> Tensor:
-    """The gradient of the logits, in new memory."""
+def _scale_of_mean(reduction: int, divisor: float) -> float:
+    return quotient(1.0, divisor) if reduction == MEAN else 1.0
+
+
+def new_gradient_of(logits: Tensor) -> Tensor:
+    """Memory for it. Activations have no storage that anyone resizes, and kept memory takes half
+    the time."""
+    new = new_gradient if isinstance(logits, torch.nn.Parameter) else new_memory
+    return new(logits.shape, logits)
+
+
+def backward(a: Any, divisor: float, out: Tensor | None = None) -> Tensor:
+    """The gradient of the logits, in `out` or new memory."""
     kernel, logits, given, _alive = _begin("nll_backward", a)
     grad_lse = None if a.grad_lse is None else contiguous(a.grad_lse, "grad_lse")
     lse, lse_low = contiguous(a.lse, "lse"), contiguous(a.lse_low, "lse_low")
     grad_loss = aligned(a.grad_loss, "grad_loss")
-    # Activations have no storage that anyone resizes, and kept memory takes half the time.
-    new = new_gradient if isinstance(a.logits, torch.nn.Parameter) else new_memory
-    out = new(logits.shape, logits)
+    out = new_gradient_of(a.logits) if out is None else out
     kernel.backward(
         *given, lse.data_ptr(), lse_low.data_ptr(),
         grad_loss.data_ptr(), grad_loss.stride(0) if grad_loss.dim() else 0,
-        quotient(1.0, divisor) if a.reduction == MEAN else 1.0,
+        _scale_of_mean(a.reduction, divisor),
         address(grad_lse), out.data_ptr(), logits.shape[1], threads_for(logits),
     )  # fmt: skip
     return out
@@ -143,33 +157,6 @@ def forward_in_place(a: Any) -> Outputs:
     if rows is not a.logits:
         a.logits.copy_(rows)
     return Outputs(row_loss, lse, _NOTHING, correct, entropy, total, divisor)
-
-
-def forward_with_gradient(
-    logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None, options: Any,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss () of few rows, and its gradient in new memory, by one call of a kernel.
-
-    For a small input the fixed cost of calls is all that is felt.
-    """
-    kernel = load_kernel("nll", backend)
-    logits = contiguous(logits, "input")
-    target, weight = _ready(target, weight)
-    given = problem(logits, target, weight, options)
-    real = real_dtype(logits.dtype)
-    divisor = _divisor(kernel, given, num_items, real)
-    rows, columns = logits.shape
-    room = logits.new_empty(2 * rows, dtype=real)  # of losses and log-sum-exps, which nobody reads
-    losses, out = room.data_ptr(), torch.empty_like(logits)
-    threads = 1 if logits.numel() <= GRAIN else threads_for(logits)
-    mean = options.reduction == MEAN
-    scale = quotient(1.0, divisor) if mean else 1.0
-    total = kernel.forward_backward(
-        *given, losses, losses + rows * real.itemsize, 0, 0, 0, scale, out.data_ptr(), columns,
-        threads,
-    )  # fmt: skip
-    return number(quotient(total, divisor) if mean else total, real), out
 
 
 def _forward(a: Any) -> tuple[Tensor, ...]:
