@@ -29,7 +29,7 @@ ITEMSIZE = {"__nv_bfloat16": 2, "__half": 2, "float": 4, "double": 8}
 PASSES = {
     "forward_rows": (1, "nll forward"),
     "backward_rows": (2, "nll backward"),
-    "forward_backward_rows_in_shared": (2, "nll in place, a row in shared memory"),
+    "forward_backward_rows_in_shared": (2, "nll in one pass, a row in shared memory"),
     "forward_cells_one_exp": (1, "pairs forward, scores close together"),
     "backward_cells_one_exp": (2, "pairs backward, the same"),
 }

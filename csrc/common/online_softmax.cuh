@@ -46,7 +46,8 @@ __device__ compute_t<S> exp_of(compute_t<S> x) {
 
 // A product that the compiler may not contract into an fma with a later addition. A score must be
 // the same number in every pass: at z = 1e4 the unrounded product differs by 5e-4 from the one in
-// the lse, and so would the probability.
+// the lse, and so would the probability. And in a sum of two products it is free to contract either:
+// two kernels that contain the same function would give a row two log-sum-exps.
 __device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
@@ -90,8 +91,8 @@ struct MergeStates {
                                           const SoftmaxState<T>& b) const {
         const T maximum = fmax(a.maximum, b.maximum);
         const T shift = shift_for(maximum);
-        const T sum = a.sum * exp(a.maximum - shift) + b.sum * exp(b.maximum - shift);
-        return {maximum, sum};
+        return {maximum, rounded_product(a.sum, exp(a.maximum - shift)) +
+                             rounded_product(b.sum, exp(b.maximum - shift))};
     }
 };
 
@@ -133,9 +134,7 @@ __device__ SoftmaxState<T> shuffle_down(const SoftmaxState<T>& state, int offset
 }
 
 // Every thread gets the same bits: each warp reduces to its lane 0, then every thread merges the
-// warps' results in order. A butterfly shuffle would not do: the merge computes a * x + b * y,
-// which with an fma depends on the order of the two. All threads of the block call it; the block is
-// a whole number of warps.
+// warps' results in order. All threads of the block call it; the block is a whole number of warps.
 template <class State, class Merge>
 __device__ State block_reduce(State state, Merge merge) {
     __shared__ State warp_states[kMaxThreads / kWarpSize];

@@ -1,10 +1,13 @@
 // The CUDA ops of nll, the log-softmax and negative log-likelihood of rows of logits:
 //
-//   neglog::nll           loss and log-sum-exp of each row
-//   neglog::nll_backward  gradient by the logits
-//   neglog::nll_          loss, and in the same pass the gradient for upstream 1, written in place:
-//                         over the logits
-//   neglog::nll_scale_    the upstream gradient times what nll_ wrote
+//   neglog::nll                loss and log-sum-exp of each row
+//   neglog::nll_backward       gradient by the logits
+//   neglog::nll_with_gradient  loss, and in the same pass the gradient for an upstream that is
+//                              remembered, in new memory
+//   neglog::nll_gradient_for_  that gradient formed again, where the upstream is another
+//   neglog::nll_               loss, and in the same pass the gradient for upstream 1, written in
+//                              place: over the logits
+//   neglog::nll_scale_         the upstream gradient times what nll_ wrote
 //
 // In short, loss = log(sum_c exp(z_c)) - z_target, and dloss / dz_c = softmax(z)_c - [c = target].
 // row.cuh has the formulas with class weights, label smoothing, target distributions, logit scale,
@@ -13,9 +16,9 @@
 // (a) A thread block computes a whole row (row.cuh), and the grid strides over the rows. Short rows
 //     get smaller blocks, not several rows a block, so that a row's bits depend on the vocabulary,
 //     the dtype and the row's alignment alone.
-// (b) In place, rows of 32 KB and more that need no second pass are kept in shared memory
-//     (row_in_shared.cuh). Shorter rows are still in a cache when they are read again. Rows larger
-//     than the shared memory of a cluster are read twice.
+// (b) Where loss and gradient are formed in one pass, rows of 32 KB and more that need no second
+//     read are kept in shared memory (row_in_shared.cuh). Shorter rows are still in a cache when
+//     they are read again. Rows larger than the shared memory of a cluster are read twice.
 // (c) No atomics. A single block forms the sums over rows, in double and in one order, so that the
 //     same call gives the same bits every time.
 // (d) The host never waits for the device: divisors stay on the device, and a call can be captured
@@ -23,197 +26,13 @@
 //     does.
 
 #include "common/torch_stable.cuh"
-#include "nll/row_in_shared.cuh"
+#include "nll/kernels.cuh"
 
 #include <algorithm>
 #include <cfloat>
 
 namespace neglog {
 namespace {
-
-// Kernels over rows, one block to a row
-
-template <class S, bool has_softcap>
-__global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
-    forward_rows(Problem<S, has_softcap> p, Output<compute_t<S>> o) {
-    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) row_forward(p, o, row);
-}
-
-template <class S, bool has_softcap>
-__global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
-    backward_rows(Problem<S, has_softcap> p, Upstream<compute_t<S>> up, PerRow<compute_t<S>> lse,
-                  PerRow<compute_t<S>> lse_low, S* out) {
-    const double scale = up.divisor ? 1 / double(*up.divisor) : 1;
-    const double weight_sum = class_weight_sum(p);
-    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        const double grad_lse = up.lse.first ? up.lse[row] : 0;
-        S* const out_row = out + row * p.vocab;
-        // Exactly zero, even where the logits are NaN.
-        if (is_ignored(p, row) && (grad_lse == 0 || !isfinite(lse[row]))) {
-            zero_row(out_row, p.vocab);
-            continue;
-        }
-        const Lse<compute_t<S>> saved = {lse[row], lse_low[row]};
-        const auto z = target_score_or_0(p, row);
-        const auto f =
-            gradient_factors(p, row, saved, z, up.loss[row] * scale, grad_lse, weight_sum);
-        row_gradient<kLoadsInFlight<S>>(p, row, saved, f, out_row);
-    }
-}
-
-// What multiplies the gradients that nll_ forms. `divide_later` is explained in run_forward.
-template <class T>
-__device__ double gradient_scale(const T* divisor, bool divide_later) {
-    return divisor && !(divide_later && *divisor != 0) ? 1 / double(*divisor) : 1;
-}
-
-template <class S, bool has_softcap>
-__global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
-    forward_backward_rows(Problem<S, has_softcap> p, Output<compute_t<S>> o,
-                          const compute_t<S>* divisor, bool divide_later, S* logits) {
-    const double scale = gradient_scale(divisor, divide_later);
-    const double weight_sum = class_weight_sum(p);
-    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        const auto lse = row_forward(p, o, row);
-        const auto z = target_score_or_0(p, row);
-        const auto f = gradient_factors(p, row, lse, z, scale, 0, weight_sum);
-        __syncthreads();  // all threads have read the row and its target; now they are overwritten
-        S* const out_row = logits + row * p.logits_stride;
-        if (is_ignored(p, row)) zero_row(out_row, p.vocab);
-        else row_gradient<kLoadsInFlightSecondPass>(p, row, lse, f, out_row);
-    }
-}
-
-// The same with the row in shared memory, one cluster to a row: for class targets, without label
-// smoothing and without statistics.
-template <class S, bool has_softcap>
-__global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
-    forward_backward_rows_in_shared(Problem<S, has_softcap> p, Output<compute_t<S>> o,
-                                    const compute_t<S>* divisor, bool divide_later, S* logits) {
-    using T = compute_t<S>;
-    NEGLOG_DYNAMIC_SHARED(shared);
-    const auto states = reinterpret_cast<SoftmaxState<T>*>(shared);
-    uint4* const held = shared + kStateVectors;
-    const double scale = gradient_scale(divisor, divide_later);
-    const int64_t blocks_per_row = cluster_size();
-    int slot = 0;
-    for (int64_t row = blockIdx.x / blocks_per_row; row < p.rows;
-         row += gridDim.x / blocks_per_row) {
-        S* const row_logits = logits + row * p.logits_stride;
-        const RowSlice slice = slice_of<S>(row_logits, p.vocab);
-        const bool counted = !is_ignored(p, row);
-        Lse<T> lse = {0, 0};
-        double loss = 0;
-        if (counted) {
-            const T z = target_score(p, row);  // before the barriers: after them it is overwritten
-            const auto state =
-                block_reduce(load_slice<S>(p, row_logits, slice, held), MergeStates{});
-            lse = finish(cluster_reduce(state, states + slot));
-            slot = 1 - slot;
-            loss = row_loss(p, row, lse, z);
-            const auto f = gradient_factors(p, row, lse, z, scale, 0, 0);
-            write_slice_gradient(p, row, slice, held, lse, f, row_logits);
-        } else {
-            zero_slice(slice, p.vocab, row_logits);
-        }
-        if (threadIdx.x == 0 && cluster_rank() == 0) {
-            o.loss[row] = T(loss);
-            o.lse[row] = lse.high;
-            o.lse_low[row] = lse.low;
-        }
-    }
-    cluster_sync();  // the shared memory of a block that ends is gone, and others may still read it
-}
-
-// Multiplies rows by their factors, in place. Rows whose factor is 1, as the upstream gradient
-// mostly is, are not read.
-template <class S>
-__global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
-    scale_rows(Problem<S, false> p, PerRow<compute_t<S>> factor, S* x) {
-    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        const compute_t<S> row_factor = factor[row];
-        if (row_factor == 1) continue;
-        S* const to = x + row * p.logits_stride;
-        const S* const from = to;
-        const auto scale = [&]<int n>(int64_t column, const Elements<S, n>& v) {
-            compute_t<S> scaled[n];
-#pragma unroll
-            for (int i = 0; i < n; ++i) scaled[i] = widen(v.value[i]) * row_factor;
-            store(to + column, narrowed<S>(scaled), true);
-        };
-        for_each_in_row<kLoadsInFlight<S>>(from, p.vocab, scale);
-    }
-}
-
-// Sums over rows, by kernels of one block
-
-// Rows whose numbers a thread loads before it uses the first. One load after the other would take
-// an estimated 20 us of latency for 32768 rows.
-constexpr int kRowsInFlight = 8;
-
-// Calls use(read(row)) for each row, in a block-stride loop.
-template <class Read, class Use>
-__device__ void for_rows(int64_t rows, Read read, Use use) {
-    for (int64_t first = threadIdx.x; first < rows; first += kRowsInFlight * blockDim.x) {
-        decltype(read(first)) found[kRowsInFlight];
-#pragma unroll
-        for (int u = 0; u < kRowsInFlight; ++u)
-            if (first + u * blockDim.x < rows) found[u] = read(first + u * blockDim.x);
-#pragma unroll
-        for (int u = 0; u < kRowsInFlight; ++u)
-            if (first + u * blockDim.x < rows) use(found[u]);
-    }
-}
-
-template <class S, bool has_softcap>
-__device__ double total_weight_of(const Problem<S, has_softcap>& p) {
-    if (!p.target) return p.vocab ? double(p.rows) : double(NAN);
-    double sum = 0;
-    for_rows(
-        p.rows, [&](int64_t row) { return p.target[row * p.target_stride]; },
-        [&](int64_t target) {
-            if (target == p.ignore_index) return;
-            assert(target >= 0 && target < p.vocab);
-            sum += p.weight ? p.weight[target] : 1;
-        });
-    return block_sum(sum);
-}
-
-// The divisor of the mean. Where num_items is given the sum is still formed, for its check of
-// targets.
-template <class S, bool has_softcap>
-__device__ compute_t<S> divisor_of(const Problem<S, has_softcap>& p,
-                                   const compute_t<S>* num_items) {
-    const double total = total_weight_of(p);
-    return num_items ? *num_items : compute_t<S>(total);
-}
-
-// Runs before the rows where their gradients need the divisor.
-template <class S, bool has_softcap>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    sum_weights(Problem<S, has_softcap> p, const compute_t<S>* num_items,
-                compute_t<S>* total_weight) {
-    const compute_t<S> divisor = divisor_of(p, num_items);
-    if (threadIdx.x == 0) *total_weight = divisor;
-}
-
-// Runs after the rows. Writes the loss unless its pointer is null, and total_weight unless
-// sum_weights has done it.
-template <class S, bool has_softcap>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    sum_losses(Problem<S, has_softcap> p, const compute_t<S>* row_loss,
-               const compute_t<S>* num_items, bool divisor_known, bool mean,
-               compute_t<S>* total_weight, compute_t<S>* loss) {
-    using T = compute_t<S>;
-    const T divisor = divisor_known ? *total_weight : divisor_of(p, num_items);
-    double sum = 0;
-    for_rows(
-        loss ? p.rows : 0, [&](int64_t row) { return row_loss[row]; }, [&](T one) { sum += one; });
-    const double total = block_sum(sum);
-    if (threadIdx.x != 0) return;
-    if (!divisor_known) *total_weight = divisor;
-    if (loss) *loss = T(mean ? total / double(divisor) : total);
-}
 
 // Launching
 
@@ -225,6 +44,14 @@ inline int64_t max_blocks(const DeviceContext& context, int threads) {
     return int64_t(multiprocessor_count(context)) * (kThreadsPerMultiprocessor / threads);
 }
 
+template <class S, bool has_softcap, class... Parameters, class... Arguments>
+void launch_row_blocks(void (*kernel)(Problem<S, has_softcap>, Parameters...),
+                       const DeviceContext& context, int64_t blocks,
+                       const Problem<S, has_softcap>& p, Arguments... arguments) {
+    if (p.rows == 0) return;
+    launch(kernel, context, std::min(p.rows, blocks), block_size_for<S>(p.vocab), p, arguments...);
+}
+
 // Short rows share a grid of max_blocks: to start a block costs as much as to read 1000 classes.
 // Long rows get a block each, else a multiprocessor would idle while the last blocks finish their
 // share.
@@ -232,10 +59,9 @@ template <class S, bool has_softcap, class... Parameters, class... Arguments>
 void launch_rows(void (*kernel)(Problem<S, has_softcap>, Parameters...),
                  const DeviceContext& context, const Problem<S, has_softcap>& p,
                  Arguments... arguments) {
-    if (p.rows == 0) return;
     const int threads = block_size_for<S>(p.vocab);
     const int64_t blocks = threads == kRowThreads ? p.rows : max_blocks(context, threads);
-    launch(kernel, context, std::min(p.rows, blocks), threads, p, arguments...);
+    launch_row_blocks(kernel, context, blocks, p, arguments...);
 }
 
 // Rows in shared memory
@@ -248,6 +74,14 @@ constexpr int kMaxClusterSize = 8;  // the largest that every device with cluste
 
 inline int64_t slice_bytes(int64_t row_bytes, int blocks_per_row) {
     return (row_bytes / kVectorBytes / blocks_per_row + 1 + kStateVectors) * kVectorBytes;
+}
+
+// Whether the vectors of every row lie as they do in new memory, which begins at a vector and has
+// no gaps between its rows.
+template <class S, bool has_softcap>
+bool lies_as_new_memory(const Problem<S, has_softcap>& p) {
+    return reinterpret_cast<uintptr_t>(p.logits) % kVectorBytes == 0 &&
+           (p.logits_stride - p.vocab) % kVectorSize<S> == 0;
 }
 
 // The size of the cluster that holds a row in shared memory, or 0 where the row is not held.
@@ -264,21 +98,22 @@ int blocks_per_row_in_shared(const Problem<S, has_softcap>& p, const Output<comp
     return largest == kMaxClusterSize && fits ? kMaxClusterSize : 0;
 }
 
+// Loss and gradient in one pass. Where g.first is null, the loss alone: with the same bits, which
+// forward_rows has not where it takes the sums of a cluster's row in another order.
 template <class S, bool has_softcap>
 void launch_forward_backward(const DeviceContext& context, const Problem<S, has_softcap>& p,
-                             const Output<compute_t<S>>& o, const compute_t<S>* divisor,
-                             bool divide_later, S* logits) {
-    const int blocks_per_row = p.rows == 0 ? 0 : blocks_per_row_in_shared(p, o, context);
+                             const Output<compute_t<S>>& o, const Gradient<S>& g,
+                             bool vectors_match) {
+    const bool may_hold = p.rows != 0 && vectors_match;
+    const int blocks_per_row = may_hold ? blocks_per_row_in_shared(p, o, context) : 0;
     if (blocks_per_row == 0) {
-        launch_rows(forward_backward_rows<S, has_softcap>, context, p, o, divisor, divide_later,
-                    logits);
+        launch_rows(forward_backward_rows<S, has_softcap>, context, p, o, g);
         return;
     }
     const int64_t clusters = std::min(p.rows, max_blocks(context, kRowThreads) / blocks_per_row);
     const int64_t shared_bytes = slice_bytes(p.vocab * int64_t(sizeof(S)), blocks_per_row);
     launch_clusters(forward_backward_rows_in_shared<S, has_softcap>, context,
-                    clusters * blocks_per_row, kRowThreads, blocks_per_row, shared_bytes, p, o,
-                    divisor, divide_later, logits);
+                    clusters * blocks_per_row, kRowThreads, blocks_per_row, shared_bytes, p, o, g);
 }
 
 template <class... Parameters, class... Arguments>
@@ -387,42 +222,88 @@ Output<compute_t<S>> output(const Results& r) {
             stats ? pointer<bool>(r.correct) : nullptr, stats ? pointer<T>(r.entropy) : nullptr};
 }
 
+// Where a forward writes.
+template <class T>
+struct Destination {
+    Output<T> rows;
+    T *total_weight, *loss;  // loss is null where rows are not reduced
+};
+
+template <class S>
+Destination<compute_t<S>> destination(const Results& r, bool reduced) {
+    using T = compute_t<S>;
+    return {output<S>(r), pointer<T>(r.total_weight), reduced ? pointer<T>(r.loss) : nullptr};
+}
+
 // The ops
 
+// Needed where the loss is reduced, and where sum_weights has not run.
 template <class S, bool has_softcap>
-void run_forward(const DeviceContext& context, const Problem<S, has_softcap>& p, const Inputs& in,
-                 const MaybeTensor& num_items, bool in_place, Results& r) {
+void launch_sum_losses(const DeviceContext& context, const Problem<S, has_softcap>& p,
+                       const Inputs& in, const MaybeTensor& num_items,
+                       const Destination<compute_t<S>>& to, bool divisor_known) {
     using T = compute_t<S>;
-    T* const total_weight = pointer<T>(r.total_weight);
-    const T* const items = pointer<const T>(num_items);
-    const bool mean = in.reduction == kReductionMean, reduced = in.reduction != kReductionNone;
-    const bool forms_gradient = in_place && p.vocab != 0;
-    if (forms_gradient) {
-        // In float16 a gradient divided by thousands of rows underflows, and a loss scale that
-        // multiplies it later cannot recover it. There the autograd formula divides after that,
-        // except by 0: this is done here, so that an ignored row's gradient of 0 does not become 0
-        // / 0.
-        const bool divide_later = std::is_same_v<S, __half>;
-        launch_one_block(sum_weights<S, has_softcap>, context, p, items, total_weight);
-        launch_forward_backward(context, p, output<S>(r), mean ? total_weight : nullptr,
-                                divide_later, pointer<S>(in.logits));
-    } else {
-        launch_rows(forward_rows<S, has_softcap>, context, p, output<S>(r));
-    }
-    if (reduced || !forms_gradient)
-        launch_one_block(sum_losses<S, has_softcap>, context, p, pointer<const T>(r.row_loss),
-                         items, forms_gradient, mean, total_weight,
-                         reduced ? pointer<T>(r.loss) : nullptr);
-    if (!reduced) r.loss = r.row_loss;
+    launch_one_block(sum_losses<S, has_softcap>, context, p, static_cast<const T*>(to.rows.loss),
+                     pointer<const T>(num_items), divisor_known, in.reduction == kReductionMean,
+                     to.total_weight, to.loss);
+}
+
+template <class S, bool has_softcap>
+void forward_alone(const DeviceContext& context, const Problem<S, has_softcap>& p, const Inputs& in,
+                   const MaybeTensor& num_items, const Destination<compute_t<S>>& to) {
+    launch_rows(forward_rows<S, has_softcap>, context, p, to.rows);
+    launch_sum_losses(context, p, in, num_items, to, false);
+}
+
+template <class S, bool has_softcap>
+void forward_in_place(const DeviceContext& context, const Problem<S, has_softcap>& p,
+                      const Inputs& in, const MaybeTensor& num_items,
+                      const Destination<compute_t<S>>& to) {
+    using T = compute_t<S>;
+    // In float16 a gradient divided by thousands of rows underflows, and a loss scale that
+    // multiplies it later cannot recover it. There the autograd formula divides after that, except
+    // by 0: this is done here, so that an ignored row's gradient of 0 does not become 0 / 0.
+    const Gradient<S> gradient = {
+        .first = pointer<S>(in.logits),
+        .stride = p.logits_stride,
+        .upstream = nullptr,
+        .divisor = in.reduction == kReductionMean ? to.total_weight : nullptr,
+        .divide_later = std::is_same_v<S, __half>,
+    };
+    launch_one_block(sum_weights<S, has_softcap>, context, p, pointer<const T>(num_items),
+                     to.total_weight, static_cast<const T*>(nullptr), static_cast<T*>(nullptr));
+    launch_forward_backward(context, p, to.rows, gradient, true);
+    if (to.loss) launch_sum_losses(context, p, in, num_items, to, true);
 }
 
 Results forward(const Inputs& in, const MaybeTensor& num_items, bool stats, bool in_place) {
     check_numbers("num_items", num_items, in.logits, 1);
     const DeviceContext context(in.logits);
+    const bool reduced = in.reduction != kReductionNone;
     Results r = new_results(in.logits, stats);
-    dispatch_problem(in,
-                     [&](const auto& p) { run_forward(context, p, in, num_items, in_place, r); });
+    dispatch_problem(in, [&]<class S, bool has_softcap>(const Problem<S, has_softcap>& p) {
+        const auto to = destination<S>(r, reduced);
+        if (in_place && p.vocab != 0) forward_in_place(context, p, in, num_items, to);
+        else forward_alone(context, p, in, num_items, to);
+    });
+    if (!reduced) r.loss = r.row_loss;
     return r;
+}
+
+// What nll_with_gradient keeps for nll_gradient_for_, in one tensor, which takes the host less time
+// than five: lse (N), lse_low (N), the losses of rows (N), the divisor of the mean, and the
+// upstream that the gradient was formed for.
+template <class T>
+struct Kept {
+    T *lse, *lse_low, *row_loss, *total_weight, *formed_for;
+};
+
+int64_t kept_size(int64_t rows) { return 3 * rows + 2; }
+
+template <class T>
+Kept<T> kept_numbers(const Tensor& kept, int64_t rows) {
+    T* const first = pointer<T>(kept);
+    return {first, first + rows, first + 2 * rows, first + 3 * rows, first + 3 * rows + 1};
 }
 
 // The schemas are copied from python/neglog/ops/nll/schema.py, which defines them.
@@ -486,9 +367,93 @@ Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const 
             per_row<T>(grad_loss), grad_lse ? per_row<T>(*grad_lse) : PerRow<T>{nullptr, 0},
             reduction == kReductionMean ? pointer<const T>(total_weight) : nullptr};
         launch_rows(backward_rows<S, has_softcap>, context, p, up, per_row<T>(lse),
-                    per_row<T>(lse_low), pointer<S>(out));
+                    per_row<T>(lse_low), Formed<T>{nullptr, nullptr}, pointer<S>(out));
     });
     return out;
+}
+
+// nll_with_gradient(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items,
+//                   Tensor? remembered, int reduction, SymInt ignore_index, float label_smoothing,
+//                   float logit_scale, float softcap, float z_loss, bool form)
+//     -> (Tensor loss, Tensor kept, Tensor gradient)
+std::tuple<Tensor, Tensor, Tensor> nll_with_gradient(const Tensor& logits, const Tensor& target,
+                                                     const MaybeTensor& weight,
+                                                     const MaybeTensor& num_items,
+                                                     const MaybeTensor& remembered,
+                                                     int64_t reduction, int64_t ignore_index,
+                                                     double label_smoothing, double logit_scale,
+                                                     double softcap, double z_loss, bool form) {
+    const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
+                               logit_scale, softcap, z_loss});
+    STD_TORCH_CHECK(reduction != kReductionNone, "reduction: expected mean or sum");
+    check_numbers("num_items", num_items, logits, 1);
+    check_numbers("remembered", remembered, logits, 1);
+    const DeviceContext context(logits);
+    const int64_t rows = logits.size(0), vocab = logits.size(1);
+    const bool forms = form && vocab != 0;
+    const Tensor loss = new_compute_tensor(logits, {});
+    const Tensor kept = new_compute_tensor(logits, {kept_size(rows)});
+    const Tensor gradient =
+        torch::stable::new_empty(logits, {form ? rows : 0, form ? vocab : 0}, logits.scalar_type());
+    dispatch_problem(in, [&]<class S, bool has_softcap>(const Problem<S, has_softcap>& p) {
+        using T = compute_t<S>;
+        const Kept<T> to = kept_numbers<T>(kept, rows);
+        const Output<T> out = {to.row_loss, to.lse, to.lse_low, nullptr, nullptr};
+        const Destination<T> all = {out, to.total_weight, pointer<T>(loss)};
+        Gradient<S> g = {};
+        if (forms) {
+            g = {
+                .first = pointer<S>(gradient),
+                .stride = vocab,
+                .upstream = to.formed_for,
+                .divisor = reduction == kReductionMean ? to.total_weight : nullptr,
+                .divide_later = false,  // the upstream is known, with a loss scale that is in it
+            };
+            launch_one_block(sum_weights<S, has_softcap>, context, p, pointer<const T>(num_items),
+                             to.total_weight, pointer<const T>(remembered), to.formed_for);
+        }
+        launch_forward_backward(context, p, out, g, lies_as_new_memory(p));
+        launch_sum_losses(context, p, in, num_items, all, forms);
+    });
+    return {loss, kept, gradient};
+}
+
+// nll_gradient_for_(Tensor(a!) gradient, Tensor grad_loss, Tensor kept, Tensor(b!)? remembered,
+//                   Tensor logits, Tensor target, Tensor? weight, int reduction,
+//                   SymInt ignore_index, float label_smoothing, float logit_scale, float softcap,
+//                   float z_loss, bool formed) -> ()
+void nll_gradient_for_(const Tensor& gradient, const Tensor& grad_loss, const Tensor& kept,
+                       const MaybeTensor& remembered, const Tensor& logits, const Tensor& target,
+                       const MaybeTensor& weight, int64_t reduction, int64_t ignore_index,
+                       double label_smoothing, double logit_scale, double softcap, double z_loss,
+                       bool formed) {
+    const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
+                               logit_scale, softcap, z_loss});
+    STD_TORCH_CHECK(reduction != kReductionNone, "reduction: expected mean or sum");
+    const int64_t rows = logits.size(0), vocab = logits.size(1);
+    check_device("gradient", gradient, logits);
+    STD_TORCH_CHECK(gradient.dim() == 2 && gradient.size(0) == rows && gradient.size(1) == vocab &&
+                        gradient.scalar_type() == logits.scalar_type() && gradient.is_contiguous(),
+                    "gradient: expected a contiguous tensor of the logits' shape and dtype");
+    check_numbers("kept", kept, logits, kept_size(rows));
+    STD_TORCH_CHECK(kept.dim() == 1 && kept.is_contiguous(), "kept: expected what was returned");
+    check_numbers("grad_loss", grad_loss, logits, 1);
+    check_numbers("remembered", remembered, logits, 1);
+    if (vocab == 0) return;
+    const DeviceContext context(logits);
+    dispatch_problem(in, [&]<class S, bool has_softcap>(const Problem<S, has_softcap>& p) {
+        using T = compute_t<S>;
+        const Kept<T> from = kept_numbers<T>(kept, rows);
+        const Upstream<T> up = {{pointer<const T>(grad_loss), 0},
+                                {nullptr, 0},
+                                reduction == kReductionMean ? from.total_weight : nullptr};
+        // Few blocks, because they nearly always have nothing to do.
+        launch_row_blocks(backward_rows<S, has_softcap>, context,
+                          max_blocks(context, block_size_for<S>(vocab)), p, up,
+                          PerRow<T>{from.lse, 1}, PerRow<T>{from.lse_low, 1},
+                          Formed<T>{formed ? from.formed_for : nullptr, pointer<T>(remembered)},
+                          pointer<S>(gradient));
+    });
 }
 
 // nll_scale_(Tensor(a!) grad, Tensor factor) -> ()
@@ -517,6 +482,8 @@ void nll_scale_(const Tensor& grad, const Tensor& factor) {
 NEGLOG_IMPL(m) {
     m.impl("nll", TORCH_BOX(&neglog::nll));
     m.impl("nll_backward", TORCH_BOX(&neglog::nll_backward));
+    m.impl("nll_with_gradient", TORCH_BOX(&neglog::nll_with_gradient));
+    m.impl("nll_gradient_for_", TORCH_BOX(&neglog::nll_gradient_for_));
     m.impl("nll_", TORCH_BOX(&neglog::nll_));
     m.impl("nll_scale_", TORCH_BOX(&neglog::nll_scale_));
 }

@@ -16,8 +16,8 @@
 //     large logits. Calls without these options skip the second pass.
 // (c) The gradient at the target is formed from expm1(log p): p - 1 would lose all digits as p
 //     nears 1.
-// (d) In place, a thread writes only elements that it has just read itself, after a barrier behind
-//     all other reads of the row.
+// (d) A gradient written in place: a thread writes only elements that it has just read itself,
+//     after a barrier behind all other reads of the row.
 
 #pragma once
 
@@ -120,6 +120,15 @@ template <class T>
 struct Upstream {
     PerRow<T> loss, lse;  // lse.first is null where nothing depends on the lse
     const T* divisor;     // of the loss's; null for 1
+};
+
+// The gradient that a forward forms, for one upstream of all rows: in new memory, or in place.
+template <class S>
+struct Gradient {
+    S* first;  // null where none is formed
+    int64_t stride;
+    const compute_t<S>*upstream, *divisor;  // null for 1
+    bool divide_later;                      // explained in forward_in_place
 };
 
 // The gradient of a row by its scores is, with [c = t] 1 at the target and 0 elsewhere,
@@ -322,7 +331,8 @@ __device__ double row_coefficient_sum(const Problem<S, has_softcap>& p, int64_t 
 }
 
 // `grad` and `grad_lse` are the upstream gradients of the row's loss and lse, `weight_sum` comes
-// from class_weight_sum.
+// from class_weight_sum. Products that are added are rounded, as they are in gradient_at: with an
+// fma in one kernel and none in another a gradient would have other bits where it is formed again.
 template <class S, bool has_softcap>
 __device__ GradientFactors<compute_t<S>> gradient_factors(const Problem<S, has_softcap>& p,
                                                           int64_t row, Lse<compute_t<S>> lse,
@@ -335,15 +345,16 @@ __device__ GradientFactors<compute_t<S>> gradient_factors(const Problem<S, has_s
     const double uniform_weight = p.probs                  ? grad
                                   : p.label_smoothing != 0 ? grad * p.smoothing_per_class
                                                            : 0;
-    double softmax_weight =
-        grad_lse + uniform_weight * (p.probs ? row_coefficient_sum(p, row) : weight_sum);
-    if (p.z_loss != 0) softmax_weight += grad * 2 * p.z_loss * w * lse.high;
+    const double coefficient_sum = p.probs ? row_coefficient_sum(p, row) : weight_sum;
+    double softmax_weight = grad_lse + rounded_product(uniform_weight, coefficient_sum);
+    if (p.z_loss != 0) softmax_weight += rounded_product(grad * 2 * p.z_loss * w, double(lse.high));
     if (p.probs) return {-1, T(0), T(exp_scale * softmax_weight), T(scale * uniform_weight)};
-    const double target_weight = grad * (1 - p.label_smoothing) * w;
+    const double target_weight = rounded_product(grad * (1 - p.label_smoothing), w);
     const T log_p = log_probability(target_z, lse);
-    const double target_gradient =
-        (softmax_weight * exp(log_p) + target_weight * expm1(log_p) - uniform_weight * w) *
-        p.to_score.slope(target_z);
+    const double target_gradient = (rounded_product(softmax_weight, double(exp(log_p))) +
+                                    rounded_product(target_weight, double(expm1(log_p))) -
+                                    rounded_product(uniform_weight, w)) *
+                                   p.to_score.slope(target_z);
     return {target_of(p, row), T(scale * target_gradient),
             T(exp_scale * (target_weight + softmax_weight)), T(scale * uniform_weight)};
 }
@@ -357,12 +368,12 @@ __device__ Elements<S, n> gradient_at(const Problem<S, has_softcap>& p, int64_t 
     T z[n], grad[n];
     to_scores(p.to_score, x, z);
 #pragma unroll
-    for (int i = 0; i < n; ++i) grad[i] = f.of_exp * exp_of<S>(z[i] - lse.high);
+    for (int i = 0; i < n; ++i) grad[i] = rounded_product(f.of_exp, exp_of<S>(z[i] - lse.high));
     if constexpr (has_uniform) {
         T a[n];
         coefficients(p, row, column, a);
 #pragma unroll
-        for (int i = 0; i < n; ++i) grad[i] -= f.of_coefficient * a[i];
+        for (int i = 0; i < n; ++i) grad[i] -= rounded_product(f.of_coefficient, a[i]);
     }
 #pragma unroll
     for (int i = 0; i < n; ++i) grad[i] *= p.to_score.slope(z[i]);

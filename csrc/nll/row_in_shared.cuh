@@ -1,6 +1,6 @@
-// A row of logits kept in shared memory, so that its gradient is written in place after a single
-// read of global memory. The row lies in the shared memory of one block, or in slices in that of
-// the blocks of a cluster (sm_90 and later).
+// A row of logits kept in shared memory, so that its gradient is written after a single read of
+// global memory. The row lies in the shared memory of one block, or in slices in that of the blocks
+// of a cluster (sm_90 and later).
 
 #pragma once
 
@@ -51,7 +51,8 @@ __device__ SoftmaxState<compute_t<S>> load_slice(const Problem<S, has_softcap>& 
     return state;
 }
 
-// Writes the gradient over the slice in global memory.
+// Writes the gradient of the slice. Vectors of the row `out` lie as those of the logits do; it may
+// be the row of logits itself.
 template <class S, bool has_softcap>
 __device__ void write_slice_gradient(const Problem<S, has_softcap>& p, int64_t row,
                                      const RowSlice& slice, const uint4* held,
@@ -64,7 +65,7 @@ __device__ void write_slice_gradient(const Problem<S, has_softcap>& p, int64_t r
         write_target_gradient<S, n>(f, column, out);
     }
     if (slice.edge < p.vocab) {
-        const auto x = load<S, 1>(out + slice.edge, true);
+        const auto x = load<S, 1>(logits_row(p, row) + slice.edge, true);
         store(out + slice.edge, gradient_at<false>(p, row, slice.edge, x, lse, f), true);
         write_target_gradient<S, 1>(f, slice.edge, out);
     }

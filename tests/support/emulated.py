@@ -57,7 +57,7 @@ def _compiled() -> Path:
 def operators() -> Any:
     """The ops, defined and loaded."""
     library = _compiled()
-    for op in (nll.forward, nll.backward, nll.in_place, nll.scale_in_place, *pairs.CUDA_TILE):
+    for op in (*nll.ON_CUDA, *pairs.CUDA_TILE):
         _definitions.define(op.schema)
     torch.ops.load_library(str(library))
     return torch.ops.neglog_emulated

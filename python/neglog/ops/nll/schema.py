@@ -5,6 +5,17 @@ neglog::nll_backward   gradient of the logits; itself differentiable, by formula
 neglog::nll_           as nll, and the gradient for an upstream of 1 is written over the logits
 neglog::nll_scale_     that gradient times the upstream, () or (N,); on CUDA alone
 
+On CUDA alone, for eager calls of one loss () without statistics:
+
+neglog::nll_with_gradient   the loss, and with `form` the gradient in new memory, for an upstream
+                            that is read on the device: `remembered`, or 1 where that is None
+neglog::nll_gradient_for_   the same gradient for `grad_loss`. Where it is `formed` for that already
+                            the kernel returns at once. `remembered` becomes grad_loss
+
+kept (3 N + 2) is for the backward: lse, lse_low, the rows' losses, total_weight, and the upstream
+that was read. The gradient is (0, 0) without `form`. On the CPU the host reads the upstream itself,
+and needs neither op.
+
 Shapes: logits (N, V), any row stride. target (N,) int64, or (N, V) probabilities of the logits'
 dtype. weight (V,) and num_items () in the accumulation dtype, float32 or for float64 logits
 float64. Returned: loss () or (N,), lse (N,), lse_low (N,), total_weight (); correct (N,) bool and
@@ -48,6 +59,19 @@ in_place = Op(
     "Tensor entropy)"
 )
 scale_in_place = Op("nll_scale_(Tensor(a!) grad, Tensor factor) -> ()")
+with_gradient = Op(
+    "nll_with_gradient(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, "
+    f"Tensor? remembered, {OPTIONS}, bool form) -> (Tensor loss, Tensor kept, Tensor gradient)",
+    compiled=False,
+)
+gradient_for = Op(
+    "nll_gradient_for_(Tensor(a!) gradient, Tensor grad_loss, Tensor kept, Tensor(b!)? remembered, "
+    f"Tensor logits, Tensor target, Tensor? weight, {OPTIONS}, bool formed) -> ()",
+    compiled=False,
+)
+
+# What csrc/nll/nll.cu implements.
+ON_CUDA = (forward, backward, in_place, scale_in_place, with_gradient, gradient_for)
 
 
 class Options(NamedTuple):

@@ -1,0 +1,220 @@
+// The kernels of nll: over rows (row.cuh, row_in_shared.cuh), and sums over all rows. nll.cu launches
+// them.
+
+#pragma once
+
+#include "nll/row_in_shared.cuh"
+
+namespace neglog {
+namespace {
+
+// Kernels over rows, one block to a row
+
+template <class S, bool has_softcap>
+__global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
+    forward_rows(Problem<S, has_softcap> p, Output<compute_t<S>> o) {
+    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) row_forward(p, o, row);
+}
+
+// What a gradient was formed for in the forward, and where to remember what it is wanted for.
+template <class T>
+struct Formed {
+    const T* upstream;  // null where `out` holds no gradient yet
+    T* remembered;      // null for nowhere
+};
+
+// Not NaN, and not 0 and -0, whose gradients differ in sign.
+template <class T>
+__device__ bool is_same_number(T a, T b) {
+    return a == b && signbit(a) == signbit(b);
+}
+
+// Nearly every call finds that `out` was formed for its upstream, and returns at once.
+template <class S, bool has_softcap>
+__global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
+    backward_rows(Problem<S, has_softcap> p, Upstream<compute_t<S>> up, PerRow<compute_t<S>> lse,
+                  PerRow<compute_t<S>> lse_low, Formed<compute_t<S>> formed, S* out) {
+    if (formed.remembered && blockIdx.x == 0 && threadIdx.x == 0) *formed.remembered = up.loss[0];
+    if (formed.upstream && is_same_number(*formed.upstream, up.loss[0])) return;
+    const double scale = up.divisor ? 1 / double(*up.divisor) : 1;
+    const double weight_sum = class_weight_sum(p);
+    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+        const double grad_lse = up.lse.first ? up.lse[row] : 0;
+        S* const out_row = out + row * p.vocab;
+        // Exactly zero, even where the logits are NaN.
+        if (is_ignored(p, row) && (grad_lse == 0 || !isfinite(lse[row]))) {
+            zero_row(out_row, p.vocab);
+            continue;
+        }
+        const Lse<compute_t<S>> saved = {lse[row], lse_low[row]};
+        const auto z = target_score_or_0(p, row);
+        const auto f =
+            gradient_factors(p, row, saved, z, up.loss[row] * scale, grad_lse, weight_sum);
+        row_gradient<kLoadsInFlight<S>>(p, row, saved, f, out_row);
+    }
+}
+
+// The upstream gradient of a row's loss, by the same operations as in backward_rows.
+template <class S>
+__device__ double row_upstream(const Gradient<S>& g) {
+    const double upstream = g.upstream ? double(*g.upstream) : 1;
+    const bool divides = g.divisor && !(g.divide_later && *g.divisor != 0);
+    return upstream * (divides ? 1 / double(*g.divisor) : 1);
+}
+
+template <class S, bool has_softcap>
+__global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
+    forward_backward_rows(Problem<S, has_softcap> p, Output<compute_t<S>> o, Gradient<S> g) {
+    const double upstream = row_upstream(g);
+    const double weight_sum = g.first ? class_weight_sum(p) : 0;
+    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+        const auto lse = row_forward(p, o, row);
+        if (!g.first) continue;
+        const auto z = target_score_or_0(p, row);
+        const auto f = gradient_factors(p, row, lse, z, upstream, 0, weight_sum);
+        __syncthreads();  // all threads have read row and target, which may now be overwritten
+        S* const out_row = g.first + row * g.stride;
+        if (is_ignored(p, row)) zero_row(out_row, p.vocab);
+        else row_gradient<kLoadsInFlightSecondPass>(p, row, lse, f, out_row);
+    }
+}
+
+// The same with the row in shared memory, one cluster to a row: for class targets, without label
+// smoothing and without statistics.
+template <class S, bool has_softcap>
+__global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
+    forward_backward_rows_in_shared(Problem<S, has_softcap> p, Output<compute_t<S>> o,
+                                    Gradient<S> g) {
+    using T = compute_t<S>;
+    NEGLOG_DYNAMIC_SHARED(shared);
+    const auto states = reinterpret_cast<SoftmaxState<T>*>(shared);
+    uint4* const held = shared + kStateVectors;
+    const double upstream = row_upstream(g);
+    const int64_t blocks_per_row = cluster_size();
+    int slot = 0;
+    for (int64_t row = blockIdx.x / blocks_per_row; row < p.rows;
+         row += gridDim.x / blocks_per_row) {
+        const S* const row_logits = logits_row(p, row);
+        S* const out_row = g.first ? g.first + row * g.stride : nullptr;
+        const RowSlice slice = slice_of<S>(row_logits, p.vocab);
+        const bool counted = !is_ignored(p, row);
+        Lse<T> lse = {0, 0};
+        double loss = 0;
+        if (counted) {
+            const T z = target_score(p, row);  // before the barriers: after them it is overwritten
+            const auto state =
+                block_reduce(load_slice<S>(p, row_logits, slice, held), MergeStates{});
+            lse = finish(cluster_reduce(state, states + slot));
+            slot = 1 - slot;
+            loss = row_loss(p, row, lse, z);
+            const auto f = gradient_factors(p, row, lse, z, upstream, 0, 0);
+            if (out_row) write_slice_gradient(p, row, slice, held, lse, f, out_row);
+        } else if (out_row) {
+            zero_slice(slice, p.vocab, out_row);
+        }
+        if (threadIdx.x == 0 && cluster_rank() == 0) {
+            o.loss[row] = T(loss);
+            o.lse[row] = lse.high;
+            o.lse_low[row] = lse.low;
+        }
+    }
+    cluster_sync();  // the shared memory of a block that ends is gone, and others may still read it
+}
+
+// Multiplies rows by their factors, in place. Rows whose factor is 1, as the upstream gradient
+// mostly is, are not read.
+template <class S>
+__global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
+    scale_rows(Problem<S, false> p, PerRow<compute_t<S>> factor, S* x) {
+    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+        const compute_t<S> row_factor = factor[row];
+        if (row_factor == 1) continue;
+        S* const to = x + row * p.logits_stride;
+        const S* const from = to;
+        const auto scale = [&]<int n>(int64_t column, const Elements<S, n>& v) {
+            compute_t<S> scaled[n];
+#pragma unroll
+            for (int i = 0; i < n; ++i) scaled[i] = widen(v.value[i]) * row_factor;
+            store(to + column, narrowed<S>(scaled), true);
+        };
+        for_each_in_row<kLoadsInFlight<S>>(from, p.vocab, scale);
+    }
+}
+
+// Sums over rows, by kernels of one block
+
+// Rows whose numbers a thread loads before it uses the first. One load after the other would take
+// an estimated 20 us of latency for 32768 rows.
+constexpr int kRowsInFlight = 8;
+
+// Calls use(read(row)) for each row, in a block-stride loop.
+template <class Read, class Use>
+__device__ void for_rows(int64_t rows, Read read, Use use) {
+    for (int64_t first = threadIdx.x; first < rows; first += kRowsInFlight * blockDim.x) {
+        decltype(read(first)) found[kRowsInFlight];
+#pragma unroll
+        for (int u = 0; u < kRowsInFlight; ++u)
+            if (first + u * blockDim.x < rows) found[u] = read(first + u * blockDim.x);
+#pragma unroll
+        for (int u = 0; u < kRowsInFlight; ++u)
+            if (first + u * blockDim.x < rows) use(found[u]);
+    }
+}
+
+template <class S, bool has_softcap>
+__device__ double total_weight_of(const Problem<S, has_softcap>& p) {
+    if (!p.target) return p.vocab ? double(p.rows) : double(NAN);
+    double sum = 0;
+    for_rows(
+        p.rows, [&](int64_t row) { return p.target[row * p.target_stride]; },
+        [&](int64_t target) {
+            if (target == p.ignore_index) return;
+            assert(target >= 0 && target < p.vocab);
+            sum += p.weight ? p.weight[target] : 1;
+        });
+    return block_sum(sum);
+}
+
+// The divisor of the mean. Where num_items is given the sum is still formed, for its check of
+// targets.
+template <class S, bool has_softcap>
+__device__ compute_t<S> divisor_of(const Problem<S, has_softcap>& p,
+                                   const compute_t<S>* num_items) {
+    const double total = total_weight_of(p);
+    return num_items ? *num_items : compute_t<S>(total);
+}
+
+// Runs before the rows where their gradients need the divisor. Copies the remembered upstream, null
+// for 1, to `formed_for` unless that is null: a backward on another stream may change it before the
+// rows are done, and all of them need one number.
+template <class S, bool has_softcap>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    sum_weights(Problem<S, has_softcap> p, const compute_t<S>* num_items,
+                compute_t<S>* total_weight, const compute_t<S>* remembered,
+                compute_t<S>* formed_for) {
+    const compute_t<S> divisor = divisor_of(p, num_items);
+    if (threadIdx.x != 0) return;
+    *total_weight = divisor;
+    if (formed_for) *formed_for = remembered ? *remembered : 1;
+}
+
+// Runs after the rows. Writes the loss unless its pointer is null, and total_weight unless
+// sum_weights has done it.
+template <class S, bool has_softcap>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    sum_losses(Problem<S, has_softcap> p, const compute_t<S>* row_loss,
+               const compute_t<S>* num_items, bool divisor_known, bool mean,
+               compute_t<S>* total_weight, compute_t<S>* loss) {
+    using T = compute_t<S>;
+    const T divisor = divisor_known ? *total_weight : divisor_of(p, num_items);
+    double sum = 0;
+    for_rows(
+        loss ? p.rows : 0, [&](int64_t row) { return row_loss[row]; }, [&](T one) { sum += one; });
+    const double total = block_sum(sum);
+    if (threadIdx.x != 0) return;
+    if (!divisor_known) *total_weight = divisor;
+    if (loss) *loss = T(mean ? total / double(divisor) : total);
+}
+
+}  // namespace
+}  // namespace neglog

@@ -1,0 +1,231 @@
+"""Loss and gradient in one pass, for an upstream that is remembered on the device: on a GPU and,
+emulated, on the CPU.
+
+The gradient must have the bits of nll_backward, whether it was formed in the forward or again.
+"""
+
+import pytest
+import torch
+
+from tests.csrc.test_nll import INF, NAN, ON_CHIP, SHAPES, problem, truth
+from tests.support.cuda_devices import GRADIENT, LOSS, MEAN, OPTIONS, SUM, off, real_of
+
+
+class Call:
+    """The two ops over one input, with their numbers on the device."""
+
+    def __init__(self, device, logits, target, weight, options=OPTIONS["plain"], reduction=MEAN):
+        self.ops, self.name = device.ops, device.name
+        self.logits, self.target, self.weight = logits, target, weight
+        self.values = (reduction, -100, *options)
+        self.real = real_of(logits.dtype)
+
+    def number(self, value):
+        return torch.tensor(value, dtype=self.real, device=self.name)
+
+    def forward(self, remembered=None, form=True, num_items=None):
+        given = (self.logits, self.target, self.weight, num_items, remembered)
+        loss, self.kept, gradient = self.ops.nll_with_gradient(*given, *self.values, form)
+        rows = len(self.logits)
+        self.lse, self.low, _ = self.kept[:-2].view(3, rows)
+        self.total, self.formed_for = self.kept[-2:]
+        return loss, gradient
+
+    def gradient_for(self, gradient, upstream, remembered=None, formed=True):
+        given = (gradient, upstream, self.kept, remembered, self.logits, self.target, self.weight)
+        self.ops.nll_gradient_for_(*given, *self.values, formed)
+
+    def by_two_passes(self, upstream):
+        given = (self.logits, self.target, self.weight, self.lse, self.low, self.total)
+        return self.ops.nll_backward(upstream, None, *given, *self.values, "")
+
+
+def equal(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# As in test_nll.py, which has the reasons. Two upstreams: one that is remembered, and none.
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bits_are_those_of_two_passes(device, dtype, shape, options, probabilities):
+    inputs = problem(shape, dtype, probabilities, device.name)
+    for reduction, upstream in ((MEAN, 0.7), (SUM, None)):
+        call = Call(device, *inputs, options, reduction)
+        remembered = None if upstream is None else call.number(upstream)
+        loss, gradient = call.forward(remembered)
+        one, lse, low, total, _, _ = device.ops.nll(*inputs, None, *call.values, False, "")
+        for found, expected in zip(
+            (loss, call.lse, call.low, call.total), (one, lse, low, total), strict=True
+        ):
+            equal(found, expected)
+        used = call.number(1.0) if remembered is None else remembered
+        equal(call.formed_for, used)
+        equal(gradient, call.by_two_passes(used))
+        name = {MEAN: "mean", SUM: "sum"}[reduction]
+        expected = truth(*inputs, options, reduction=name)
+        assert off(loss, expected.loss) <= LOSS[dtype]
+        assert off(gradient, expected.grad * float(used)) <= GRADIENT[dtype]
+
+
+# Rows in shared memory of one block and of clusters, and rows that are not held because they lie
+# at other places of a vector than the gradient's; blocks in order and in reverse.
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("row_bytes", ON_CHIP.values(), ids=ON_CHIP.keys())
+def test_rows_on_chip(device, dtype, row_bytes, reverse, held, monkeypatch):
+    if reverse:
+        monkeypatch.setenv("NEGLOG_REVERSED", "1")
+    vocab = row_bytes // dtype.itemsize + 5
+    given, target, weight = problem((4, vocab), dtype, False, device.name)
+    logits = given.contiguous() if held else given  # which has a stride of vocab + 3
+    logits[1] = NAN
+    logits[2, ::2] = -INF
+    target[:] = torch.tensor([vocab - 1, -100, 1, vocab // 2])
+    options = (0.0, *OPTIONS["all"][1:])
+    call = Call(device, logits, target, weight, options, SUM)
+    upstream = call.number(3.0)
+    loss, gradient = call.forward(upstream)
+    lse = call.lse.clone()
+    equal(gradient, call.by_two_passes(upstream))
+    assert not gradient[1].any()
+    expected = truth(logits, target, weight, options, reduction="sum")
+    assert off(loss, expected.loss) <= 10 * LOSS[dtype]
+    assert off(gradient, 3 * expected.grad) <= GRADIENT[dtype]
+    # The same bits where no gradient is formed, and those of nll but for the order of a cluster.
+    unformed, nothing = call.forward(upstream, form=False)
+    assert nothing.shape == (0, 0)
+    equal(unformed, loss)
+    equal(call.lse, lse)
+    if not held or row_bytes == ON_CHIP["one"]:
+        alone = device.ops.nll(logits, target, weight, None, *call.values, False, "")
+        equal((loss, lse), (alone[0], alone[1]))
+
+
+# Whole rows on chip, short rows, and rows that need a second pass.
+@pytest.mark.parametrize("kind", ["plain", "smoothing", "probabilities"])
+@pytest.mark.parametrize("shape", [(7, 31), (3, 9001)], ids=str)
+def test_another_upstream(device, dtype, shape, kind):
+    """It forms the gradient again, in the same memory; the one it was formed for writes nothing."""
+    inputs = problem(shape, dtype, kind == "probabilities", device.name)
+    call = Call(device, *inputs, OPTIONS.get(kind, OPTIONS["all"]))
+    remembered = call.number(0.5)
+    _, gradient = call.forward(remembered)
+    handed_over = gradient.clone()
+    gradient.fill_(7)
+    call.gradient_for(gradient, call.number(0.5), remembered)
+    assert bool((gradient == 7).all())
+    assert remembered == 0.5
+    for other in (2.0, -0.5, 0.0, 1e30, NAN):
+        gradient.fill_(7)
+        call.gradient_for(gradient, call.number(other), remembered)
+        equal(gradient, call.by_two_passes(call.number(other)))
+        equal(remembered, call.number(other))
+    # Formed for what is remembered now, whatever that is when the backward comes.
+    for upstream in (0.5, NAN):
+        remembered.fill_(upstream)
+        _, gradient = call.forward(remembered)
+        remembered.fill_(4.0)
+        equal(call.formed_for, call.number(upstream))
+        call.gradient_for(gradient, call.number(0.5))
+        equal(gradient, handed_over)
+        assert remembered == 4.0
+
+
+def test_zeros_of_both_signs_are_two_upstreams(device, dtype):
+    call = Call(device, *problem((2, 31), dtype, False, device.name))
+    _, gradient = call.forward(call.number(0.0))
+    call.gradient_for(gradient, call.number(-0.0))
+    assert torch.equal(gradient.signbit(), call.by_two_passes(call.number(-0.0)).signbit())
+
+
+def test_memory_that_holds_no_gradient_yet(device, dtype):
+    call = Call(device, *problem((7, 257), dtype, False, device.name))
+    upstream = call.number(1.0)
+    _, gradient = call.forward(upstream)
+    new = torch.full_like(gradient, 7)
+    call.gradient_for(new, upstream, formed=False)
+    equal(new, gradient)
+    call.forward(form=False)
+    again = torch.full_like(gradient, 7)
+    call.gradient_for(again, upstream, formed=False)
+    equal(again, gradient)
+
+
+def test_a_mean_over_a_number_that_is_given(device, dtype):
+    logits, target, weight = problem((7, 257), dtype, False, device.name)
+    call = Call(device, logits, target, weight)
+    items = call.number(40.0)
+    loss, gradient = call.forward(call.number(2.0), num_items=items)
+    expected = truth(logits, target, weight, OPTIONS["plain"], reduction="sum")
+    assert off(loss, expected.loss / 40) <= LOSS[dtype]
+    assert off(gradient, expected.grad / 20) <= GRADIENT[dtype]
+    call.gradient_for(gradient, call.number(1.0))
+    equal(gradient, call.by_two_passes(call.number(1.0)))
+    assert off(gradient, expected.grad / 40) <= GRADIENT[dtype]
+
+
+def test_a_loss_scale_reaches_float16_before_it_is_divided(device):
+    """4096 times 1e-4 / 4096: each alone is within float16, 1e-4 / 4096 is not."""
+    logits = torch.zeros(1, 10000, dtype=torch.float16, device=device.name)
+    call = Call(device, logits, torch.zeros(1, dtype=torch.int64, device=device.name), None)
+    _, gradient = call.forward(call.number(4096.0), num_items=call.number(4096.0))
+    assert off(gradient[0, 1:], torch.full((9999,), 1e-4, dtype=torch.float64)) <= 1e-6
+    assert bool(gradient.all())
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_nothing(device, probabilities):
+    """No rows, or rows without columns, whose memory has no address."""
+    for rows, vocab in ((0, 5), (3, 0), (0, 0)):
+        logits = torch.empty(rows, vocab, device=device.name)
+        target = torch.empty(rows, vocab) if probabilities else torch.full((rows,), -100)
+        call = Call(device, logits, target.to(device.name), None)
+        loss, gradient = call.forward(call.number(1.0))
+        expected = device.ops.nll(*(call.logits, call.target), None, None, *call.values, False, "")[
+            0
+        ]
+        equal(loss, expected)
+        assert gradient.shape == (rows, vocab)
+        call.gradient_for(gradient, call.number(2.0), call.number(1.0))
+
+
+def test_rows_that_are_all_ignored(device, dtype):
+    """A mean over nothing is NaN, and its gradient is 0."""
+    logits = torch.full((3, 31), NAN, dtype=dtype, device=device.name)
+    call = Call(device, logits, torch.full((3,), -100, device=device.name), None)
+    loss, gradient = call.forward(call.number(1.0))
+    assert loss.isnan()
+    assert not gradient.any()
+    gradient.fill_(7)
+    call.gradient_for(gradient, call.number(2.0))
+    assert not gradient.any()
+
+
+def test_columns_that_are_not_adjacent(device):
+    given, target, weight = problem((5, 257), torch.float32, False, device.name)
+    expected = Call(device, given.contiguous(), target, weight).forward()
+    call = Call(device, given.t().contiguous().t(), target, weight)
+    loss, gradient = call.forward()
+    equal((loss, gradient), expected)
+    call.gradient_for(gradient, call.number(2.0))
+    equal(gradient, 2 * expected[1])
+
+
+def test_what_does_not_fit_is_refused(device):
+    call = Call(device, *problem((7, 31), torch.float32, False, device.name))
+    _, gradient = call.forward()
+    one = call.number(1.0)
+    for wrong in (gradient[:6], gradient.double(), gradient.t().contiguous().t()):
+        with pytest.raises(RuntimeError, match="gradient: expected"):
+            call.gradient_for(wrong, one)
+    with pytest.raises(RuntimeError, match="grad_loss: expected"):
+        call.gradient_for(gradient, one.double())
+    with pytest.raises(RuntimeError, match="remembered: expected"):
+        call.forward(torch.ones(2, device=device.name))
+    call.kept = call.kept[:-1]
+    with pytest.raises(RuntimeError, match="kept: expected"):
+        call.gradient_for(gradient, one)
+    call.values = (0, *call.values[1:])
+    with pytest.raises(RuntimeError, match="reduction: expected"):
+        call.forward()
