@@ -77,7 +77,6 @@ using std::isfinite;
 using std::isnan;
 using std::log;
 using std::log1p;
-using std::signbit;
 using std::tanh;
 
 namespace neglog::emulated {

@@ -23,10 +23,11 @@ struct Formed {
     T* remembered;      // null for nowhere
 };
 
-// Not NaN, and not 0 and -0, whose gradients differ in sign.
+// An upstream of 0 is not remembered: -0 equals it, and its gradient has zeros of another sign. Nor
+// is one of inf or NaN, which a step brings that is then left out.
 template <class T>
-__device__ bool is_same_number(T a, T b) {
-    return a == b && signbit(a) == signbit(b);
+__device__ void remember(T upstream, T* remembered) {
+    if (isfinite(upstream) && upstream != 0) *remembered = upstream;
 }
 
 // Nearly every call finds that `out` was formed for its upstream, and returns at once.
@@ -34,8 +35,9 @@ template <class S, bool has_softcap>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
     backward_rows(Problem<S, has_softcap> p, Upstream<compute_t<S>> up, PerRow<compute_t<S>> lse,
                   PerRow<compute_t<S>> lse_low, Formed<compute_t<S>> formed, S* out) {
-    if (formed.remembered && blockIdx.x == 0 && threadIdx.x == 0) *formed.remembered = up.loss[0];
-    if (formed.upstream && is_same_number(*formed.upstream, up.loss[0])) return;
+    if (formed.remembered && blockIdx.x == 0 && threadIdx.x == 0)
+        remember(up.loss[0], formed.remembered);
+    if (formed.upstream && *formed.upstream == up.loss[0]) return;
     const double scale = up.divisor ? 1 / double(*up.divisor) : 1;
     const double weight_sum = class_weight_sum(p);
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {

@@ -21,8 +21,8 @@ class options:
     result depends on them, bit for bit.
 
     Args:
-        gradient: when `cross_entropy` and `masked_cross_entropy` form the gradient of logits on the
-            CPU, where their loss is one number.
+        gradient: when `cross_entropy` and `masked_cross_entropy` form the gradient of logits, where
+            their loss is one number.
             "remembered": in the forward, in one pass with the loss, for the upstream gradient that
             the last backward had; one with another forms it again. Not while forwards have no
             backward, as in an evaluation with grad mode on.

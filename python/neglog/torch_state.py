@@ -64,6 +64,11 @@ def eager_on_cpu(x: Tensor) -> bool:
     return x.is_cpu and not traced(x) and not transforming()
 
 
+def eager_on_cuda(x: Tensor) -> bool:
+    """The same of x in a GPU's memory."""
+    return x.is_cuda and not traced(x) and not transforming()
+
+
 def apply(function: type[Function], x: Tensor, *arguments: Any) -> Any:
     """function.apply(x, *arguments), a microsecond faster: without its search for tensors that
     outlive a transform of torch.func, unless x is one."""

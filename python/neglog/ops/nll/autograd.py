@@ -17,6 +17,13 @@ from neglog.ops.nll.schema import MEAN, NONE, Options
 ARGUMENTS = len(schema.forward.Arguments._fields)
 
 
+class Wanted(NamedTuple):
+    """Which gradients are."""
+
+    logits: bool
+    target: bool
+
+
 class Rows(NamedTuple):
     """Loss () or (N,); the rest by row, or None where no statistics were asked for."""
 

@@ -28,6 +28,13 @@ PATIENCE = 2
 KEPT = 256
 
 
+def forms(misses: int) -> bool:
+    """Whether a forward forms its gradient, after so many that had no backward of the upstream
+    expected."""
+    when = settings.gradient
+    return when == "forward" or (when == "remembered" and misses < PATIENCE)
+
+
 class Record:
     """Of calls that are alike: the last upstream, and the forwards since a backward that had the
     one expected."""
@@ -43,12 +50,11 @@ class Record:
 
     def forward(self) -> float | None:
         """Count a forward; the upstream to form its gradient for, or None."""
-        when = settings.gradient
-        forms = when == "forward" or (when == "remembered" and self.misses < PATIENCE)
+        expected = self.upstream if forms(self.misses) else None
         self.misses += 1
         if self.any_shape is not None and not self.began:
             self.any_shape.misses += 1
-        return self.upstream if forms else None
+        return expected
 
     def backward(self, upstream: float) -> None:
         if upstream == self.upstream:

@@ -10,7 +10,8 @@ On CUDA alone, for eager calls of one loss () without statistics:
 neglog::nll_with_gradient   the loss, and with `form` the gradient in new memory, for an upstream
                             that is read on the device: `remembered`, or 1 where that is None
 neglog::nll_gradient_for_   the same gradient for `grad_loss`. Where it is `formed` for that already
-                            the kernel returns at once. `remembered` becomes grad_loss
+                            the kernel returns at once. `remembered` becomes grad_loss, unless
+                            that is 0, inf or NaN
 
 kept (3 N + 2) is for the backward: lse, lse_low, the rows' losses, total_weight, and the upstream
 that was read. The gradient is (0, 0) without `form`. On the CPU the host reads the upstream itself,
