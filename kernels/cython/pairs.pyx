@@ -32,14 +32,14 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from block cimport (
-    Lse, LseState, block_softmax, block_sum, exp_nonpositive, log_probability, update,
+    Lse, LseState, block_softmax, block_sum, exp_nonpositive, log_probability, narrow_block, update,
+    widen_block,
 )
 from block_pairs cimport (
     block_exclude, block_exp_sum_of_columns, block_exp_sum_of_row_and_columns, block_flush_sums,
     block_maximum_of_columns, block_pair_gradient, block_pair_gradient_bounded, block_pair_scores,
     block_softplus, softplus,
 )
-from halves cimport narrow_block, widen_block
 
 cdef enum:
     FLOAT32 = 0

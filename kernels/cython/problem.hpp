@@ -1,0 +1,49 @@
+// What the kernels of nll are asked: the rows, their targets and options, and where results go.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace neglog {
+
+struct Problem {
+    int dtype;
+    ptrdiff_t rows, vocab;
+    const char* logits;
+    ptrdiff_t logits_stride;
+    const int64_t* target;
+    const char* probs;
+    ptrdiff_t probs_stride;
+    const void* weight;
+    int64_t ignore_index;
+    double label_smoothing, logit_scale, softcap, z_loss;
+    double weight_sum;  // over the vocabulary; the vocabulary's size without weights
+    int itemsize;
+};
+
+struct Output {
+    void* loss;
+    void* lse;
+    void* lse_low;
+    uint8_t* correct;
+    void* entropy;
+};
+
+struct Gradient {
+    char* out;
+    ptrdiff_t stride;
+    bool bypass_cache;  // it is larger than any cache, and does not lie over the logits
+};
+
+// The upstream of a backward: of row r's loss grad[r * grad_stride] * grad_scale, of its lse
+// grad_lse[r], or 0 without.
+struct Upstream {
+    const void* lse;
+    const void* lse_low;
+    const void* grad;
+    ptrdiff_t grad_stride;
+    double grad_scale;
+    const void* grad_lse;
+};
+
+}  // namespace neglog

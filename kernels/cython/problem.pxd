@@ -1,0 +1,38 @@
+"""What the kernels of nll are asked, from problem.hpp."""
+
+from libc.stdint cimport int64_t, uint8_t
+
+cdef extern from "problem.hpp" namespace "neglog" nogil:
+    cdef struct Problem:
+        int dtype
+        Py_ssize_t rows, vocab
+        const char* logits
+        Py_ssize_t logits_stride
+        const int64_t* target
+        const char* probs
+        Py_ssize_t probs_stride
+        const void* weight
+        int64_t ignore_index
+        double label_smoothing, logit_scale, softcap, z_loss
+        double weight_sum
+        int itemsize
+
+    cdef struct Output:
+        void* loss
+        void* lse
+        void* lse_low
+        uint8_t* correct
+        void* entropy
+
+    cdef struct Gradient:
+        char* out
+        Py_ssize_t stride
+        bint bypass_cache
+
+    cdef struct Upstream:
+        const void* lse
+        const void* lse_low
+        const void* grad
+        Py_ssize_t grad_stride
+        double grad_scale
+        const void* grad_lse

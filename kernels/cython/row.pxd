@@ -1,0 +1,11 @@
+"""One row of logits, from row.hpp."""
+
+from problem cimport Gradient, Output, Problem, Upstream
+
+cdef extern from "row.hpp" namespace "neglog" nogil:
+    void row_forward(const Problem& p, const Output& o, Py_ssize_t row)
+    void row_backward(const Problem& p, const Gradient& g, const Upstream& u, Py_ssize_t row)
+    void row_forward_backward(const Problem& p, const Output& o, const Gradient& g,
+                              double grad_scale, Py_ssize_t row)
+    double sum_in_order(const void* numbers, Py_ssize_t n, int dtype)
+    double sum_of_weights(const void* weight, Py_ssize_t n, int dtype)
