@@ -16,19 +16,39 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) row_forward(p, o, row);
 }
 
+// What forwards expect the upstream of their backward to be: that of the last one. After kPatience
+// backwards that had another than the one before them they expect nothing, and form no gradient,
+// until one has the same again.
+template <class T>
+struct Remembered {
+    T upstream, misses;
+};
+constexpr int kPatience = 2;
+
+// NaN for nothing.
+template <class T>
+__device__ T expected_upstream(const Remembered<T>& remembered) {
+    return remembered.misses < kPatience ? remembered.upstream : T(NAN);
+}
+
+// An upstream of 0 is not expected: -0 equals it, and its gradient has zeros of another sign. Nor
+// is one of inf or NaN, which a step brings that is then left out.
+template <class T>
+__device__ void remember(T upstream, Remembered<T>& remembered) {
+    if (upstream == remembered.upstream) {
+        remembered.misses = 0;
+        return;
+    }
+    remembered.misses += 1;
+    if (isfinite(upstream) && upstream != 0) remembered.upstream = upstream;
+}
+
 // What a gradient was formed for in the forward, and where to remember what it is wanted for.
 template <class T>
 struct Formed {
-    const T* upstream;  // null where `out` holds no gradient yet
-    T* remembered;      // null for nowhere
+    const T* upstream;          // null where `out` holds no gradient yet
+    Remembered<T>* remembered;  // null for nowhere
 };
-
-// An upstream of 0 is not remembered: -0 equals it, and its gradient has zeros of another sign. Nor
-// is one of inf or NaN, which a step brings that is then left out.
-template <class T>
-__device__ void remember(T upstream, T* remembered) {
-    if (isfinite(upstream) && upstream != 0) *remembered = upstream;
-}
 
 // Nearly every call finds that `out` was formed for its upstream, and returns at once.
 template <class S, bool has_softcap>
@@ -36,7 +56,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
     backward_rows(Problem<S, has_softcap> p, Upstream<compute_t<S>> up, PerRow<compute_t<S>> lse,
                   PerRow<compute_t<S>> lse_low, Formed<compute_t<S>> formed, S* out) {
     if (formed.remembered && blockIdx.x == 0 && threadIdx.x == 0)
-        remember(up.loss[0], formed.remembered);
+        remember(up.loss[0], *formed.remembered);
     if (formed.upstream && *formed.upstream == up.loss[0]) return;
     const double scale = up.divisor ? 1 / double(*up.divisor) : 1;
     const double weight_sum = class_weight_sum(p);
@@ -64,14 +84,20 @@ __device__ double row_upstream(const Gradient<S>& g) {
     return upstream * (divides ? 1 / double(*g.divisor) : 1);
 }
 
+template <class S>
+__device__ bool is_formed(const Gradient<S>& g) {
+    return g.first && !(g.upstream && isnan(*g.upstream));
+}
+
 template <class S, bool has_softcap>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
     forward_backward_rows(Problem<S, has_softcap> p, Output<compute_t<S>> o, Gradient<S> g) {
+    const bool forms = is_formed(g);
     const double upstream = row_upstream(g);
-    const double weight_sum = g.first ? class_weight_sum(p) : 0;
+    const double weight_sum = forms ? class_weight_sum(p) : 0;
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const auto lse = row_forward(p, o, row);
-        if (!g.first) continue;
+        if (!forms) continue;
         const auto z = target_score_or_0(p, row);
         const auto f = gradient_factors(p, row, lse, z, upstream, 0, weight_sum);
         __syncthreads();  // all threads have read row and target, which may now be overwritten
@@ -91,13 +117,14 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
     NEGLOG_DYNAMIC_SHARED(shared);
     const auto states = reinterpret_cast<SoftmaxState<T>*>(shared);
     uint4* const held = shared + kStateVectors;
+    const bool forms = is_formed(g);
     const double upstream = row_upstream(g);
     const int64_t blocks_per_row = cluster_size();
     int slot = 0;
     for (int64_t row = blockIdx.x / blocks_per_row; row < p.rows;
          row += gridDim.x / blocks_per_row) {
         const S* const row_logits = logits_row(p, row);
-        S* const out_row = g.first ? g.first + row * g.stride : nullptr;
+        S* const out_row = forms ? g.first + row * g.stride : nullptr;
         const RowSlice slice = slice_of<S>(row_logits, p.vocab);
         const bool counted = !is_ignored(p, row);
         Lse<T> lse = {0, 0};
@@ -186,18 +213,18 @@ __device__ compute_t<S> divisor_of(const Problem<S, has_softcap>& p,
     return num_items ? *num_items : compute_t<S>(total);
 }
 
-// Runs before the rows where their gradients need the divisor. Copies the remembered upstream, null
-// for 1, to `formed_for` unless that is null: a backward on another stream may change it before the
-// rows are done, and all of them need one number.
+// Runs before the rows where their gradients need the divisor. Writes the upstream expected, 1 where
+// `remembered` is null, to `formed_for` unless that is null: a backward on another stream may
+// change what is remembered before the rows are done, and all of them need one number.
 template <class S, bool has_softcap>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     sum_weights(Problem<S, has_softcap> p, const compute_t<S>* num_items,
-                compute_t<S>* total_weight, const compute_t<S>* remembered,
+                compute_t<S>* total_weight, const Remembered<compute_t<S>>* remembered,
                 compute_t<S>* formed_for) {
     const compute_t<S> divisor = divisor_of(p, num_items);
     if (threadIdx.x != 0) return;
     *total_weight = divisor;
-    if (formed_for) *formed_for = remembered ? *remembered : 1;
+    if (formed_for) *formed_for = remembered ? expected_upstream(*remembered) : 1;
 }
 
 // Runs after the rows. Writes the loss unless its pointer is null, and total_weight unless

@@ -271,7 +271,8 @@ void forward_in_place(const DeviceContext& context, const Problem<S, has_softcap
         .divide_later = std::is_same_v<S, __half>,
     };
     launch_one_block(sum_weights<S, has_softcap>, context, p, pointer<const T>(num_items),
-                     to.total_weight, static_cast<const T*>(nullptr), static_cast<T*>(nullptr));
+                     to.total_weight, static_cast<const Remembered<T>*>(nullptr),
+                     static_cast<T*>(nullptr));
     launch_forward_backward(context, p, to.rows, gradient, true);
     if (to.loss) launch_sum_losses(context, p, in, num_items, to, true);
 }
@@ -372,6 +373,13 @@ Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const 
     return out;
 }
 
+// Two adjacent numbers: an upstream, and misses.
+void check_remembered(const MaybeTensor& remembered, const Tensor& logits) {
+    check_numbers("remembered", remembered, logits, 2);
+    STD_TORCH_CHECK(!remembered || (remembered->dim() == 1 && remembered->is_contiguous()),
+                    "remembered: expected 2 adjacent numbers");
+}
+
 // nll_with_gradient(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items,
 //                   Tensor? remembered, int reduction, SymInt ignore_index, float label_smoothing,
 //                   float logit_scale, float softcap, float z_loss, bool form)
@@ -387,7 +395,7 @@ std::tuple<Tensor, Tensor, Tensor> nll_with_gradient(const Tensor& logits, const
                                logit_scale, softcap, z_loss});
     STD_TORCH_CHECK(reduction != kReductionNone, "reduction: expected mean or sum");
     check_numbers("num_items", num_items, logits, 1);
-    check_numbers("remembered", remembered, logits, 1);
+    check_remembered(remembered, logits);
     const DeviceContext context(logits);
     const int64_t rows = logits.size(0), vocab = logits.size(1);
     const bool forms = form && vocab != 0;
@@ -410,7 +418,8 @@ std::tuple<Tensor, Tensor, Tensor> nll_with_gradient(const Tensor& logits, const
                 .divide_later = false,  // the upstream is known, with a loss scale that is in it
             };
             launch_one_block(sum_weights<S, has_softcap>, context, p, pointer<const T>(num_items),
-                             to.total_weight, pointer<const T>(remembered), to.formed_for);
+                             to.total_weight, pointer<const Remembered<T>>(remembered),
+                             to.formed_for);
         }
         launch_forward_backward(context, p, out, g, lies_as_new_memory(p));
         launch_sum_losses(context, p, in, num_items, all, forms);
@@ -438,7 +447,7 @@ void nll_gradient_for_(const Tensor& gradient, const Tensor& grad_loss, const Te
     check_numbers("kept", kept, logits, kept_size(rows));
     STD_TORCH_CHECK(kept.dim() == 1 && kept.is_contiguous(), "kept: expected what was returned");
     check_numbers("grad_loss", grad_loss, logits, 1);
-    check_numbers("remembered", remembered, logits, 1);
+    check_remembered(remembered, logits);
     if (vocab == 0) return;
     const DeviceContext context(logits);
     dispatch_problem(in, [&]<class S, bool has_softcap>(const Problem<S, has_softcap>& p) {
@@ -448,11 +457,11 @@ void nll_gradient_for_(const Tensor& gradient, const Tensor& grad_loss, const Te
                                 {nullptr, 0},
                                 reduction == kReductionMean ? from.total_weight : nullptr};
         // Few blocks, because they nearly always have nothing to do.
-        launch_row_blocks(backward_rows<S, has_softcap>, context,
-                          max_blocks(context, block_size_for<S>(vocab)), p, up,
-                          PerRow<T>{from.lse, 1}, PerRow<T>{from.lse_low, 1},
-                          Formed<T>{formed ? from.formed_for : nullptr, pointer<T>(remembered)},
-                          pointer<S>(gradient));
+        launch_row_blocks(
+            backward_rows<S, has_softcap>, context, max_blocks(context, block_size_for<S>(vocab)),
+            p, up, PerRow<T>{from.lse, 1}, PerRow<T>{from.lse_low, 1},
+            Formed<T>{formed ? from.formed_for : nullptr, pointer<Remembered<T>>(remembered)},
+            pointer<S>(gradient));
     });
 }
 

@@ -127,7 +127,7 @@ template <class S>
 struct Gradient {
     S* first;  // null where none is formed
     int64_t stride;
-    const compute_t<S>*upstream, *divisor;  // null for 1
+    const compute_t<S>*upstream, *divisor;  // null for 1; upstream NaN where none is formed
     bool divide_later;                      // explained in forward_in_place
 };
 

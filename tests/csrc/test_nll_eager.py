@@ -58,9 +58,9 @@ def equal(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def only_record():
+def remembered_upstream():
     (record,) = eager_cuda._records.values()
-    return record
+    return float(record.remembered[0])
 
 
 @pytest.mark.parametrize("kind", ["indices", "weight", "probabilities"])
@@ -93,7 +93,7 @@ def test_it_is_formed_for_the_last_upstream(ops, inputs, upstream):
         equal(found, expected)
         assert found.data_ptr() == address
         equal(before, expected if step else by_two_passes(ops, *inputs)[1])
-        assert only_record().upstream == upstream
+        assert remembered_upstream() == upstream
 
 
 # None was a step's, and what it is for is left as it was.
@@ -103,7 +103,17 @@ def test_what_is_not_remembered(ops, inputs, upstream):
     gradient(loss_of(*inputs), logits, 4.0)
     found = gradient(loss_of(*inputs), logits, upstream)
     equal(found, by_two_passes(ops, *inputs, upstream)[1])
-    assert only_record().upstream == 4.0
+    assert remembered_upstream() == 4.0
+
+
+def test_upstreams_that_change_at_each_step(ops, inputs):
+    """None is expected any more, until one is that of the step before."""
+    logits, _ = inputs
+    for upstream, expects in ((2, 1), (3, 2), (4, None), (4, None), (4, 4)):
+        loss = loss_of(*inputs)
+        read = loss.grad_fn.kept[-1]
+        equal(read, torch.full_like(read, float("nan") if expects is None else expects))
+        equal(gradient(loss, logits, upstream), by_two_passes(ops, *inputs, upstream)[1])
 
 
 def test_a_second_backward(ops, inputs):
@@ -134,7 +144,7 @@ def test_two_forwards_before_their_backwards(ops, inputs, order):
     for which in order:
         upstream = (2.0, -3.0)[which]
         equal(gradient(losses[which], logits, upstream), by_two_passes(ops, *inputs, upstream)[1])
-    assert only_record().upstream == (2.0, -3.0)[order[-1]]
+    assert remembered_upstream() == (2.0, -3.0)[order[-1]]
 
 
 def test_forwards_without_a_backward_end_it(inputs):
@@ -241,7 +251,7 @@ def test_hooks_of_tensors_see_and_change_what_flows(ops, inputs):
         loss.register_hook(lambda upstream: 3 * upstream)
         x.register_hook(lambda grad: 2 * grad)
         equal(gradient(loss, logits), 2 * by_two_passes(ops, *inputs, 3.0)[1])
-    assert only_record().upstream == 3.0
+    assert remembered_upstream() == 3.0
 
 
 @pytest.mark.parametrize("changed", ["logits", "target", "weight"])
@@ -324,4 +334,4 @@ def test_the_losses_take_it(device, dtype, name):
         (loss.to(real_of(dtype)) * scale).backward()
         precision = {torch.bfloat16: 5e-3, torch.float16: 1e-3}.get(dtype, 1e-5)
         assert (x.grad.double() - wide.grad).norm() <= precision * wide.grad.norm()
-    assert only_record().upstream == scale
+    assert remembered_upstream() == scale

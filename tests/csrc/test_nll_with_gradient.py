@@ -4,8 +4,6 @@ emulated, on the CPU.
 The gradient must have the bits of nll_backward, whether it was formed in the forward or again.
 """
 
-import math
-
 import pytest
 import torch
 
@@ -24,6 +22,9 @@ class Call:
 
     def number(self, value):
         return torch.tensor(value, dtype=self.real, device=self.name)
+
+    def remembered(self, upstream, misses=0):
+        return torch.tensor([upstream, misses], dtype=self.real, device=self.name)
 
     def forward(self, remembered=None, form=True, num_items=None):
         given = (self.logits, self.target, self.weight, num_items, remembered)
@@ -54,14 +55,14 @@ def test_the_bits_are_those_of_two_passes(device, dtype, shape, options, probabi
     inputs = problem(shape, dtype, probabilities, device.name)
     for reduction, upstream in ((MEAN, 0.7), (SUM, None)):
         call = Call(device, *inputs, options, reduction)
-        remembered = None if upstream is None else call.number(upstream)
+        remembered = None if upstream is None else call.remembered(upstream)
         loss, gradient = call.forward(remembered)
         one, lse, low, total, _, _ = device.ops.nll(*inputs, None, *call.values, False, "")
         for found, expected in zip(
             (loss, call.lse, call.low, call.total), (one, lse, low, total), strict=True
         ):
             equal(found, expected)
-        used = call.number(1.0) if remembered is None else remembered
+        used = call.number(upstream or 1.0)
         equal(call.formed_for, used)
         equal(gradient, call.by_two_passes(used))
         name = {MEAN: "mean", SUM: "sum"}[reduction]
@@ -86,18 +87,22 @@ def test_rows_on_chip(device, dtype, row_bytes, reverse, held, monkeypatch):
     target[:] = torch.tensor([vocab - 1, -100, 1, vocab // 2])
     options = (0.0, *OPTIONS["all"][1:])
     call = Call(device, logits, target, weight, options, SUM)
-    upstream = call.number(3.0)
-    loss, gradient = call.forward(upstream)
+    remembered = call.remembered(3.0)
+    loss, gradient = call.forward(remembered)
     lse = call.lse.clone()
-    equal(gradient, call.by_two_passes(upstream))
+    equal(gradient, call.by_two_passes(call.number(3.0)))
     assert not gradient[1].any()
     expected = truth(logits, target, weight, options, reduction="sum")
     assert off(loss, expected.loss) <= 10 * LOSS[dtype]
     assert off(gradient, 3 * expected.grad) <= GRADIENT[dtype]
     # The same bits where no gradient is formed, and those of nll but for the order of a cluster.
-    unformed, nothing = call.forward(upstream, form=False)
+    unformed, nothing = call.forward(remembered, form=False)
     assert nothing.shape == (0, 0)
     equal(unformed, loss)
+    equal(call.lse, lse)
+    unexpected, _ = call.forward(call.remembered(3.0, misses=2))
+    assert call.formed_for.isnan()
+    equal(unexpected, loss)
     equal(call.lse, lse)
     if not held or row_bytes == ON_CHIP["one"]:
         alone = device.ops.nll(logits, target, weight, None, *call.values, False, "")
@@ -111,33 +116,46 @@ def test_another_upstream(device, dtype, shape, kind):
     """It forms the gradient again, in the same memory; the one it was formed for writes nothing."""
     inputs = problem(shape, dtype, kind == "probabilities", device.name)
     call = Call(device, *inputs, OPTIONS.get(kind, OPTIONS["all"]))
-    remembered = call.number(0.5)
+    remembered = call.remembered(0.5)
     _, gradient = call.forward(remembered)
     handed_over = gradient.clone()
     gradient.fill_(7)
     call.gradient_for(gradient, call.number(0.5), remembered)
     assert bool((gradient == 7).all())
-    assert remembered == 0.5
+    assert remembered.tolist() == [0.5, 0]
     for other in (0.0, -0.0, INF, NAN, 2.0, -0.5, 1e30):
         gradient.fill_(7)
-        call.gradient_for(gradient, call.number(other), remembered)
+        call.gradient_for(gradient, call.number(other))
         equal(gradient, call.by_two_passes(call.number(other)))
-        assert remembered == (other if other and math.isfinite(other) else 0.5)
     # Formed for what is remembered now, whatever that is when the backward comes.
-    for upstream in (0.5, NAN):
-        remembered.fill_(upstream)
-        _, gradient = call.forward(remembered)
-        remembered.fill_(4.0)
-        equal(call.formed_for, call.number(upstream))
-        call.gradient_for(gradient, call.number(0.5))
-        equal(gradient, handed_over)
-        assert remembered == 4.0
+    _, gradient = call.forward(remembered)
+    remembered.fill_(4)
+    call.gradient_for(gradient, call.number(0.5))
+    equal(gradient, handed_over)
+
+
+def test_what_is_remembered(device, dtype):
+    """Two misses end the forming, until an upstream is that of the one before it."""
+    call = Call(device, *problem((2, 31), dtype, False, device.name))
+    state = call.remembered(1.0)
+    steps = [  # what comes; what is remembered then
+        (1.0, (1, 0)), (2.0, (2, 1)), (2.0, (2, 0)), (0.5, (0.5, 1)), (INF, (0.5, 2)),
+        (0.5, (0.5, 0)), (0.0, (0.5, 1)), (NAN, (0.5, 2)), (4.0, (4, 3)), (8.0, (8, 4)),
+        (8.0, (8, 0)),
+    ]  # fmt: skip
+    for upstream, expected in steps:
+        before, misses = state.tolist()
+        _, gradient = call.forward(state)
+        equal(call.formed_for, call.number(before if misses < 2 else NAN))
+        call.gradient_for(gradient, call.number(upstream), state)
+        equal(gradient, call.by_two_passes(call.number(upstream)))
+        assert state.tolist() == list(expected)
 
 
 def test_memory_that_holds_no_gradient_yet(device, dtype):
     call = Call(device, *problem((7, 257), dtype, False, device.name))
     upstream = call.number(1.0)
-    _, gradient = call.forward(upstream)
+    _, gradient = call.forward()
     new = torch.full_like(gradient, 7)
     call.gradient_for(new, upstream, formed=False)
     equal(new, gradient)
@@ -151,7 +169,7 @@ def test_a_mean_over_a_number_that_is_given(device, dtype):
     logits, target, weight = problem((7, 257), dtype, False, device.name)
     call = Call(device, logits, target, weight)
     items = call.number(40.0)
-    loss, gradient = call.forward(call.number(2.0), num_items=items)
+    loss, gradient = call.forward(call.remembered(2.0), num_items=items)
     expected = truth(logits, target, weight, OPTIONS["plain"], reduction="sum")
     assert off(loss, expected.loss / 40) <= LOSS[dtype]
     assert off(gradient, expected.grad / 20) <= GRADIENT[dtype]
@@ -164,7 +182,7 @@ def test_a_loss_scale_reaches_float16_before_it_is_divided(device):
     """4096 times 1e-4 / 4096: each alone is within float16, 1e-4 / 4096 is not."""
     logits = torch.zeros(1, 10000, dtype=torch.float16, device=device.name)
     call = Call(device, logits, torch.zeros(1, dtype=torch.int64, device=device.name), None)
-    _, gradient = call.forward(call.number(4096.0), num_items=call.number(4096.0))
+    _, gradient = call.forward(call.remembered(4096.0), num_items=call.number(4096.0))
     assert off(gradient[0, 1:], torch.full((9999,), 1e-4, dtype=torch.float64)) <= 1e-6
     assert bool(gradient.all())
 
@@ -176,20 +194,20 @@ def test_nothing(device, probabilities):
         logits = torch.empty(rows, vocab, device=device.name)
         target = torch.empty(rows, vocab) if probabilities else torch.full((rows,), -100)
         call = Call(device, logits, target.to(device.name), None)
-        loss, gradient = call.forward(call.number(1.0))
+        loss, gradient = call.forward(call.remembered(1.0))
         expected = device.ops.nll(*(call.logits, call.target), None, None, *call.values, False, "")[
             0
         ]
         equal(loss, expected)
         assert gradient.shape == (rows, vocab)
-        call.gradient_for(gradient, call.number(2.0), call.number(1.0))
+        call.gradient_for(gradient, call.number(2.0), call.remembered(1.0))
 
 
 def test_rows_that_are_all_ignored(device, dtype):
     """A mean over nothing is NaN, and its gradient is 0."""
     logits = torch.full((3, 31), NAN, dtype=dtype, device=device.name)
     call = Call(device, logits, torch.full((3,), -100, device=device.name), None)
-    loss, gradient = call.forward(call.number(1.0))
+    loss, gradient = call.forward()
     assert loss.isnan()
     assert not gradient.any()
     gradient.fill_(7)
@@ -216,8 +234,9 @@ def test_what_does_not_fit_is_refused(device):
             call.gradient_for(wrong, one)
     with pytest.raises(RuntimeError, match="grad_loss: expected"):
         call.gradient_for(gradient, one.double())
-    with pytest.raises(RuntimeError, match="remembered: expected"):
-        call.forward(torch.ones(2, device=device.name))
+    for wrong in (one, torch.ones(3, device=device.name), torch.ones(4, device=device.name)[::2]):
+        with pytest.raises(RuntimeError, match="remembered: expected"):
+            call.forward(wrong)
     call.kept = call.kept[:-1]
     with pytest.raises(RuntimeError, match="kept: expected"):
         call.gradient_for(gradient, one)

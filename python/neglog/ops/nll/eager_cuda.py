@@ -3,7 +3,8 @@ pass, for the upstream of the last backward, as on the CPU (remembered.py).
 
 But here that number lies on the device, and the host never waits for it. The forward reads it
 there, and keeps which number it read. The backward compares that with its own upstream on the
-device, and where they differ forms the gradient again, in the same memory.
+device, and where they differ forms the gradient again, in the same memory. Of backwards whose
+upstreams differ the device keeps count, of forwards without a backward the host.
 
 So nothing depends on when the remembered number is written, nor on which stream: whatever a forward
 reads, the gradient is right. It is never freed, because CUDA graphs that were captured with its
@@ -45,14 +46,15 @@ def nll(
 
 
 class Record:
-    """Of calls that are alike: the last upstream, on the device, and the forwards since the last
-    backward, on the host. It does not know whether that one had the upstream expected."""
+    """Of calls that are alike: what the device remembers of upstreams (schema.py), and the forwards
+    since the last backward."""
 
-    __slots__ = ("misses", "upstream")
+    __slots__ = ("misses", "remembered")
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.misses = 0
-        self.upstream = torch.ones((), dtype=dtype, device=device)
+        self.remembered = torch.zeros(2, dtype=dtype, device=device)
+        self.remembered[0].fill_(1)
 
 
 _records: dict[tuple[torch.device, torch.dtype, int], Record] = {}
@@ -80,12 +82,12 @@ class CudaNLL(Function):
         if not torch_state.saved_tensors_hooked():
             ctx.record = _record(logits, options.reduction)
             forms = remembered.forms(ctx.record.misses if ctx.record else 0)
-        upstream = None
+        on_device = None
         if ctx.record is not None:
             ctx.record.misses += 1
-            upstream = ctx.record.upstream
+            on_device = ctx.record.remembered
         loss, ctx.kept, formed = ops.nll_with_gradient.default(
-            logits, target, weight, num_items, upstream, *options, forms
+            logits, target, weight, num_items, on_device, *options, forms
         )
         ctx.formed = formed if forms else None
         return loss
@@ -98,13 +100,13 @@ class CudaNLL(Function):
             ctx.wanted = Wanted(True, False)
             return gradients(ctx, grad_loss, None, _kept(ctx, tensors))["logits"], None
         availability.ran("nll_backward", "cuda")
-        upstream = None
+        on_device = None
         if ctx.record is not None:
-            ctx.record.misses, upstream = 0, ctx.record.upstream
+            ctx.record.misses, on_device = 0, ctx.record.remembered
         # What was handed over is the user's: a second backward has memory of its own.
         gradient = _new_gradient(tensors[0]) if formed is None else formed
         ops.nll_gradient_for_.default(
-            gradient, grad_loss, ctx.kept, upstream, *tensors, *ctx.options, formed is not None
+            gradient, grad_loss, ctx.kept, on_device, *tensors, *ctx.options, formed is not None
         )
         return gradient, None
 

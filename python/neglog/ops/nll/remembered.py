@@ -24,7 +24,7 @@ import torch
 
 from neglog import settings
 
-PATIENCE = 2
+PATIENCE = 2  # as csrc/nll/kernels.cuh has it
 KEPT = 256
 
 

@@ -7,15 +7,16 @@ neglog::nll_scale_     that gradient times the upstream, () or (N,); on CUDA alo
 
 On CUDA alone, for eager calls of one loss () without statistics:
 
-neglog::nll_with_gradient   the loss, and with `form` the gradient in new memory, for an upstream
-                            that is read on the device: `remembered`, or 1 where that is None
+neglog::nll_with_gradient   the loss, and with `form` the gradient in new memory, for the upstream
+                            that `remembered` expects, 1 where that is None
 neglog::nll_gradient_for_   the same gradient for `grad_loss`. Where it is `formed` for that already
-                            the kernel returns at once. `remembered` becomes grad_loss, unless
-                            that is 0, inf or NaN
+                            the kernel returns at once. `remembered` learns of grad_loss
 
-kept (3 N + 2) is for the backward: lse, lse_low, the rows' losses, total_weight, and the upstream
-that was read. The gradient is (0, 0) without `form`. On the CPU the host reads the upstream itself,
-and needs neither op.
+remembered (2,) lies on the device: the last upstream that was finite and not 0, and how many came
+since that were none of the one before them. From 2 on no upstream is expected and no gradient
+formed, though it has memory. kept (3 N + 2) is for the backward: lse, lse_low, the rows' losses,
+total_weight, and the upstream of the gradient, NaN for none. The gradient is (0, 0) without `form`.
+On the CPU the host reads the upstream itself, and needs neither op.
 
 Shapes: logits (N, V), any row stride. target (N,) int64, or (N, V) probabilities of the logits'
 dtype. weight (V,) and num_items () in the accumulation dtype, float32 or for float64 logits
