@@ -64,7 +64,7 @@ def test_each_with_restores_what_was_before():
 
 
 def test_bad_values():
-    with pytest.raises(ValueError, match="gradient: expected one of 'remembered', .* got 'never'"):
+    with pytest.raises(ValueError, match=r"gradient: expected one of 'remembered', .* got 'never'"):
         neglog.options(gradient="never")
     with pytest.raises(TypeError, match="gradient: expected a str, got bool"):
         neglog.options(gradient=True)

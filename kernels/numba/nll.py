@@ -11,6 +11,7 @@ Read nll.pyx first: its formulas and notes hold here. How threads share the rows
 
 from __future__ import annotations
 
+import ctypes
 from math import expm1, inf, isfinite, isnan, nan
 from typing import NamedTuple
 
@@ -543,3 +544,29 @@ def forward_backward(
     g = Gradient(out, out_stride, 0, 0, float(grad_scale), 0)
     o = Output(loss, lse, lse_low, correct, entropy)
     return call_with_threads(threads, run_serial, run_parallel, p, o, g)
+
+
+def loss_and_gradient(
+    dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
+    probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
+    softcap: float, z_loss: float, row_loss: int, lse: int, lse_low: int, correct: int,
+    entropy: int, mean: bool, num_items: float | None, upstream: float, loss: int, out: int,
+    out_stride: int, threads: int,
+) -> float:  # fmt: skip
+    """total_weight and forward_backward of a loss that is one number, which is written to `loss`.
+
+    Return the divisor of its mean. The gradient is that of upstream / divisor.
+    """
+    weights = total_weight(rows, vocab, target, probs, weight, ignore_index, dtype)
+    real = type(_zero_of(dtype))
+    with np.errstate(all="ignore"):
+        divisor = np.float64(real(weights) if num_items is None else num_items) + 0.0  # not -0
+        total = np.float64(forward_backward(
+            dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
+            ignore_index, label_smoothing, logit_scale, softcap, z_loss, row_loss, lse, lse_low,
+            correct, entropy, upstream * (1 / divisor) if mean else upstream, out, out_stride,
+            threads,
+        ))  # fmt: skip
+        value = real(total / divisor if mean else total)
+    ctypes.memmove(loss, value.tobytes(), value.itemsize)
+    return float(divisor)

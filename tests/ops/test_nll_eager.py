@@ -4,7 +4,9 @@ What is handed over must be, bit for bit, what two passes give; and where the ba
 the usual, it must not be handed over at all.
 """
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -13,7 +15,6 @@ import torch.utils.checkpoint
 
 import neglog
 from neglog import dispatch
-from neglog.kernels.memory import LARGE
 from neglog.ops.nll import cpu, remembered, schema
 from neglog.ops.nll.eager import nll
 from neglog.ops.nll.schema import MEAN, NONE, SUM, Options
@@ -24,7 +25,7 @@ PLAIN = Options(MEAN, -100, 0.0, 1.0, 0.0, 0.0)
 ALL = Options(SUM, -100, 0.2, 0.7, 5.0, 0.1)
 # One thread, and several with kept memory for the gradient.
 SHAPES = [(6, 40), (1100, 1000)]
-# What a loss may be multiplied with. Of 0 and -0, which are equal, the zeros of the gradient differ.
+# What a loss may be multiplied with. 0 and -0 are equal, and the zeros of their gradients are not.
 UPSTREAMS = [1.0, 1 / 3, 65536.0, 0.0, -0.0, math.inf, math.nan]
 
 
@@ -46,8 +47,8 @@ def by_two_passes(logits, target, options=PLAIN, weight=None, backend="", upstre
     """Loss and gradient by a forward and a backward."""
     given = (logits.detach(), target, weight)
     out = cpu.forward(schema.forward.Arguments(*given, None, *options, True, backend))
-    upstream = torch.tensor(upstream, dtype=out.lse.dtype)
-    kept = (out.lse, out.lse_low, out.total_weight())
+    upstream = torch.tensor(upstream, dtype=out.lses.dtype)
+    kept = (*cpu.lse_and_low(out.lses, len(target)), out.total_weight())
     arguments = schema.backward.Arguments(upstream, None, *given, *kept, *options, backend)
     return out.loss(options.reduction), cpu.backward(arguments, out.divisor)
 
@@ -260,13 +261,24 @@ def test_nothing_is_formed_where_hooks_take_the_logits_away(shape):
     assert set(seen) == {None}
 
 
-def test_a_loss_that_dies_frees_what_was_formed():
-    logits, target = tensors(SHAPES[1])
-    assert logits.nbytes >= LARGE
-    first = loss_of(logits, target)
-    address = first.grad_fn.formed.data_ptr()
-    del first
-    assert loss_of(logits, target).grad_fn.formed.data_ptr() == address
+# Each form of the forward. An object that knows its owner dies at a garbage collection alone.
+@pytest.mark.parametrize("reduction", [NONE, MEAN])
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("formed", ["forward", "backward"])
+def test_a_loss_that_dies_frees_what_it_kept(reduction, stats, formed):
+    logits, target = tensors()
+    x, options = logits * 1, PLAIN._replace(reduction=reduction)
+    gc.disable()
+    try:
+        with neglog.options(gradient=formed):
+            made = nll(x, target, None, None, options, stats, "")
+        kept = [made.loss.grad_fn.formed, made.loss.grad_fn.lses, x]
+        assert (kept[0] is None) == (formed == "backward" or reduction == NONE)
+        alive = [weakref.ref(tensor) for tensor in kept if tensor is not None]
+        del made, kept, x
+        assert [tensor() for tensor in alive] == [None] * len(alive)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "masked_cross_entropy"])

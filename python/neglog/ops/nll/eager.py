@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from neglog import availability, torch_state
+from neglog.ops.dtypes import number
 from neglog.ops.memory import aligned
 from neglog.ops.nll import cpu, eager_cuda, remembered, schema
 from neglog.ops.nll.autograd import Rows, Wanted, gradients
@@ -40,21 +41,28 @@ class EagerNLL(Function):
         logits, target, (weight, num_items, options, stats, backend, learns) = inputs
         ctx.save_for_backward(logits, target, weight)
         ctx.options, ctx.backend = options, backend
-        ctx.formed = ctx.upstream = None
         ctx.record = _record(ctx, logits) if learns else None
-        if ctx.record is not None:
-            ctx.upstream = ctx.record.forward()
-            if ctx.upstream is not None:
-                ctx.formed = cpu.new_gradient_of(logits)
-        given = (logits, target, weight, num_items, *options, stats, backend)
-        ctx.out = cpu.forward(schema.forward.Arguments(*given), ctx.formed, ctx.upstream)
-        loss = ctx.out.loss(options.reduction)
+        ctx.upstream = None if ctx.record is None else ctx.record.forward()
+        ctx.formed = None if ctx.upstream is None else cpu.new_gradient_of(logits)
+        given = (logits, target, weight, num_items)
+        out: Any
+        if ctx.formed is None:
+            out = cpu.forward(schema.forward.Arguments(*given, *options, stats, backend))
+            loss = out.loss(options.reduction)
+        else:
+            out = cpu.forward_with_gradient(
+                *given, options, stats, backend, ctx.upstream, ctx.formed
+            )
+            loss = out.loss
+        # Never the loss, whose grad_fn this is: it would live until the next garbage collection.
+        ctx.lses, ctx.divisor = out.lses, out.divisor
         if not stats:
             return loss
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(ctx.out.correct, ctx.out.entropy)
+        ctx.mark_non_differentiable(out.correct, out.entropy)
         # A copy: what the user does to it must not reach the backward.
-        return loss, ctx.out.lse.clone(), ctx.out.correct, ctx.out.entropy
+        lse = cpu.lse_and_low(out.lses, len(logits))[0].clone()
+        return loss, lse, out.correct, out.entropy
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Any, grad_lse: Any = None, *undefined: Any) -> Any:
@@ -78,7 +86,7 @@ class EagerNLL(Function):
                 return formed, None, None
         kept = _kept(ctx, tensors).values()
         given = schema.backward.Arguments(grad_loss, grad_lse, *kept, *ctx.options, ctx.backend)
-        return cpu.backward(given, ctx.out.divisor, formed), None, None
+        return cpu.backward(given, ctx.divisor, formed), None, None
 
 
 def _record(ctx: Any, logits: Tensor) -> remembered.Record | None:
@@ -93,6 +101,9 @@ def _record(ctx: Any, logits: Tensor) -> remembered.Record | None:
 
 def _kept(ctx: Any, tensors: tuple) -> dict[str, Any]:
     """What the backward of the op neglog::nll takes from its forward."""
-    out = ctx.out
-    names = ("logits", "target", "weight", "lse", "lse_low", "total_weight")
-    return dict(zip(names, (*tensors, out.lse, out.lse_low, out.total_weight()), strict=True))
+    logits, target, weight = tensors
+    lse, lse_low = cpu.lse_and_low(ctx.lses, len(logits))
+    return {
+        "logits": logits, "target": target, "weight": weight, "lse": lse, "lse_low": lse_low,
+        "total_weight": number(ctx.divisor, lse.dtype),
+    }  # fmt: skip
