@@ -1,7 +1,8 @@
 """The fastest GEMM for a tile of logits on this machine.
 
 Three products make a linear cross-entropy: the logits x W^T, and of their gradient S the products
-S W and S^T x. Two things are measured, each at its first use:
+S W and S^T x. Two things are measured, each at its first use under one setting of torch's for
+float32 products:
 
 (a) `torch.mm` gives float32 to MKL, which is not at its best on every processor; oneDNN, which
     torch ships too, is reached by the op that torch.compile uses, and is fastest on tiles of some
@@ -10,6 +11,9 @@ S W and S^T x. Two things are measured, each at its first use:
 (b) A CPU without instructions for 16-bit products makes them 6 to 180 times slower than float32's
     (Zen 3: 17, 0.7 and 5 GFLOP/s for the three products, 105 to 135 in float32). There a tile is
     float32, and what is multiplied is widened some rows at a time: `tile_dtype`.
+
+Both libraries multiply float32 in fewer bits exactly where torch.mm does: where torch's switches
+allow it (`float32_precision`) and the CPU has such products.
 """
 
 from __future__ import annotations
@@ -111,6 +115,9 @@ def _may_use_onednn(x: Tensor, logits: Tensor) -> bool:
     fixed = _fixed_matmul()
     if x.dtype != torch.float32 or not x.is_cpu or logits.numel() * x.shape[1] < SMALL_PRODUCT:
         return False
+    # Without oneDNN torch.mm has no bfloat16 product, whatever the switches say.
+    if not torch.backends.mkldnn.enabled:
+        return False
     # A choice by measurement may differ in the next process, and with it the last bits.
     return fixed is None and not torch.are_deterministic_algorithms_enabled()
 
@@ -182,7 +189,9 @@ def _accumulate(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
 def _multiply_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b on the CPU, which rounds it to the dtype of a and b; a sum over rows may be beyond
     float16's 65504. Into memory of its own: autocast would round the float32 product too."""
-    wide = dtype if a.dtype == torch.float16 else a.dtype
+    wide = a.dtype
+    if wide == torch.float16:  # whose digits a float32 product in bfloat16 would lose
+        wide = torch.float64 if float32_precision() == "bf16" else dtype
     return torch.mm(a.to(wide), b.to(wide), out=a.new_empty(a.shape[0], b.shape[1], dtype=wide))
 
 
@@ -201,25 +210,58 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 # The choice between them
 
 
+def float32_precision() -> str:
+    """In what torch.mm may multiply float32 on the CPU: "bf16" or "tf32" where a switch allows it,
+    as set_float32_matmul_precision("medium") does; else "ieee" or "none".
+
+    torch.backends.mkldnn.matmul.fp32_precision, in a tenth of its 2 microseconds.
+    """
+    return torch._C._get_fp32_precision_getter("mkldnn", "matmul")
+
+
 @cache
+def _measured(probe: Callable[..., Any], precision: str, *arguments: Any) -> Any:
+    """What a probe finds under one setting of the switches: under another it may be slower, or have
+    fewer digits than torch.mm."""
+    return probe(*arguments)
+
+
 def fastest_linear() -> Callable[..., None]:
     """What makes logits fastest here, by a measurement."""
+    return _measured(_probe_linear, float32_precision())
+
+
+def _probe_linear() -> Callable[..., None]:
     x, weight = _random(PROBE_ROWS, PROBE_FEATURES), _random(PROBE_VOCAB, PROBE_FEATURES)
     out = x.new_empty(PROBE_ROWS, PROBE_VOCAB)
     return _faster((linear_by_blas, linear_by_onednn), (x, weight, None, out), out)
 
 
-@cache
 def fastest_add_outer() -> Callable[..., None]:
     """What adds to a weight's gradient fastest here, by a measurement."""
+    return _measured(_probe_add_outer, float32_precision())
+
+
+def _probe_add_outer() -> Callable[..., None]:
     s, x = _random(PROBE_ROWS, PROBE_VOCAB), _random(PROBE_ROWS, PROBE_FEATURES)
     out = x.new_zeros(PROBE_VOCAB, PROBE_FEATURES)
     return _faster((add_outer_by_blas, add_outer_by_onednn), (s, x, out, True), out)
 
 
-@cache
 def float32_is_faster(dtype: torch.dtype) -> bool:
     """Whether three 16-bit products took less time through float32 when they were tried."""
+    precision = float32_precision()
+    if dtype == torch.float16 and precision == "bf16":  # as in _multiply_wide
+        return False
+    return _measured(_probe_float32, precision, dtype)
+
+
+# As torch.compiler.assume_constant_result does it, which imports torch's compiler: the answer is a
+# constant of a graph, which cannot hold the measurement.
+float32_is_faster._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _probe_float32(dtype: torch.dtype) -> bool:
     # The first use may come while torch traces or transforms a function. The modes that do so
     # belong to a thread, and a new one has none.
     with ThreadPoolExecutor(1) as alone:
