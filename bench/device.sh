@@ -1,8 +1,11 @@
 #!/bin/sh
 # One call on a bare GPU machine with Python, torch (CUDA), pytest, nvcc and a C++ compiler, under 9
-# minutes: install with the kernels for this GPU, run the tests of the CUDA ops on it, measure, run
-# compute-sanitizer over small shapes. Table and goals come last; $OUT (build/device by default) gets
-# device.json and the logs. What an earlier step leaves of the 9 minutes the later ones have.
+# minutes: install with the kernels for this GPU, check each loss once, run the tests of the CUDA ops
+# on it, measure, run compute-sanitizer over small shapes. Table and goals come last; $OUT
+# (build/device by default) gets device.json and the logs. What an earlier step leaves of the 9
+# minutes the later ones have.
+#
+# SITE: a folder where neglog is installed already, with the kernels for this GPU; nothing is built.
 #
 # The same tests run on the CPU, emulated: python -m pytest tests/csrc
 set -eu
@@ -25,25 +28,31 @@ capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_ca
 case $capability in 90) architecture=90a ;; *) architecture=$capability ;; esac
 
 # Outside $OUT, all of which is sent back. Without the CPU's compiled kernels: Numba's or torch's functions take their place.
-site=$(mktemp -d)
+site=${SITE:-$(mktemp -d)}
+export PATH="$PATH:/usr/local/cuda/bin"
 install() {
     NEGLOG_COMPILE=0 NEGLOG_CUDA=1 ARCHITECTURES=$architecture "$python" -m pip install --quiet \
         --no-build-isolation --no-deps --target "$site" . >"$out/install.log" 2>&1
 }
-install || { "$python" -m pip install --quiet 'setuptools>=77' 'cython>=3.1' && install; } || {
+[ -n "${SITE:-}" ] || install || { "$python" -m pip install --quiet 'setuptools>=77' 'cython>=3.1' && install; } || {
     tail -n 40 "$out/install.log"
     exit 1
 }
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" # behind it, other libraries to measure
 "$python" -m neglog info
-"$python" -c 'from neglog import cuda; state = cuda.state(); assert state.usable, state.why'
+"$python" -c 'from neglog import dispatch; state = dispatch.state("cuda"); assert state.usable, state.why'
+# Where a loss is wrong no time is worth taking.
+timeout -k 5 120 "$python" -m neglog.bench.smoke >"$out/smoke.log" 2>&1 || {
+    tail -n 40 "$out/smoke.log"
+    exit 1
+}
 
 status=0
 seconds=$(at_least $(($(left) - 200)) 60)
 [ "$seconds" -lt 180 ] || seconds=180
 parallel=$("$python" -c 'import xdist; print("-n 4")' 2>/dev/null || true)
 # shellcheck disable=SC2086
-timeout -k 5 "$seconds" "$python" -m pytest -q $parallel tests/csrc \
+timeout -k 5 "$seconds" "$python" -m pytest -o addopts= -q $parallel tests/csrc \
     -k "not emulated" >"$out/tests.log" 2>&1 || status=1
 tail -n 30 "$out/tests.log"
 
@@ -54,7 +63,7 @@ seconds=$(at_least $(($(left) - 120)) 60)
 timeout -k 5 $((seconds + 20)) "$python" -m neglog.bench.device --seconds "$seconds" \
     --json "$out/device.json" >"$out/bench.log" 2>&1 || status=1
 few="not emulated and (float32 or bfloat16) and not eight"
-few="$few and (in_place or writes_within or bits or close_scores or beside)"
+few="$few and (in_place or on_chip or writes_within or bits or close_scores or beside)"
 if command -v compute-sanitizer >/dev/null 2>&1; then
     for tool in memcheck racecheck; do
         half=$(($(left) / 2))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import neglog
 from neglog import dispatch
+from neglog.ops.nll import eager_cuda
 from neglog.tiles import gemm
 
 DEVICES = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -157,6 +158,104 @@ def test_rows_on_chip(dtype, vocab):
         one, other = found[part].double(), expected[part].double()
         assert (one - other).norm() <= tolerance * other.norm()
     assert not found[~counted].any()
+
+
+def logits_of(rows, vocab, dtype=torch.bfloat16, seed=0):
+    """A leaf, a target, and a function: the gradient for an upstream, by the registered ops."""
+    x = draw(rows, vocab, device="cuda", dtype=dtype, seed=seed)
+    target = labels(rows, vocab, "cuda", ignored=True)
+
+    def expected(upstream):
+        with neglog.options(gradient="backward"):
+            loss = neglog.cross_entropy(x, target, loss_dtype=torch.float32)
+        return torch.autograd.grad(loss, x, torch.full_like(loss, upstream))[0]
+
+    return x, target, expected
+
+
+# In a cache, in one block's shared memory, in that of a cluster.
+@pytest.mark.parametrize("vocab", [1000, 30522, 128256])
+def test_the_host_waits_for_no_upstream(vocab):
+    """Nobody asks the device whether a gradient is handed over or formed again."""
+    x, target, expected = logits_of(300, vocab)
+    for upstream in (1.0, 1.0, 0.25, 0.25, 65536.0):
+        grad = torch.tensor(upstream, device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = neglog.cross_entropy(x, target, loss_dtype=torch.float32)
+            (found,) = torch.autograd.grad(loss, x, grad)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(found, expected(upstream))
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+def test_a_graph_whose_upstream_changes(remembers, monkeypatch):
+    """A replay reads what the last one remembered. Without a call before the capture nothing is."""
+    x, target, expected = logits_of(300, 30522)
+    upstream = torch.ones((), device="cuda")
+
+    def step():
+        loss = neglog.cross_entropy(x, target, loss_dtype=torch.float32)
+        return torch.autograd.grad(loss, x, upstream)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    if not remembers:
+        monkeypatch.setattr(eager_cuda, "_records", {})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    assert bool(eager_cuda._records) == remembers
+    for value in (1.0, 0.5, 0.5, -3.0, 7.0, 7.0, 7.0):
+        upstream.fill_(value)
+        graph.replay()
+        assert torch.equal(found, expected(value))
+
+
+def test_a_module_whose_forward_and_backward_are_graphs():
+    x, target, expected = logits_of(300, 30522, torch.float32)
+
+    class Loss(torch.nn.Module):
+        def forward(self, x):
+            return neglog.cross_entropy(x, target)
+
+    graphed = torch.cuda.make_graphed_callables(Loss(), (x.detach().clone().requires_grad_(),))
+    for upstream in (1.0, 0.5, 0.5):
+        (found,) = torch.autograd.grad(graphed(x) * upstream, x)
+        assert torch.equal(found, expected(upstream))
+
+
+def test_streams_that_share_what_is_remembered():
+    """Each has an upstream of its own, and begins with what the others left."""
+    x, target, expected = logits_of(64, 128256)
+    upstreams = (1.0, 0.5, -2.0)
+    wanted = [expected(upstream) for upstream in upstreams]
+    streams = [torch.cuda.Stream() for _ in upstreams]
+    torch.cuda.synchronize()
+    found = [[] for _ in upstreams]
+    for _ in range(10):
+        for stream, upstream, into in zip(streams, upstreams, found, strict=True):
+            with torch.cuda.stream(stream):
+                loss = neglog.cross_entropy(x, target, loss_dtype=torch.float32)
+                into += torch.autograd.grad(loss, x, torch.full_like(loss, upstream))
+    torch.cuda.synchronize()
+    for one, many in zip(wanted, found, strict=True):
+        assert all(torch.equal(one, other) for other in many)
+
+
+def test_forward_and_backward_need_one_gradient_of_memory():
+    x, target, expected = logits_of(512, 128256)
+    expected(1.0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    neglog.cross_entropy(x, target).backward()
+    assert torch.cuda.max_memory_allocated() - before <= x.nbytes + (1 << 20)
 
 
 # The two products of the linear backward, in both dtypes whose sums are wider than they are.
