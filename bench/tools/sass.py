@@ -68,7 +68,8 @@ def disassembled(tool: str, file: Path, architecture: str) -> Iterator[tuple[str
 
 def demangled(name: str) -> str:
     full = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    return full.replace("neglog::(anonymous namespace)::", "").removeprefix("void ").split("(")[0]
+    full = full.replace("neglog::(anonymous namespace)::", "").replace("(Scoring)", "")
+    return full.removeprefix("void ").split("(")[0]
 
 
 def hot_loops(code: list[Instruction], itemsize: int) -> list[Loop]:
@@ -88,7 +89,7 @@ def hot_loops(code: list[Instruction], itemsize: int) -> list[Loop]:
 
 def report(kernel: str, code: list[Instruction]) -> str | None:
     """A line: instructions by element, and the share of the copy's time that issuing them takes."""
-    found = re.match(r"(\w+)<(\w+)(, (?:false|\(bool\)0))?>$", kernel)  # without softcap
+    found = re.match(r"(\w+)<(\w+)(, 0)?>$", kernel)  # of scores that are the logits
     if not found or found[1] not in PASSES:
         return None
     itemsize, (passes, what) = ITEMSIZE[found[2]], PASSES[found[1]]

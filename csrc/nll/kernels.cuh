@@ -10,9 +10,9 @@ namespace {
 
 // Kernels over rows, one block to a row
 
-template <class S, bool has_softcap>
+template <class S, Scoring scoring>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
-    forward_rows(Problem<S, has_softcap> p, Output<compute_t<S>> o) {
+    forward_rows(Problem<S, scoring> p, Output<compute_t<S>> o) {
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) row_forward(p, o, row);
 }
 
@@ -51,15 +51,14 @@ struct Formed {
 };
 
 // Nearly every call finds that `out` was formed for its upstream, and returns at once.
-template <class S, bool has_softcap>
+template <class S, Scoring scoring>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
-    backward_rows(Problem<S, has_softcap> p, Upstream<compute_t<S>> up, PerRow<compute_t<S>> lse,
+    backward_rows(Problem<S, scoring> p, Upstream<compute_t<S>> up, PerRow<compute_t<S>> lse,
                   PerRow<compute_t<S>> lse_low, Formed<compute_t<S>> formed, S* out) {
     if (formed.remembered && blockIdx.x == 0 && threadIdx.x == 0)
         remember(up.loss[0], *formed.remembered);
     if (formed.upstream && *formed.upstream == up.loss[0]) return;
     const double scale = up.divisor ? 1 / double(*up.divisor) : 1;
-    const double weight_sum = class_weight_sum(p);
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const double grad_lse = up.lse.first ? up.lse[row] : 0;
         S* const out_row = out + row * p.vocab;
@@ -70,8 +69,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
         }
         const Lse<compute_t<S>> saved = {lse[row], lse_low[row]};
         const auto z = target_score_or_0(p, row);
-        const auto f =
-            gradient_factors(p, row, saved, z, up.loss[row] * scale, grad_lse, weight_sum);
+        const auto f = gradient_factors(p, row, saved, z, up.loss[row] * scale, grad_lse);
         row_gradient<kLoadsInFlight<S>>(p, row, saved, f, out_row);
     }
 }
@@ -89,17 +87,16 @@ __device__ bool is_formed(const Gradient<S>& g) {
     return g.first && !(g.upstream && isnan(*g.upstream));
 }
 
-template <class S, bool has_softcap>
+template <class S, Scoring scoring>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
-    forward_backward_rows(Problem<S, has_softcap> p, Output<compute_t<S>> o, Gradient<S> g) {
+    forward_backward_rows(Problem<S, scoring> p, Output<compute_t<S>> o, Gradient<S> g) {
     const bool forms = is_formed(g);
     const double upstream = row_upstream(g);
-    const double weight_sum = forms ? class_weight_sum(p) : 0;
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const auto lse = row_forward(p, o, row);
         if (!forms) continue;
         const auto z = target_score_or_0(p, row);
-        const auto f = gradient_factors(p, row, lse, z, upstream, 0, weight_sum);
+        const auto f = gradient_factors(p, row, lse, z, upstream, 0);
         __syncthreads();  // all threads have read row and target, which may now be overwritten
         S* const out_row = g.first + row * g.stride;
         if (is_ignored(p, row)) zero_row(out_row, p.vocab);
@@ -109,10 +106,9 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
 
 // The same with the row in shared memory, one cluster to a row: for class targets, without label
 // smoothing and without statistics.
-template <class S, bool has_softcap>
+template <class S, Scoring scoring>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
-    forward_backward_rows_in_shared(Problem<S, has_softcap> p, Output<compute_t<S>> o,
-                                    Gradient<S> g) {
+    forward_backward_rows_in_shared(Problem<S, scoring> p, Output<compute_t<S>> o, Gradient<S> g) {
     using T = compute_t<S>;
     NEGLOG_DYNAMIC_SHARED(shared);
     const auto states = reinterpret_cast<SoftmaxState<T>*>(shared);
@@ -136,7 +132,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
             lse = finish(cluster_reduce(state, states + slot));
             slot = 1 - slot;
             loss = row_loss(p, row, lse, z);
-            const auto f = gradient_factors(p, row, lse, z, upstream, 0, 0);
+            const auto f = gradient_factors(p, row, lse, z, upstream, 0);
             if (out_row) write_slice_gradient(p, row, slice, held, lse, f, out_row);
         } else if (out_row) {
             zero_slice(slice, p.vocab, out_row);
@@ -154,7 +150,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
 // mostly is, are not read.
 template <class S>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
-    scale_rows(Problem<S, false> p, PerRow<compute_t<S>> factor, S* x) {
+    scale_rows(Problem<S, Scoring::unchanged> p, PerRow<compute_t<S>> factor, S* x) {
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const compute_t<S> row_factor = factor[row];
         if (row_factor == 1) continue;
@@ -170,31 +166,43 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
     }
 }
 
-// Sums over rows, by kernels of one block
+// Sums over rows or classes, by kernels of one block
 
-// Rows whose numbers a thread loads before it uses the first. One load after the other would take
-// an estimated 20 us of latency for 32768 rows.
-constexpr int kRowsInFlight = 8;
+// Numbers that a thread loads before it uses the first. One load after the other would take an
+// estimated 20 us of latency for 32768 rows.
+constexpr int kNumbersInFlight = 8;
 
-// Calls use(read(row)) for each row, in a block-stride loop.
+// Calls use(read(i)) for each i below `count`, a row or a class, in a block-stride loop.
 template <class Read, class Use>
-__device__ void for_rows(int64_t rows, Read read, Use use) {
-    for (int64_t first = threadIdx.x; first < rows; first += kRowsInFlight * blockDim.x) {
-        decltype(read(first)) found[kRowsInFlight];
+__device__ void for_each_number(int64_t count, Read read, Use use) {
+    for (int64_t first = threadIdx.x; first < count; first += kNumbersInFlight * blockDim.x) {
+        decltype(read(first)) found[kNumbersInFlight];
 #pragma unroll
-        for (int u = 0; u < kRowsInFlight; ++u)
-            if (first + u * blockDim.x < rows) found[u] = read(first + u * blockDim.x);
+        for (int u = 0; u < kNumbersInFlight; ++u)
+            if (first + u * blockDim.x < count) found[u] = read(first + u * blockDim.x);
 #pragma unroll
-        for (int u = 0; u < kRowsInFlight; ++u)
-            if (first + u * blockDim.x < rows) use(found[u]);
+        for (int u = 0; u < kNumbersInFlight; ++u)
+            if (first + u * blockDim.x < count) use(found[u]);
     }
 }
 
-template <class S, bool has_softcap>
-__device__ double total_weight_of(const Problem<S, has_softcap>& p) {
+// Runs before rows whose gradients need the sum: with class weights and label smoothing. A block
+// for each row would read as many weights as logits again.
+template <class S, Scoring scoring>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    sum_class_weights(Problem<S, scoring> p, double* weight_sum) {
+    double sum = 0;
+    for_each_number(
+        p.vocab, [&](int64_t c) { return p.weight[c]; }, [&](compute_t<S> one) { sum += one; });
+    const double total = block_sum(sum);
+    if (threadIdx.x == 0) *weight_sum = total;
+}
+
+template <class S, Scoring scoring>
+__device__ double total_weight_of(const Problem<S, scoring>& p) {
     if (!p.target) return p.vocab ? double(p.rows) : double(NAN);
     double sum = 0;
-    for_rows(
+    for_each_number(
         p.rows, [&](int64_t row) { return p.target[row * p.target_stride]; },
         [&](int64_t target) {
             if (target == p.ignore_index) return;
@@ -206,9 +214,8 @@ __device__ double total_weight_of(const Problem<S, has_softcap>& p) {
 
 // The divisor of the mean. Where num_items is given the sum is still formed, for its check of
 // targets.
-template <class S, bool has_softcap>
-__device__ compute_t<S> divisor_of(const Problem<S, has_softcap>& p,
-                                   const compute_t<S>* num_items) {
+template <class S, Scoring scoring>
+__device__ compute_t<S> divisor_of(const Problem<S, scoring>& p, const compute_t<S>* num_items) {
     const double total = total_weight_of(p);
     return num_items ? *num_items : compute_t<S>(total);
 }
@@ -216,11 +223,10 @@ __device__ compute_t<S> divisor_of(const Problem<S, has_softcap>& p,
 // Runs before the rows where their gradients need the divisor. Writes the upstream expected, 1 where
 // `remembered` is null, to `formed_for` unless that is null: a backward on another stream may
 // change what is remembered before the rows are done, and all of them need one number.
-template <class S, bool has_softcap>
+template <class S, Scoring scoring>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    sum_weights(Problem<S, has_softcap> p, const compute_t<S>* num_items,
-                compute_t<S>* total_weight, const Remembered<compute_t<S>>* remembered,
-                compute_t<S>* formed_for) {
+    sum_weights(Problem<S, scoring> p, const compute_t<S>* num_items, compute_t<S>* total_weight,
+                const Remembered<compute_t<S>>* remembered, compute_t<S>* formed_for) {
     const compute_t<S> divisor = divisor_of(p, num_items);
     if (threadIdx.x != 0) return;
     *total_weight = divisor;
@@ -229,15 +235,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 // Runs after the rows. Writes the loss unless its pointer is null, and total_weight unless
 // sum_weights has done it.
-template <class S, bool has_softcap>
+template <class S, Scoring scoring>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    sum_losses(Problem<S, has_softcap> p, const compute_t<S>* row_loss,
-               const compute_t<S>* num_items, bool divisor_known, bool mean,
-               compute_t<S>* total_weight, compute_t<S>* loss) {
+    sum_losses(Problem<S, scoring> p, const compute_t<S>* row_loss, const compute_t<S>* num_items,
+               bool divisor_known, bool mean, compute_t<S>* total_weight, compute_t<S>* loss) {
     using T = compute_t<S>;
     const T divisor = divisor_known ? *total_weight : divisor_of(p, num_items);
     double sum = 0;
-    for_rows(
+    for_each_number(
         loss ? p.rows : 0, [&](int64_t row) { return row_loss[row]; }, [&](T one) { sum += one; });
     const double total = block_sum(sum);
     if (threadIdx.x != 0) return;

@@ -25,102 +25,12 @@
 //     in a CUDA graph. A target out of range therefore fails a device-side assertion, as torch's
 //     does.
 
-#include "common/torch_stable.cuh"
-#include "nll/kernels.cuh"
+#include "nll/launch.cuh"
 
-#include <algorithm>
 #include <cfloat>
 
 namespace neglog {
 namespace {
-
-// Launching
-
-constexpr int64_t kReductionNone = 0, kReductionMean = 1;  // as in aten; 2 is the sum
-constexpr int kThreadsPerMultiprocessor = 2048;
-
-// As many blocks as the device runs at once, if only their threads are counted.
-inline int64_t max_blocks(const DeviceContext& context, int threads) {
-    return int64_t(multiprocessor_count(context)) * (kThreadsPerMultiprocessor / threads);
-}
-
-template <class S, bool has_softcap, class... Parameters, class... Arguments>
-void launch_row_blocks(void (*kernel)(Problem<S, has_softcap>, Parameters...),
-                       const DeviceContext& context, int64_t blocks,
-                       const Problem<S, has_softcap>& p, Arguments... arguments) {
-    if (p.rows == 0) return;
-    launch(kernel, context, std::min(p.rows, blocks), block_size_for<S>(p.vocab), p, arguments...);
-}
-
-// Short rows share a grid of max_blocks: to start a block costs as much as to read 1000 classes.
-// Long rows get a block each, else a multiprocessor would idle while the last blocks finish their
-// share.
-template <class S, bool has_softcap, class... Parameters, class... Arguments>
-void launch_rows(void (*kernel)(Problem<S, has_softcap>, Parameters...),
-                 const DeviceContext& context, const Problem<S, has_softcap>& p,
-                 Arguments... arguments) {
-    const int threads = block_size_for<S>(p.vocab);
-    const int64_t blocks = threads == kRowThreads ? p.rows : max_blocks(context, threads);
-    launch_row_blocks(kernel, context, blocks, p, arguments...);
-}
-
-// Rows in shared memory
-
-constexpr int64_t kMinSharedRowBytes = 32 << 10;  // shorter rows stay in a cache
-// Shared memory of a block, at most: with the first number two blocks fit on a multiprocessor, and
-// one loads while the other stores; with the second one block fits.
-constexpr int64_t kSliceBytesOfTwoBlocks = 72 << 10, kSliceBytesOfOneBlock = 200 << 10;
-constexpr int kMaxClusterSize = 8;  // the largest that every device with clusters supports
-
-inline int64_t slice_bytes(int64_t row_bytes, int blocks_per_row) {
-    return (row_bytes / kVectorBytes / blocks_per_row + 1 + kStateVectors) * kVectorBytes;
-}
-
-// Whether the vectors of every row lie as they do in new memory, which begins at a vector and has
-// no gaps between its rows.
-template <class S, bool has_softcap>
-bool lies_as_new_memory(const Problem<S, has_softcap>& p) {
-    return reinterpret_cast<uintptr_t>(p.logits) % kVectorBytes == 0 &&
-           (p.logits_stride - p.vocab) % kVectorSize<S> == 0;
-}
-
-// The size of the cluster that holds a row in shared memory, or 0 where the row is not held.
-template <class S, bool has_softcap>
-int blocks_per_row_in_shared(const Problem<S, has_softcap>& p, const Output<compute_t<S>>& o,
-                             const DeviceContext& context) {
-    const int64_t bytes = p.vocab * int64_t(sizeof(S));
-    if (!p.target || p.label_smoothing != 0 || o.correct || bytes < kMinSharedRowBytes) return 0;
-    const int64_t limit = max_dynamic_shared(context);
-    const int largest = has_clusters(context) ? kMaxClusterSize : 1;
-    for (int blocks = 1; blocks <= largest; blocks *= 2)
-        if (slice_bytes(bytes, blocks) <= std::min(kSliceBytesOfTwoBlocks, limit)) return blocks;
-    const bool fits = slice_bytes(bytes, kMaxClusterSize) <= std::min(kSliceBytesOfOneBlock, limit);
-    return largest == kMaxClusterSize && fits ? kMaxClusterSize : 0;
-}
-
-// Loss and gradient in one pass. Where g.first is null, the loss alone: with the same bits, which
-// forward_rows has not where it takes the sums of a cluster's row in another order.
-template <class S, bool has_softcap>
-void launch_forward_backward(const DeviceContext& context, const Problem<S, has_softcap>& p,
-                             const Output<compute_t<S>>& o, const Gradient<S>& g,
-                             bool vectors_match) {
-    const bool may_hold = p.rows != 0 && vectors_match;
-    const int blocks_per_row = may_hold ? blocks_per_row_in_shared(p, o, context) : 0;
-    if (blocks_per_row == 0) {
-        launch_rows(forward_backward_rows<S, has_softcap>, context, p, o, g);
-        return;
-    }
-    const int64_t clusters = std::min(p.rows, max_blocks(context, kRowThreads) / blocks_per_row);
-    const int64_t shared_bytes = slice_bytes(p.vocab * int64_t(sizeof(S)), blocks_per_row);
-    launch_clusters(forward_backward_rows_in_shared<S, has_softcap>, context,
-                    clusters * blocks_per_row, kRowThreads, blocks_per_row, shared_bytes, p, o, g);
-}
-
-template <class... Parameters, class... Arguments>
-void launch_one_block(void (*kernel)(Parameters...), const DeviceContext& context,
-                      Arguments... arguments) {
-    launch(kernel, context, 1, kMaxThreads, arguments...);
-}
 
 // Tensors
 
@@ -171,8 +81,8 @@ Inputs checked(const Inputs& in) {
     return ready;
 }
 
-template <class S, bool has_softcap>
-Problem<S, has_softcap> problem(const Inputs& in) {
+template <class S, Scoring scoring>
+Problem<S, scoring> problem(const Inputs& in) {
     const bool index = in.target.dim() == 1;
     const int64_t vocab = in.logits.size(1);
     return {
@@ -193,13 +103,14 @@ Problem<S, has_softcap> problem(const Inputs& in) {
     };
 }
 
-// Calls body with the Problem for the dtype of the logits, with or without a softcap.
+// Calls body with the Problem for the dtype of the logits, and for how they become scores.
 template <class Body>
 void dispatch_problem(const Inputs& in, Body body) {
     dispatch_storage(in.logits, [&](auto storage) {
         using S = decltype(storage);
-        if (in.softcap == 0) body(problem<S, false>(in));
-        else body(problem<S, true>(in));
+        if (in.softcap != 0) body(problem<S, Scoring::capped>(in));
+        else if (in.logit_scale != 1) body(problem<S, Scoring::scaled>(in));
+        else body(problem<S, Scoring::unchanged>(in));
     });
 }
 
@@ -235,31 +146,40 @@ Destination<compute_t<S>> destination(const Results& r, bool reduced) {
     return {output<S>(r), pointer<T>(r.total_weight), reduced ? pointer<T>(r.loss) : nullptr};
 }
 
+// Sums the class weights where the problem's gradients need it. The memory returned is the sum's.
+template <class S, Scoring scoring>
+MaybeTensor add_weight_sum(const DeviceContext& context, const Inputs& in, Problem<S, scoring>& p) {
+    if (!p.weight || !p.target || p.label_smoothing == 0) return std::nullopt;
+    const Tensor sum = torch::stable::new_empty(in.logits, {}, ScalarType::Double);
+    launch_one_block(sum_class_weights<S, scoring>, context, p, pointer<double>(sum));
+    p.weight_sum = pointer<const double>(sum);
+    return sum;
+}
+
 // The ops
 
 // Needed where the loss is reduced, and where sum_weights has not run.
-template <class S, bool has_softcap>
-void launch_sum_losses(const DeviceContext& context, const Problem<S, has_softcap>& p,
-                       const Inputs& in, const MaybeTensor& num_items,
-                       const Destination<compute_t<S>>& to, bool divisor_known) {
+template <class S, Scoring scoring>
+void launch_sum_losses(const DeviceContext& context, const Problem<S, scoring>& p, const Inputs& in,
+                       const MaybeTensor& num_items, const Destination<compute_t<S>>& to,
+                       bool divisor_known) {
     using T = compute_t<S>;
-    launch_one_block(sum_losses<S, has_softcap>, context, p, static_cast<const T*>(to.rows.loss),
-                     pointer<const T>(num_items), divisor_known, in.reduction == kReductionMean,
-                     to.total_weight, to.loss);
+    launch_one_block(sum_losses<S, scoring>, context, p, to.rows.loss, pointer<const T>(num_items),
+                     divisor_known, in.reduction == kReductionMean, to.total_weight, to.loss);
 }
 
-template <class S, bool has_softcap>
-void forward_alone(const DeviceContext& context, const Problem<S, has_softcap>& p, const Inputs& in,
+template <class S, Scoring scoring>
+void forward_alone(const DeviceContext& context, const Problem<S, scoring>& p, const Inputs& in,
                    const MaybeTensor& num_items, const Destination<compute_t<S>>& to) {
-    launch_rows(forward_rows<S, has_softcap>, context, p, to.rows);
+    launch_rows(forward_rows<S, scoring>, context, p, to.rows);
     launch_sum_losses(context, p, in, num_items, to, false);
 }
 
-template <class S, bool has_softcap>
-void forward_in_place(const DeviceContext& context, const Problem<S, has_softcap>& p,
-                      const Inputs& in, const MaybeTensor& num_items,
-                      const Destination<compute_t<S>>& to) {
+template <class S, Scoring scoring>
+void forward_in_place(const DeviceContext& context, Problem<S, scoring> p, const Inputs& in,
+                      const MaybeTensor& num_items, const Destination<compute_t<S>>& to) {
     using T = compute_t<S>;
+    const auto weight_sum = add_weight_sum(context, in, p);
     // In float16 a gradient divided by thousands of rows underflows, and a loss scale that
     // multiplies it later cannot recover it. There the autograd formula divides after that, except
     // by 0: this is done here, so that an ignored row's gradient of 0 does not become 0 / 0.
@@ -270,9 +190,8 @@ void forward_in_place(const DeviceContext& context, const Problem<S, has_softcap
         .divisor = in.reduction == kReductionMean ? to.total_weight : nullptr,
         .divide_later = std::is_same_v<S, __half>,
     };
-    launch_one_block(sum_weights<S, has_softcap>, context, p, pointer<const T>(num_items),
-                     to.total_weight, static_cast<const Remembered<T>*>(nullptr),
-                     static_cast<T*>(nullptr));
+    launch_one_block(sum_weights<S, scoring>, context, p, pointer<const T>(num_items),
+                     to.total_weight, nullptr, nullptr);
     launch_forward_backward(context, p, to.rows, gradient, true);
     if (to.loss) launch_sum_losses(context, p, in, num_items, to, true);
 }
@@ -282,7 +201,7 @@ Results forward(const Inputs& in, const MaybeTensor& num_items, bool stats, bool
     const DeviceContext context(in.logits);
     const bool reduced = in.reduction != kReductionNone;
     Results r = new_results(in.logits, stats);
-    dispatch_problem(in, [&]<class S, bool has_softcap>(const Problem<S, has_softcap>& p) {
+    dispatch_problem(in, [&]<class S, Scoring scoring>(const Problem<S, scoring>& p) {
         const auto to = destination<S>(r, reduced);
         if (in_place && p.vocab != 0) forward_in_place(context, p, in, num_items, to);
         else forward_alone(context, p, in, num_items, to);
@@ -362,13 +281,14 @@ Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const 
     // Without classes there is nothing to write. A target distribution then has a null pointer, by
     // which the kernels would take it for absent.
     if (logits.size(1) == 0) return out;
-    dispatch_problem(in, [&]<class S, bool has_softcap>(const Problem<S, has_softcap>& p) {
+    dispatch_problem(in, [&]<class S, Scoring scoring>(Problem<S, scoring> p) {
         using T = compute_t<S>;
+        const auto weight_sum = add_weight_sum(context, in, p);
         const Upstream<T> up = {
             per_row<T>(grad_loss), grad_lse ? per_row<T>(*grad_lse) : PerRow<T>{nullptr, 0},
             reduction == kReductionMean ? pointer<const T>(total_weight) : nullptr};
-        launch_rows(backward_rows<S, has_softcap>, context, p, up, per_row<T>(lse),
-                    per_row<T>(lse_low), Formed<T>{nullptr, nullptr}, pointer<S>(out));
+        launch_rows(backward_rows<S, scoring>, context, p, up, per_row<T>(lse), per_row<T>(lse_low),
+                    Formed<T>{nullptr, nullptr}, pointer<S>(out));
     });
     return out;
 }
@@ -403,13 +323,15 @@ std::tuple<Tensor, Tensor, Tensor> nll_with_gradient(const Tensor& logits, const
     const Tensor kept = new_compute_tensor(logits, {kept_size(rows)});
     const Tensor gradient =
         torch::stable::new_empty(logits, {form ? rows : 0, form ? vocab : 0}, logits.scalar_type());
-    dispatch_problem(in, [&]<class S, bool has_softcap>(const Problem<S, has_softcap>& p) {
+    dispatch_problem(in, [&]<class S, Scoring scoring>(Problem<S, scoring> p) {
         using T = compute_t<S>;
         const Kept<T> to = kept_numbers<T>(kept, rows);
         const Output<T> out = {to.row_loss, to.lse, to.lse_low, nullptr, nullptr};
         const Destination<T> all = {out, to.total_weight, pointer<T>(loss)};
         Gradient<S> g = {};
+        MaybeTensor weight_sum;
         if (forms) {
+            weight_sum = add_weight_sum(context, in, p);
             g = {
                 .first = pointer<S>(gradient),
                 .stride = vocab,
@@ -417,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor> nll_with_gradient(const Tensor& logits, const
                 .divisor = reduction == kReductionMean ? to.total_weight : nullptr,
                 .divide_later = false,  // the upstream is known, with a loss scale that is in it
             };
-            launch_one_block(sum_weights<S, has_softcap>, context, p, pointer<const T>(num_items),
+            launch_one_block(sum_weights<S, scoring>, context, p, pointer<const T>(num_items),
                              to.total_weight, pointer<const Remembered<T>>(remembered),
                              to.formed_for);
         }
@@ -450,16 +372,17 @@ void nll_gradient_for_(const Tensor& gradient, const Tensor& grad_loss, const Te
     check_remembered(remembered, logits);
     if (vocab == 0) return;
     const DeviceContext context(logits);
-    dispatch_problem(in, [&]<class S, bool has_softcap>(const Problem<S, has_softcap>& p) {
+    dispatch_problem(in, [&]<class S, Scoring scoring>(Problem<S, scoring> p) {
         using T = compute_t<S>;
+        const auto weight_sum = add_weight_sum(context, in, p);
         const Kept<T> from = kept_numbers<T>(kept, rows);
         const Upstream<T> up = {{pointer<const T>(grad_loss), 0},
                                 {nullptr, 0},
                                 reduction == kReductionMean ? from.total_weight : nullptr};
         // Few blocks, because they nearly always have nothing to do.
         launch_row_blocks(
-            backward_rows<S, has_softcap>, context, max_blocks(context, block_size_for<S>(vocab)),
-            p, up, PerRow<T>{from.lse, 1}, PerRow<T>{from.lse_low, 1},
+            backward_rows<S, scoring>, context, max_blocks(context, block_size_for<S>(vocab)), p,
+            up, PerRow<T>{from.lse, 1}, PerRow<T>{from.lse_low, 1},
             Formed<T>{formed ? from.formed_for : nullptr, pointer<Remembered<T>>(remembered)},
             pointer<S>(gradient));
     });
@@ -473,7 +396,7 @@ void nll_scale_(const Tensor& grad, const Tensor& factor) {
     const Tensor rows = with_adjacent_columns(grad);
     dispatch_storage(rows, [&](auto storage) {
         using S = decltype(storage);
-        Problem<S, false> p = {};
+        Problem<S, Scoring::unchanged> p = {};
         p.rows = rows.size(0);
         p.vocab = rows.size(1);
         p.logits = pointer<const S>(rows);

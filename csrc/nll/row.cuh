@@ -59,33 +59,37 @@ inline int block_size_for(int64_t vocab) {
     return threads;
 }
 
-// From a logit to its score z. Without a softcap the loops contain no tanh.
-template <class T, bool has_softcap>
+// From a logit to its score z. The loops contain no tanh without a softcap, and no product where
+// the scores are the logits: it is one of nine instructions.
+enum class Scoring { unchanged, scaled, capped };
+
+template <class T, Scoring scoring>
 struct LogitToScore {
     T logit_scale, softcap;
 
     __device__ T operator()(T x) const {
+        if constexpr (scoring == Scoring::unchanged) return x;
         const T z = rounded_product(x, logit_scale);
-        if constexpr (has_softcap) return rounded_product(softcap, tanh(z / softcap));
-        else return z;
+        if constexpr (scoring == Scoring::scaled) return z;
+        return rounded_product(softcap, tanh(z / softcap));
     }
 
     // dz / dlogit divided by logit_scale: 1 - tanh^2
     __device__ T slope(T z) const {
-        if constexpr (!has_softcap) return T(1);
+        if constexpr (scoring != Scoring::capped) return T(1);
         const T ratio = z / softcap;
         return (1 - ratio) * (1 + ratio);
     }
 };
 
-template <class S, bool has_softcap, int n>
-__device__ void to_scores(const LogitToScore<compute_t<S>, has_softcap>& to_score,
+template <class S, Scoring scoring, int n>
+__device__ void to_scores(const LogitToScore<compute_t<S>, scoring>& to_score,
                           const Elements<S, n>& x, compute_t<S> (&z)[n]) {
 #pragma unroll
     for (int i = 0; i < n; ++i) z[i] = to_score(widen(x.value[i]));
 }
 
-template <class S, bool has_softcap>
+template <class S, Scoring scoring>
 struct Problem {
     int64_t rows, vocab;
     const S* logits;
@@ -95,9 +99,10 @@ struct Problem {
     const S* probs;  // (rows, vocab), or null for indices
     int64_t probs_stride;
     const compute_t<S>* weight;  // (vocab), or null for ones
+    const double* weight_sum;    // of all classes; null for vocab, and where nothing needs it
     int64_t ignore_index;
     double label_smoothing, smoothing_per_class;  // the second is the first / vocab
-    LogitToScore<compute_t<S>, has_softcap> to_score;
+    LogitToScore<compute_t<S>, scoring> to_score;
     double z_loss;
 };
 
@@ -147,38 +152,38 @@ struct GradientFactors {
 
 // Reading
 
-template <class S, bool has_softcap>
-__device__ bool is_ignored(const Problem<S, has_softcap>& p, int64_t row) {
+template <class S, Scoring scoring>
+__device__ bool is_ignored(const Problem<S, scoring>& p, int64_t row) {
     return p.target && p.target[row * p.target_stride] == p.ignore_index;
 }
 
-template <class S, bool has_softcap>
-__device__ int64_t target_of(const Problem<S, has_softcap>& p, int64_t row) {
+template <class S, Scoring scoring>
+__device__ int64_t target_of(const Problem<S, scoring>& p, int64_t row) {
     const int64_t target = p.target[row * p.target_stride];
     assert(target >= 0 && target < p.vocab);
     return target;
 }
 
-template <class S, bool has_softcap>
-__device__ const S* logits_row(const Problem<S, has_softcap>& p, int64_t row) {
+template <class S, Scoring scoring>
+__device__ const S* logits_row(const Problem<S, scoring>& p, int64_t row) {
     return p.logits + row * p.logits_stride;
 }
 
-template <class S, bool has_softcap>
-__device__ compute_t<S> target_score(const Problem<S, has_softcap>& p, int64_t row) {
+template <class S, Scoring scoring>
+__device__ compute_t<S> target_score(const Problem<S, scoring>& p, int64_t row) {
     return p.to_score(widen(logits_row(p, row)[target_of(p, row)]));
 }
 
 // 0 where the row has no class: it is ignored, or its target is a distribution.
-template <class S, bool has_softcap>
-__device__ compute_t<S> target_score_or_0(const Problem<S, has_softcap>& p, int64_t row) {
+template <class S, Scoring scoring>
+__device__ compute_t<S> target_score_or_0(const Problem<S, scoring>& p, int64_t row) {
     return p.target && !is_ignored(p, row) ? target_score(p, row) : compute_t<S>(0);
 }
 
 // The factors a_c of the log-probabilities in the loss: w_c with a class target, w_c q'_c with a
 // target distribution.
-template <class S, bool has_softcap, int n>
-__device__ void coefficients(const Problem<S, has_softcap>& p, int64_t row, int64_t column,
+template <class S, Scoring scoring, int n>
+__device__ void coefficients(const Problem<S, scoring>& p, int64_t row, int64_t column,
                              compute_t<S> (&a)[n]) {
     using T = compute_t<S>;
 #pragma unroll
@@ -199,9 +204,8 @@ __device__ void coefficients(const Problem<S, has_softcap>& p, int64_t row, int6
 
 // Forward
 
-template <class S, bool has_softcap>
-__device__ SoftmaxState<compute_t<S>> row_softmax_state(const Problem<S, has_softcap>& p,
-                                                        int64_t row) {
+template <class S, Scoring scoring>
+__device__ SoftmaxState<compute_t<S>> row_softmax_state(const Problem<S, scoring>& p, int64_t row) {
     auto state = empty_state<compute_t<S>>();
     const auto add = [&]<int n>(int64_t, const Elements<S, n>& x) {
         compute_t<S> z[n];
@@ -213,8 +217,8 @@ __device__ SoftmaxState<compute_t<S>> row_softmax_state(const Problem<S, has_sof
 }
 
 // sum_c a_c log p_c
-template <class S, bool has_softcap>
-__device__ double row_cross_entropy(const Problem<S, has_softcap>& p, int64_t row,
+template <class S, Scoring scoring>
+__device__ double row_cross_entropy(const Problem<S, scoring>& p, int64_t row,
                                     Lse<compute_t<S>> lse) {
     compute_t<S> sum = 0;
     const auto add = [&]<int n>(int64_t column, const Elements<S, n>& x) {
@@ -230,16 +234,16 @@ __device__ double row_cross_entropy(const Problem<S, has_softcap>& p, int64_t ro
 
 // Whether the target's score is the row's maximum. Then argmax finds it unless an earlier column
 // has the same score.
-template <class S, bool has_softcap>
-__device__ bool target_reaches_maximum(const Problem<S, has_softcap>& p, int64_t row,
+template <class S, Scoring scoring>
+__device__ bool target_reaches_maximum(const Problem<S, scoring>& p, int64_t row,
                                        compute_t<S> maximum, Lse<compute_t<S>> lse) {
     const bool nan_among_finite = isnan(lse.high) && maximum < INFINITY;
     if (!p.target || is_ignored(p, row) || nan_among_finite) return false;
     return target_score(p, row) == maximum;
 }
 
-template <class S, bool has_softcap>
-__device__ void row_statistics(const Problem<S, has_softcap>& p, const Output<compute_t<S>>& o,
+template <class S, Scoring scoring>
+__device__ void row_statistics(const Problem<S, scoring>& p, const Output<compute_t<S>>& o,
                                int64_t row, compute_t<S> maximum, Lse<compute_t<S>> lse) {
     using T = compute_t<S>;
     const bool candidate = target_reaches_maximum(p, row, maximum, lse);
@@ -266,14 +270,14 @@ __device__ void row_statistics(const Problem<S, has_softcap>& p, const Output<co
     }
 }
 
-template <class S, bool has_softcap>
-__device__ double target_class_weight(const Problem<S, has_softcap>& p, int64_t row) {
+template <class S, Scoring scoring>
+__device__ double target_class_weight(const Problem<S, scoring>& p, int64_t row) {
     return p.target && p.weight ? p.weight[target_of(p, row)] : 1;
 }
 
 // `target_z` is the target's score. With a target distribution it is not used.
-template <class S, bool has_softcap>
-__device__ double row_loss(const Problem<S, has_softcap>& p, int64_t row, Lse<compute_t<S>> lse,
+template <class S, Scoring scoring>
+__device__ double row_loss(const Problem<S, scoring>& p, int64_t row, Lse<compute_t<S>> lse,
                            compute_t<S> target_z) {
     const double w = target_class_weight(p, row);
     double loss = 0;
@@ -284,8 +288,8 @@ __device__ double row_loss(const Problem<S, has_softcap>& p, int64_t row, Lse<co
     return loss;
 }
 
-template <class S, bool has_softcap>
-__device__ Lse<compute_t<S>> row_forward(const Problem<S, has_softcap>& p,
+template <class S, Scoring scoring>
+__device__ Lse<compute_t<S>> row_forward(const Problem<S, scoring>& p,
                                          const Output<compute_t<S>>& o, int64_t row) {
     const bool counted = !is_ignored(p, row);
     Lse<compute_t<S>> lse = {0, 0};
@@ -307,18 +311,10 @@ __device__ Lse<compute_t<S>> row_forward(const Problem<S, has_softcap>& p,
 
 // Gradient
 
-// sum_c w_c where label smoothing needs it, else a number that is not used
-template <class S, bool has_softcap>
-__device__ double class_weight_sum(const Problem<S, has_softcap>& p) {
-    if (!p.weight || p.label_smoothing == 0 || p.probs) return double(p.vocab);
-    compute_t<S> sum = 0;
-    for (int64_t c = threadIdx.x; c < p.vocab; c += blockDim.x) sum += p.weight[c];
-    return block_sum(sum);
-}
-
 // sum_c a_c
-template <class S, bool has_softcap>
-__device__ double row_coefficient_sum(const Problem<S, has_softcap>& p, int64_t row) {
+template <class S, Scoring scoring>
+__device__ double row_coefficient_sum(const Problem<S, scoring>& p, int64_t row) {
+    if (!p.probs) return p.weight_sum ? *p.weight_sum : double(p.vocab);
     compute_t<S> sum = 0;
     const auto add = [&]<int n>(int64_t column, const Elements<S, n>&) {
         compute_t<S> a[n];
@@ -330,14 +326,14 @@ __device__ double row_coefficient_sum(const Problem<S, has_softcap>& p, int64_t 
     return block_sum(sum);
 }
 
-// `grad` and `grad_lse` are the upstream gradients of the row's loss and lse, `weight_sum` comes
-// from class_weight_sum. Products that are added are rounded, as they are in gradient_at: with an
-// fma in one kernel and none in another a gradient would have other bits where it is formed again.
-template <class S, bool has_softcap>
-__device__ GradientFactors<compute_t<S>> gradient_factors(const Problem<S, has_softcap>& p,
-                                                          int64_t row, Lse<compute_t<S>> lse,
+// `grad` and `grad_lse` are the upstream gradients of the row's loss and lse. Products that are added
+// are rounded, as they are in gradient_at: with an fma in one kernel and none in another a gradient
+// would have other bits where it is formed again.
+template <class S, Scoring scoring>
+__device__ GradientFactors<compute_t<S>> gradient_factors(const Problem<S, scoring>& p, int64_t row,
+                                                          Lse<compute_t<S>> lse,
                                                           compute_t<S> target_z, double grad,
-                                                          double grad_lse, double weight_sum) {
+                                                          double grad_lse) {
     using T = compute_t<S>;
     const double scale = p.to_score.logit_scale, exp_scale = scale * exp(-lse.low);
     if (is_ignored(p, row)) return {-1, T(0), T(exp_scale * grad_lse), T(0)};
@@ -345,8 +341,7 @@ __device__ GradientFactors<compute_t<S>> gradient_factors(const Problem<S, has_s
     const double uniform_weight = p.probs                  ? grad
                                   : p.label_smoothing != 0 ? grad * p.smoothing_per_class
                                                            : 0;
-    const double coefficient_sum = p.probs ? row_coefficient_sum(p, row) : weight_sum;
-    double softmax_weight = grad_lse + rounded_product(uniform_weight, coefficient_sum);
+    double softmax_weight = grad_lse + rounded_product(uniform_weight, row_coefficient_sum(p, row));
     if (p.z_loss != 0) softmax_weight += rounded_product(grad * 2 * p.z_loss * w, double(lse.high));
     if (p.probs) return {-1, T(0), T(exp_scale * softmax_weight), T(scale * uniform_weight)};
     const double target_weight = rounded_product(grad * (1 - p.label_smoothing), w);
@@ -360,8 +355,8 @@ __device__ GradientFactors<compute_t<S>> gradient_factors(const Problem<S, has_s
 }
 
 // The gradient of n logits, except that of the target, which write_target_gradient writes over it.
-template <bool has_uniform, class S, bool has_softcap, int n>
-__device__ Elements<S, n> gradient_at(const Problem<S, has_softcap>& p, int64_t row, int64_t column,
+template <bool has_uniform, class S, Scoring scoring, int n>
+__device__ Elements<S, n> gradient_at(const Problem<S, scoring>& p, int64_t row, int64_t column,
                                       const Elements<S, n>& x, Lse<compute_t<S>> lse,
                                       const GradientFactors<compute_t<S>>& f) {
     using T = compute_t<S>;
@@ -387,8 +382,8 @@ __device__ void write_target_gradient(const GradientFactors<compute_t<S>>& f, in
     if (uint64_t(f.target - column) < n) narrow(f.target_gradient, out[f.target]);
 }
 
-template <int in_flight, bool has_uniform, class S, bool has_softcap>
-__device__ void write_gradient(const Problem<S, has_softcap>& p, int64_t row, Lse<compute_t<S>> lse,
+template <int in_flight, bool has_uniform, class S, Scoring scoring>
+__device__ void write_gradient(const Problem<S, scoring>& p, int64_t row, Lse<compute_t<S>> lse,
                                const GradientFactors<compute_t<S>>& f, S* out, bool aligned) {
     const auto write = [&]<int n>(int64_t column, const Elements<S, n>& x) {
         store(out + column, gradient_at<has_uniform>(p, row, column, x, lse, f), aligned);
@@ -398,8 +393,8 @@ __device__ void write_gradient(const Problem<S, has_softcap>& p, int64_t row, Ls
 }
 
 // Separate loops, so that the one that most calls take contains no code of the others.
-template <int in_flight, class S, bool has_softcap>
-__device__ void row_gradient(const Problem<S, has_softcap>& p, int64_t row, Lse<compute_t<S>> lse,
+template <int in_flight, class S, Scoring scoring>
+__device__ void row_gradient(const Problem<S, scoring>& p, int64_t row, Lse<compute_t<S>> lse,
                              const GradientFactors<compute_t<S>>& f, S* out) {
     const bool aligned = same_alignment<S>(out, logits_row(p, row));
     if (f.of_coefficient != 0) write_gradient<in_flight, true>(p, row, lse, f, out, aligned);

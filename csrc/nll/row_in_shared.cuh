@@ -31,8 +31,8 @@ __device__ RowSlice slice_of(const S* row, int64_t vocab) {
 
 // Copies the slice's vectors to shared memory, `held`, and returns this thread's softmax state.
 // Each thread later reads only the vectors that it has copied itself, so no barrier is needed.
-template <class S, bool has_softcap>
-__device__ SoftmaxState<compute_t<S>> load_slice(const Problem<S, has_softcap>& p, const S* row,
+template <class S, Scoring scoring>
+__device__ SoftmaxState<compute_t<S>> load_slice(const Problem<S, scoring>& p, const S* row,
                                                  const RowSlice& slice, uint4* held) {
     using T = compute_t<S>;
     auto state = empty_state<T>();
@@ -53,8 +53,8 @@ __device__ SoftmaxState<compute_t<S>> load_slice(const Problem<S, has_softcap>& 
 
 // Writes the gradient of the slice. Vectors of the row `out` lie as those of the logits do; it may
 // be the row of logits itself.
-template <class S, bool has_softcap>
-__device__ void write_slice_gradient(const Problem<S, has_softcap>& p, int64_t row,
+template <class S, Scoring scoring>
+__device__ void write_slice_gradient(const Problem<S, scoring>& p, int64_t row,
                                      const RowSlice& slice, const uint4* held,
                                      Lse<compute_t<S>> lse, const GradientFactors<compute_t<S>>& f,
                                      S* out) {
