@@ -50,28 +50,26 @@ timeout -k 5 120 "$python" -m neglog.bench.smoke >"$out/smoke.log" 2>&1 || {
 status=0
 seconds=$(at_least $(($(left) - 200)) 60)
 [ "$seconds" -lt 180 ] || seconds=180
-parallel=$("$python" -c 'import xdist; print("-n 4")' 2>/dev/null || true)
+parallel=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null || true)
 # shellcheck disable=SC2086
-timeout -k 5 "$seconds" "$python" -m pytest -o addopts= -q $parallel tests/csrc \
-    -k "not emulated" >"$out/tests.log" 2>&1 || status=1
+timeout -k 5 "$seconds" "$python" -m pytest -o addopts= -q -ra --durations=10 --maxfail=25 \
+    $parallel tests/csrc -k "not emulated" >"$out/tests.log" 2>&1 || status=1
 tail -n 30 "$out/tests.log"
 
-# The sanitizers have 50 s each and the benchmark the rest, 240 s at most. Past its seconds it begins
+# The sanitizers have 100 s and the benchmark the rest, 240 s at most. Past its seconds it begins
 # nothing; what it is then at has 20 s.
 seconds=$(at_least $(($(left) - 120)) 60)
 [ "$seconds" -lt 240 ] || seconds=240
 timeout -k 5 $((seconds + 20)) "$python" -m neglog.bench.device --seconds "$seconds" \
     --json "$out/device.json" >"$out/bench.log" 2>&1 || status=1
-few="not emulated and (float32 or bfloat16) and not eight"
-few="$few and (in_place or on_chip or writes_within or bits or close_scores or beside)"
 if command -v compute-sanitizer >/dev/null 2>&1; then
-    for tool in memcheck racecheck; do
-        half=$(($(left) / 2))
-        [ "$tool" = memcheck ] || half=$(left)
-        timeout -k 5 "$(at_least "$half" 10)" \
-            compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-            "$python" -m pytest -q -x tests/csrc -p no:cacheprovider \
-            -k "$few" \
+    tools=3
+    for tool in memcheck racecheck synccheck; do
+        share=$(($(left) / tools))
+        tools=$((tools - 1))
+        timeout -k 5 "$(at_least "$share" 10)" \
+            compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$python" -m neglog.bench.smoke --small \
             >"$out/$tool.log" 2>&1 || grep -q "Device not supported" "$out/$tool.log" || status=1
         echo "$tool: $(grep -m 1 "Device not supported" "$out/$tool.log" || tail -n 1 "$out/$tool.log")"
     done
