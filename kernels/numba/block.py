@@ -1,8 +1,13 @@
 """Arithmetic on one block of a row: the Numba version of block.hpp, with the same functions.
 
 Read the two side by side. The notes of block.hpp hold here, those on Numba stand in intrinsics.py.
-A block is a pointer `z` and a length `n`. bfloat16 has no functions of its own: a block of it is
-converted to float32 first.
+
+(a) A block is a pointer `z` and a length `n`. Where its numbers may be of any type in memory, they
+    are widened and narrowed in the loop.
+(b) The loops over what memory holds take LANES numbers at a time, in a loop of that constant
+    length, of which LLVM makes straight vector code. Such a loop stands in the function that has
+    its buffer: each function is optimised before it is inlined, and for two pointers that it is
+    given LLVM adds a check whether they overlap, which stays.
 """
 
 from __future__ import annotations
@@ -14,99 +19,24 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from neglog.kernels.numba.exp import (  # isort: skip
+    exp_nonpositive, scaled_exp, tanh_any, tanh_slope,
+)  # fmt: skip
+from neglog.kernels.numba.halves import narrow, widen  # isort: skip
 from neglog.kernels.numba.intrinsics import (  # isort: skip
-    EXACT, FUSED, SUM, Pointer, Real, block_buffer, cast, from_order_key, order_key, pointer,
-    polynomial, power_of_two, same_address,
+    EXACT, FUSED, INLINE, LANES, LINE, SUM, Pointer, Real, address_of, advance, cast, copy_some,
+    itemsize, lanes_buffer, larger, pointer, prefetch_to_l2, store, stream,
 )  # fmt: skip
 
-LANES = 64  # partial sums
-UINT8 = np.uint8(0)
+BFLOAT16 = 2
+UINT8, INT16, UINT16 = np.uint8(0), np.int16(0), np.uint16(0)
 
 
-# exp and tanh
-
-# log2(e); ln 2 in two parts; 1.5 * 2^mantissa; -bias * ln 2, where e^x is exactly 0
-_REALS: dict[Any, Any] = {
-    types.float32: np.array(
-        (1.44269504088896341, 0.693359375, -2.12194440e-4, 12582912.0, -88.02969), np.float32),
-    types.float64: np.array(
-        (1.44269504088896340736, 6.93145751953125e-1, 1.42860682030941723212e-6,
-         6755399441055744.0, -709.0895657128241), np.float64),
-}  # fmt: skip
-
-
-# (e^r - 1 - r) / r^2 on |r| <= ln2 / 2; relative error of e^r 1.0e-8 and 1.7e-17
-_exp_tail = polynomial(
-    "exp_tail",
-    {
-        types.float32: (0.5, 0.1666657699, 0.04166655462, 0.008363179053, 0.001392618358),
-        types.float64: (
-            0.5000000000000001022, 0.1666666666666666745, 0.04166666666662412787,
-            0.008333333333330061833, 0.00138888889172137169, 0.0001984126986305361688,
-            2.480152129595437513e-5, 2.755726845999706477e-6, 2.762008844540974816e-7,
-            2.510038549551031908e-8,
-        ),
-    },
-)  # fmt: skip
-
-# (tanh(y) / y - 1) / y^2 in y^2 on |y| <= 0.625; relative error 6.1e-10 and 5.5e-20
-_tanh_tail = polynomial(
-    "tanh_tail",
-    {
-        types.float32: (
-            -0.3333333317, 0.1333330356, -0.05395925958, 0.02176891865, -0.008343945516,
-            0.002292744816,
-        ),
-        types.float64: (
-            -0.3333333333333333332, 0.1333333333333332076, -0.05396825396823590134,
-            0.02186948853513322201, -0.008863235499801992569, 0.003592127507599252229,
-            -0.001455828399830324586, 0.0005899818158388232071, -0.000238889446367511739,
-            9.604109157026265988e-5, -3.708106921544233385e-5, 1.220992179016278166e-5,
-            -2.438831631472087804e-6,
-        ),
-    },
-)  # fmt: skip
-
-
-def exp_nonpositive(x: Real) -> Real:
-    """e^x for x <= 0, within about 1 ulp. It holds for x > 0 too, until 2^n overflows."""
-    raise NotImplementedError("only compiled functions may call this: they get the overload below")
-
-
-@overload(exp_nonpositive, jit_options=FUSED)
-def _exp_nonpositive(x: Real) -> Real:
-    log2e, ln2_hi, ln2_lo, round_magic, exp_lowest = _REALS[x]
-    one = type(log2e)(1)
-
-    def implementation(x: Real) -> Real:
-        x = exp_lowest if x < exp_lowest else x
-        shifted = x * log2e + round_magic
-        n = shifted - round_magic
-        r = (x - n * ln2_hi) - n * ln2_lo
-        return ((_exp_tail(r) * r + one) * r + one) * power_of_two(shifted)
-
-    return implementation
-
-
-@njit(**FUSED)
-def tanh_any(y: Real) -> Real:
-    """tanh of any number: by e^(-2 |y|), near 0 by a polynomial, as that cancels there."""
-    one = cast(1, y)
-    magnitude = abs(y)
-    square = y * y
-    decay = exp_nonpositive(cast(-2, y) * magnitude)
-    large = (one - decay) / (one + decay)
-    large = -large if y < 0 else large
-    small = y + y * square * _tanh_tail(square)
-    return small if magnitude < cast(0.625, y) else large
-
-
-@njit(**FUSED)
-def tanh_slope(y: Real) -> Real:
-    """The derivative of tanh, 1 - tanh^2, which written so would have no digit near 1."""
-    one = cast(1, y)
-    decay = exp_nonpositive(cast(-2, y) * abs(y))
-    return cast(4, y) * decay / ((one + decay) * (one + decay))
+@njit(**EXACT, **INLINE)
+def prefetch_lanes(z: Pointer, address: int) -> None:
+    """Fetch LANES numbers of the type of `z` into L2."""
+    for byte in range(0, LANES * itemsize(z), LINE):
+        prefetch_to_l2(address + byte)
 
 
 # The online log-sum-exp: over the numbers seen so far, their maximum and sum of e^(z - maximum)
@@ -124,24 +54,16 @@ class Lse(NamedTuple):
     low: float
 
 
-@njit(**EXACT)
-def block_maximum(z: Pointer, n: int) -> Real:
-    """The block's maximum, without NaN.
-
-    Over integers, because LLVM vectorises a maximum of floats only if it may assume that there is
-    no NaN.
-    """
-    best = order_key(cast(-inf, z))
-    for j in range(n):
-        key = order_key(z[j])
-        best = key if key > best else best
-    return from_order_key(best)
-
-
-@njit(**EXACT)
+@njit(**EXACT, **INLINE)
 def block_fill(x: Pointer, n: int, value: Real) -> None:
     for j in range(n):
         x[j] = value
+
+
+@njit(**EXACT, **INLINE)
+def block_copy(x: Pointer, n: int, out: Pointer) -> None:
+    for j in range(n):
+        out[j] = x[j]
 
 
 @njit(**SUM)
@@ -152,30 +74,63 @@ def block_sum(x: Pointer, n: int) -> float:
     return total
 
 
-@njit(**FUSED)
-def block_exp_sum(z: Pointer, n: int, shift: Real) -> float:
-    """The sum of e^(z - shift), by 64 partial sums that are added in double: see block.hpp."""
-    sums = block_buffer(shift)
-    block_fill(sums, LANES, cast(0, sums))
+@njit(**EXACT)
+def largest_lane(x: Pointer) -> Real:
+    quarter = LANES // 4
+    for i in range(quarter):
+        two = larger(x[i], x[i + quarter])
+        x[i] = larger(two, larger(x[i + 2 * quarter], x[i + 3 * quarter]))
+    best = x[0]
+    for i in range(1, quarter):
+        best = larger(x[i], best)
+    return best
+
+
+@njit(**EXACT)
+def block_maximum(z: Pointer, n: int, least: Real) -> Real:
+    """The maximum of the block and `least`, without NaN.
+
+    By lanes: LLVM makes one maximum of a block a vector only if it may assume that there is no NaN.
+    """
+    best = lanes_buffer(least)
+    block_fill(best, LANES, least)
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
         for i in range(LANES):
-            sums[i] += exp_nonpositive(z[j + i] - shift)
+            best[i] = larger(widen(z[j + i]), best[i])
     for i in range(n - whole):
-        sums[i] += exp_nonpositive(z[whole + i] - shift)
+        best[i] = larger(widen(z[whole + i]), best[i])
+    return largest_lane(best)
+
+
+@njit(**FUSED)
+def block_exp_sum(z: Pointer, n: int, shift: Real, ahead: int) -> float:
+    """The sum of e^(z - shift), by 64 partial sums that are added in double: see block.hpp.
+
+    What lies `ahead` bytes from z is brought into L2 meanwhile, unless that is 0.
+    """
+    sums, one = lanes_buffer(shift), cast(1, shift)
+    block_fill(sums, LANES, cast(0, sums))
+    whole = n // LANES * LANES
+    for j in range(0, whole, LANES):
+        if ahead != 0:
+            prefetch_lanes(z, address_of(z) + j * itemsize(z) + ahead)
+        for i in range(LANES):
+            sums[i] += scaled_exp(widen(z[j + i]) - shift, one, z)
+    for i in range(n - whole):
+        sums[i] += scaled_exp(widen(z[whole + i]) - shift, one, z)
     return block_sum(sums, LANES)
 
 
 @njit(**FUSED)
-def update(state: LseState, z: Pointer, n: int) -> LseState:
-    """The state with a block added."""
+def update(state: LseState, z: Pointer, n: int, ahead: int) -> LseState:
+    """The state with a block added; `ahead` as in block_exp_sum."""
     previous, total = state
-    block = block_maximum(z, n)
-    maximum = block if block > previous else previous
+    maximum = block_maximum(z, n, previous)
     # While every logit is -inf, z - maximum would be -inf - -inf = NaN and stay in the sum.
     shift = cast(0, maximum) if maximum == -inf else maximum
     kept = total * exp_nonpositive(previous - shift)
-    return maximum, kept + block_exp_sum(z, n, shift)
+    return maximum, kept + block_exp_sum(z, n, shift, ahead)
 
 
 @njit(**EXACT)
@@ -199,7 +154,7 @@ def log_probability(z: Real, lse: Lse) -> Real:
 
 @njit(**FUSED)
 def block_log_probability_sum(z: Pointer, n: int, lse: Lse) -> float:
-    sums = block_buffer(z)
+    sums = lanes_buffer(z)
     block_fill(sums, LANES, cast(0, sums))
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
@@ -212,7 +167,7 @@ def block_log_probability_sum(z: Pointer, n: int, lse: Lse) -> float:
 
 @njit(**FUSED)
 def block_log_probability_dot(z: Pointer, coefficient: Pointer, n: int, lse: Lse) -> float:
-    sums = block_buffer(z)
+    sums = lanes_buffer(z)
     block_fill(sums, LANES, cast(0, sums))
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
@@ -232,7 +187,7 @@ def negative_entropy(log_p: Real) -> Real:
 
 @njit(**FUSED)
 def block_negative_entropy(z: Pointer, n: int, lse: Lse) -> float:
-    sums = block_buffer(z)
+    sums = lanes_buffer(z)
     block_fill(sums, LANES, cast(0, sums))
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
@@ -251,25 +206,136 @@ def block_contains(z: Pointer, n: int, value: Real) -> bool:
     return found > 0
 
 
-# Elementwise maps of a block
+# What is written to memory
+
+
+class Destination(NamedTuple):
+    """Where a gradient goes. Its stores may bypass the caches, and while a line of it is written,
+    the same line from the address `next`, if that is not 0, is brought into L2: the logits that
+    will be read next.
+    """
+
+    out: Pointer
+    bypass_cache: bool
+    next: int
+
+
+@njit(**EXACT)
+def destination_from(to: Destination, column: int) -> Destination:
+    start = to.next + column * itemsize(to.out) if to.next != 0 else 0
+    return Destination(advance(to.out, column), to.bypass_cache, start)
+
+
+class Softmax(NamedTuple):
+    """scale * e^(z - shift) - offset, for a scale up to a half of the largest number"""
+
+    shift: Real
+    scale: Real
+    offset: Real
+
+
+@njit(**EXACT)
+def exp_of_low(lse: Lse) -> Real:
+    """A factor of e^(z - high - low) = e^-low e^(z - high)."""
+    return cast(exp(-lse.low), lse.low)
+
+
+def gradient_of(z: Real, softmax: Any, memory: Pointer) -> Real:
+    """Of a score z, rounded to the type in memory: its Softmax, or for None z itself."""
+    raise NotImplementedError("only compiled functions may call this: they get the overload below")
+
+
+@overload(gradient_of, jit_options={**FUSED, **INLINE})
+def _gradient_of(z: Real, softmax: Any, memory: Pointer) -> Real:
+    def form(z: Real, softmax: Any, memory: Pointer) -> Real:
+        shift, scale, offset = softmax
+        return narrow(scaled_exp(widen(z) - shift, scale, memory) - offset, memory)
+
+    def keep(z: Real, softmax: Any, memory: Pointer) -> Real:
+        return narrow(z, memory)
+
+    return keep if softmax == types.none else form
+
+
+@njit(**EXACT)
+def numbers_before_line(out: Pointer) -> int:
+    """How many lie before the first line of the cache that begins at or after `out`."""
+    return (-address_of(out) & (LINE - 1)) // itemsize(out)
+
+
+@njit(**EXACT)
+def store_some(z: Pointer, n: int, softmax: Any, out: Pointer) -> None:
+    """At most LANES numbers."""
+    lanes = lanes_buffer(out)
+    for i in range(n):
+        lanes[i] = gradient_of(z[i], softmax, out)
+    copy_some(lanes, n, out)
+
+
+@njit(**EXACT)
+def store_gradient(z: Pointer, n: int, softmax: Any, to: Destination) -> None:
+    """Write gradient_of each number of a block, or of a whole row.
+
+    `to.out` may be `z`, but not otherwise overlap it. The whole lines begin where a line begins.
+    """
+    lanes = lanes_buffer(to.out)
+    start = min(n, numbers_before_line(to.out))
+    if start > 0:
+        store_some(z, start, softmax, to.out)
+    end = start + (n - start) // LANES * LANES
+    for j in range(start, end, LANES):
+        for i in range(LANES):
+            lanes[i] = gradient_of(z[j + i], softmax, to.out)
+        if to.bypass_cache:
+            stream(lanes, advance(to.out, j))
+        else:
+            store(lanes, advance(to.out, j))
+        if to.next != 0:
+            prefetch_lanes(to.out, to.next + j * itemsize(to.out))
+    if end < n:
+        store_some(advance(z, end), n - end, softmax, advance(to.out, end))
+
+
+@njit(**EXACT)
+def block_widen(z: Pointer, n: int, to: Pointer) -> None:
+    for j in range(n):
+        to[j] = widen(z[j])
+
+
+@njit(**EXACT)
+def block_narrow(x: Pointer, n: int, out: Pointer) -> None:
+    for j in range(n):
+        out[j] = narrow(x[j], out)
+
+
+# The same by the dtype, of bfloat16 or float16 at an address
+
+
+@njit(**EXACT)
+def widen_block(source: int, dtype: int, n: int, to: Pointer) -> None:
+    if dtype == BFLOAT16:
+        block_widen(pointer(source, INT16), n, to)
+    else:
+        block_widen(pointer(source, UINT16), n, to)
+
+
+@njit(**EXACT)
+def narrow_block(x: Pointer, dtype: int, n: int, target: int) -> None:
+    if dtype == BFLOAT16:
+        block_narrow(x, n, pointer(target, INT16))
+    else:
+        block_narrow(x, n, pointer(target, UINT16))
+
+
+# Elementwise maps of a block in L1
 
 
 @njit(**FUSED)
 def block_softmax(z: Pointer, n: int, lse: Lse, scale: Real, out: Pointer) -> None:
-    """out = scale * softmax(z). `out` may be `z`, but not otherwise overlap it."""
-    scale *= cast(exp(-lse.low), scale)  # e^(z - high - low) = e^-low e^(z - high)
-    if same_address(z, out):  # LLVM vectorises neither case where it cannot tell them apart
-        for j in range(n):
-            z[j] = scale * exp_nonpositive(z[j] - lse.high)
-    else:
-        for j in range(n):
-            out[j] = scale * exp_nonpositive(z[j] - lse.high)
-
-
-@njit(**EXACT)
-def block_copy(x: Pointer, n: int, out: Pointer) -> None:
+    """out = scale * softmax(z). `out` must not be `z`: LLVM vectorises what is apart."""
+    scale *= exp_of_low(lse)
     for j in range(n):
-        out[j] = x[j]
+        out[j] = scale * exp_nonpositive(z[j] - lse.high)
 
 
 @njit(**FUSED)
@@ -310,9 +376,3 @@ def block_softcap_and_slope(z: Pointer, n: int, softcap: Real, slope: Pointer) -
         y = z[j] / softcap
         z[j] = softcap * tanh_any(y)
         slope[j] = tanh_slope(y)
-
-
-@njit(**EXACT)
-def zero_bytes(address: int, n: int) -> None:
-    for byte in range(n):
-        pointer(address, UINT8)[byte] = 0

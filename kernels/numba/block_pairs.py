@@ -9,9 +9,10 @@ from math import inf
 
 from numba import njit, types
 
-from neglog.kernels.numba.block import LANES, block_fill, block_sum, exp_nonpositive  # isort: skip
+from neglog.kernels.numba.block import block_fill, block_sum  # isort: skip
+from neglog.kernels.numba.exp import exp_nonpositive  # isort: skip
 from neglog.kernels.numba.intrinsics import (  # isort: skip
-    EXACT, FUSED, Pointer, Real, block_buffer, cast, pointer, polynomial,
+    EXACT, FUSED, LANES, Pointer, Real, cast, lanes_buffer, pointer, polynomial,
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def block_exp_sum_of_row_and_columns(z: Pointer, n: int, column_sum: Pointer) ->
 
     There is no shift, so the scores must be near enough to 0 for e^z to be in range.
     """
-    sums = block_buffer(z)
+    sums = lanes_buffer(z)
     block_fill(sums, LANES, cast(0, z))
     whole = n // LANES * LANES
     for j in range(0, whole, LANES):
@@ -135,7 +136,7 @@ def softplus(z: Real) -> tuple[Real, Real]:
 @njit(**FUSED)
 def block_softplus(z: Pointer, n: int, scale: Real, out: Pointer) -> float:
     """Returns the sum of softplus(z), by 64 partial sums; out = scale * sigmoid(z)."""
-    sums = block_buffer(z)
+    sums = lanes_buffer(z)
     block_fill(sums, LANES, cast(0, z))
     for j in range(0, n, LANES):
         for i in range(min(LANES, n - j)):

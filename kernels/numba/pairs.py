@@ -14,20 +14,20 @@ import numpy as np
 from numba import njit, prange
 
 from neglog.kernels.numba.block import (  # isort: skip
-    Lse, block_fill, block_softmax, block_sum, exp_nonpositive, log_probability, update,
+    Lse, block_fill, block_softmax, block_sum, log_probability, narrow_block, update,
 )  # fmt: skip
 from neglog.kernels.numba.block_pairs import (  # isort: skip
     block_exp_sum_of_columns, block_exp_sum_of_row_and_columns, block_finite_shift,
     block_flush_sums, block_maximum_of_columns, block_pair_gradient, block_pair_gradient_bounded,
     block_softplus, softplus,
 )  # fmt: skip
-from neglog.kernels.numba.halves import narrow_block  # isort: skip
+from neglog.kernels.numba.exp import exp_nonpositive  # isort: skip
 from neglog.kernels.numba.intrinsics import (  # isort: skip
-    EXACT, Pointer, Real, block_buffer, cast, fetch_add, pointer,
+    EXACT, PARALLEL, SERIAL, Pointer, Real, block_buffer, cast, fetch_add, pointer,
 )  # fmt: skip
 from neglog.kernels.numba.threads import call_with_threads  # isort: skip
 from neglog.kernels.numba.tile import (  # isort: skip
-    FLOAT64, INT64, UINT16, Span, Tile, block_span, index_in_block, load_real, pair_scores,
+    FLOAT64, INT64, Span, Tile, block_span, index_in_block, load_real, pair_scores,
     stored_as_real,
 )  # fmt: skip
 
@@ -114,7 +114,7 @@ def cell_rows(
             row_sum[row_offset + row] = block_exp_sum_of_row_and_columns(z, span.n, partial)
             flush_if_due(row, row_span, span.n, partial, column_sum)
         else:
-            state = update((cast(-inf, t.zero), 0.0), z, span.n)
+            state = update((cast(-inf, t.zero), 0.0), z, span.n, 0)
             row_maximum[row_offset + row], row_sum[row_offset + row] = state
             block_maximum_of_columns(z, span.n, maximum)
 
@@ -211,12 +211,12 @@ def merge_states(t: Tile, c: Cells, rows: States, columns: States, counter: int)
                           c.row_blocks, t.columns)  # fmt: skip
 
 
-@njit(nogil=True, cache=True, **EXACT)
+@njit(**SERIAL)
 def forward_serial(t: Tile, c: Cells, columns: States, positive_score: int, counter: int) -> None:
     forward_cells(t, c, columns, positive_score, counter)
 
 
-@njit(parallel=True, cache=True, **EXACT)
+@njit(**PARALLEL)
 def forward_parallel(
     t: Tile, c: Cells, columns: States, positive_score: int, counter: int, workers: int
 ) -> None:
@@ -224,12 +224,12 @@ def forward_parallel(
         forward_cells(t, c, columns, positive_score, counter)
 
 
-@njit(nogil=True, cache=True, **EXACT)
+@njit(**SERIAL)
 def merge_serial(t: Tile, c: Cells, rows: States, columns: States, counter: int) -> None:
     merge_states(t, c, rows, columns, counter)
 
 
-@njit(parallel=True, cache=True, **EXACT)
+@njit(**PARALLEL)
 def merge_parallel(
     t: Tile, c: Cells, rows: States, columns: States, counter: int, workers: int
 ) -> None:
@@ -302,7 +302,7 @@ def row_backward(t: Tile, g: Gradient, row: int) -> None:
         destination = pointer(out, t.zero) if stored_as_real(t) else grad_buffer
         block_backward(t, g, row, span, cast(factor, t.zero), cast(shift, t.zero), z, destination)
         if not stored_as_real(t):
-            narrow_block(grad_buffer, t.dtype, span.n, pointer(out, UINT16))
+            narrow_block(grad_buffer, t.dtype, span.n, out)
 
 
 @njit(**EXACT)
@@ -328,7 +328,7 @@ def backward_rows(
             row_backward(t, g, index)
 
 
-@njit(nogil=True, cache=True, **EXACT)
+@njit(**SERIAL)
 def backward_serial(
     t: Tile, row: Marginal, column: Marginal, arrays: BackwardArrays, counter: int
 ) -> None:
@@ -336,7 +336,7 @@ def backward_serial(
     backward_rows(t, row, column, arrays, counter)
 
 
-@njit(parallel=True, cache=True, **EXACT)
+@njit(**PARALLEL)
 def backward_parallel(
     t: Tile, row: Marginal, column: Marginal, arrays: BackwardArrays, counter: int, workers: int
 ) -> None:
@@ -375,7 +375,7 @@ def row_sigmoid(t: Tile, s: Sigmoid, row: int) -> None:
         pointer(s.loss, DOUBLE)[row] += block_sigmoid(t, row, span, grad_scale, destination)
         pointer(s.grad_sum, DOUBLE)[row] += block_sum(destination, span.n)
         if not stored_as_real(t):
-            narrow_block(grad_buffer, t.dtype, span.n, pointer(out, UINT16))
+            narrow_block(grad_buffer, t.dtype, span.n, out)
 
 
 @njit(**EXACT)
@@ -388,12 +388,12 @@ def sigmoid_rows(t: Tile, s: Sigmoid, counter: int) -> None:
             row_sigmoid(t, s, row)
 
 
-@njit(nogil=True, cache=True, **EXACT)
+@njit(**SERIAL)
 def sigmoid_serial(t: Tile, s: Sigmoid, counter: int) -> None:
     sigmoid_rows(t, s, counter)
 
 
-@njit(parallel=True, cache=True, **EXACT)
+@njit(**PARALLEL)
 def sigmoid_parallel(t: Tile, s: Sigmoid, counter: int, workers: int) -> None:
     for _ in prange(workers):
         sigmoid_rows(t, s, counter)

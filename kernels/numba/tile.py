@@ -8,15 +8,14 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from neglog.kernels.numba.block import block_affine  # isort: skip
+from neglog.kernels.numba.block import block_affine, widen_block  # isort: skip
 from neglog.kernels.numba.block_pairs import block_exclude, block_pair_scores  # isort: skip
-from neglog.kernels.numba.halves import widen_block  # isort: skip
 from neglog.kernels.numba.intrinsics import (  # isort: skip
     EXACT, Pointer, Real, block_buffer, cast, pointer,
 )  # fmt: skip
 
 FLOAT64 = 1
-INT64, UINT16 = np.int64(0), np.uint16(0)
+INT64 = np.int64(0)
 
 
 class Tile(NamedTuple):
@@ -84,7 +83,7 @@ def affine_scores(t: Tile, row: int, span: Span, z: Pointer) -> None:
     if stored_as_real(t):
         x = pointer(source, t.zero)
     else:
-        widen_block(pointer(source, UINT16), t.dtype, span.n, x)
+        widen_block(source, t.dtype, span.n, x)
     block_pair_scores(x, span.n, scale, bias, z)
     if t.bias != 0 and t.bias_stride == 0:
         block_affine(z, span.n, cast(1, t.zero), load_real(t, t.bias, 0))

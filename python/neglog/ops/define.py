@@ -52,8 +52,6 @@ class Op:
         self._decisive = next(
             (i for i, x in enumerate(described.arguments) if str(x.type) == "Tensor"), 0
         )
-        # What may be a batch of gradients, as with is_grads_batched=True.
-        self._gradients = [i for i, name in enumerate(names) if name.startswith("grad")]
         self._numbers = slice(0)
         self._of_numbers: Op | None = None
         if numbers:
@@ -92,8 +90,7 @@ class Op:
             return self._named(self._functional.apply(*arguments))
         decisive = arguments[self._decisive]
         function = self._implementations.get(decisive.device.type)
-        batched = any(torch_state.batched(arguments[i]) for i in self._gradients)
-        if function is None or torch_state.traced(decisive) or batched:
+        if function is None or torch_state.traced(decisive) or torch_state.batched(arguments):
             return self._named(self.registered(*arguments))
         if self._eager is None or not torch.is_grad_enabled():
             return self._named(function(self.Arguments(*arguments)))
@@ -109,17 +106,6 @@ class Op:
         """`function` computes the op for tensors on this device, "cpu" or "cuda"."""
         self._implementations[device] = function
         library.impl(self.name, lambda *given: function(self.Arguments(*given)), device.upper())
-
-    def implemented_by_library(self, device: str) -> None:
-        """A compiled library registers the op for tensors on this device. Eager calls go past the
-        functions that `differentiable` registers, and save 40 microseconds of the host in a forward
-        and backward."""
-
-        def function(arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return self.registered(*arguments)
-
-        self._implementations[device] = function
 
     def shapes(self, function: Callable[[Any], Any]) -> None:
         torch.library.register_fake(
