@@ -1,7 +1,7 @@
 // exp and tanh, of one number or of lanes.
 //
-// (a) One number is for loops that the compiler vectorises: `#pragma omp simd` takes these calls in.
-//     Lanes are those of lanes.hpp; with AVX-512 they have 2^n by one instruction.
+// (a) One number is for loops that the compiler vectorises, under `#pragma omp simd`. Lanes are those
+//     of lanes.hpp; with AVX-512 they have 2^n by one instruction.
 // (b) NaN passes through. exp is exactly 0 at and below its clamp, so also at -inf.
 #pragma once
 
@@ -56,10 +56,10 @@ struct Real<double> {
         -2.438831631472087804e-6};
 };
 
-// The polynomial of an e^x with a relative error of 3e-6, for bfloat16, which is rounded at 2e-3. It
-// takes two operations of the multiplier less, and the multiplier bounds a loop that reads half the
-// bytes. The best fit's constant is 0.9999993. With it the loss of a target whose p is 1 would be
-// negative, so it is 1 here.
+// The polynomial of an e^x with a relative error of 3e-6, for what is rounded to 16 bits at 2e-3 or
+// 5e-4. It takes two operations of the multiplier less, and the multiplier bounds a loop that reads
+// half the bytes. The best fit's constant is 0.9999993. With it the loss of a target whose p is 1
+// would be negative, so it is 1 here.
 struct CoarseExp {
     static constexpr float exp_linear = 0.9999668f;
     static constexpr float exp_poly[] = {0.50003022f, 0.16787592f, 0.041513681f};
@@ -72,8 +72,8 @@ inline V horner(const T (&coefficients)[terms], V x) {
     return value;
 }
 
-// The same times a scale. Where a loop does not change the scale, its products with the coefficients
-// are formed before the loop.
+// The same times a scale. Where a loop does not change the scale, its products with the
+// coefficients are formed before the loop.
 template <class T, int terms, class V>
 inline V scaled_horner(const T (&coefficients)[terms], V x, V scale) {
     V value = scale * coefficients[terms - 1];
@@ -82,7 +82,7 @@ inline V scaled_horner(const T (&coefficients)[terms], V x, V scale) {
 }
 
 // x - n ln 2. In lanes of floats ln 2 is one float, off by 1.9e-9, and n of it by 2.7e-9 x: a tenth
-// of what the rounding of x, a difference of a logit and a log-sum-exp, has lost. Two took 12% longer.
+// of what the rounding of x, a logit less a log-sum-exp, has lost. Two floats took 12% longer.
 template <class V>
 inline V remainder_of_ln2(V x, V n) {
     using R = Real<NumberOf<V>>;
@@ -105,7 +105,7 @@ inline V times_power_of_two(V fraction, [[maybe_unused]] V n, V shifted) {
 // scale * e^x for x <= 0 and |scale| up to a half of the largest number, within about 1 ulp. It
 // holds for x > 0 too, until 2^n overflows. P has the polynomial.
 template <class P, class V>
-inline V scaled_exp_by(V x, V scale) {
+inline V scaled_exp(V x, V scale) {
     using R = Real<NumberOf<V>>;
     constexpr bool by_scalef = NEGLOG_AVX512 && is_lanes<V>;
     x = larger(V{} + (by_scalef ? R::scalef_lowest : R::exp_lowest), x);
@@ -118,16 +118,15 @@ inline V scaled_exp_by(V x, V scale) {
 
 template <class V>
 inline V exp_nonpositive(V x) {
-    return scaled_exp_by<Real<NumberOf<V>>>(x, V{} + NumberOf<V>(1));
+    return scaled_exp<Real<NumberOf<V>>>(x, V{} + NumberOf<V>(1));
 }
 
-// scale * e^x for logits of type M in memory: the error is hidden by their rounding.
-template <class M, class V>
-inline V scaled_exp(V x, V scale) {
-    using P = typename std::conditional<std::is_same<M, bfloat16>::value, CoarseExp,
-                                        Real<NumberOf<V>>>::type;
-    return scaled_exp_by<P>(x, scale);
-}
+// For logits of type M in memory. A loss is float32 for float16 logits too, so its exps are exact.
+template <class M>
+using ExpOfSum = typename std::conditional<std::is_same<M, bfloat16>::value, CoarseExp,
+                                           Real<RealOf<M>>>::type;
+template <class M>
+using ExpOfGradient = typename std::conditional<sizeof(M) == 2, CoarseExp, Real<RealOf<M>>>::type;
 
 // tanh of any number: by e^(-2 |y|), or by a polynomial near 0, where 1 - e^(-2 |y|) cancels.
 template <class T>

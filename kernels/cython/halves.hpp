@@ -1,4 +1,4 @@
-// bfloat16 and float16: conversion to float and back, of one number. lanes.hpp converts many at once.
+// bfloat16 and float16: conversion of one number to float and back. lanes.hpp converts many.
 //
 // Rounding is to nearest, ties to even. NaN stays NaN, and what is too large becomes inf.
 #pragma once
@@ -8,7 +8,12 @@
 #include <cstring>
 
 #if defined(__SSE2__)
+// GCC 12 warns of the operands that its own intrinsics leave undefined.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace neglog {

@@ -5,11 +5,11 @@
 // (b) What needs the finished lse (label smoothing, probability targets, entropy) reads the row
 //     again from L2. Accumulating it online would cancel at large logits, and the memory time of
 //     the first read hides the second.
-// (c) The gradient reads the row once more, from L2. Without logit scale, softcap, class weights and
-//     probabilities it is formed in registers, else a block at a time in L1. exp is formed twice:
-//     keeping the first in a buffer of a row took 15% longer.
+// (c) The gradient reads the row once more, from L2. Without logit scale, softcap, class weights
+//     and probabilities it is formed in registers, else a block at a time in L1. exp is formed
+//     twice: keeping the first in a buffer of a row took 15% longer.
 // (d) A gradient larger than the caches is streamed past them: an ordinary store reads each line
-//     before it writes it. While a row is written the next is brought into L2.
+//     before it writes it. While the gradient of a row is written its successor is brought into L2.
 // (e) The target's own gradient is formed by expm1 of its log-probability: p - 1 would lose every
 //     digit as p nears 1.
 #pragma once
@@ -76,10 +76,11 @@ class Row {
         return lse;
     }
 
-    // Writes the gradient for upstream `grad` of the loss and `grad_lse` of the lse.
-    void backward(const Gradient& g, Lse<T> lse, double grad, double grad_lse) {
-        const Destination<M> to = {reinterpret_cast<M*>(g.out) + row * g.stride, g.bypass_cache,
-                                   next_logits()};
+    // Writes the gradient for upstream `grad` of the loss and `grad_lse` of the lse. Meanwhile the
+    // logits from `ahead` on are brought into L2.
+    void backward(const Gradient& g, Lse<T> lse, double grad, double grad_lse, const M* ahead) {
+        M* out = reinterpret_cast<M*>(g.out) + row * g.stride;
+        const Destination<M> to = {out, g.bypass_cache, ahead};
         if (ignored && (grad_lse == 0 || !std::isfinite(lse.high))) {
             block_zero(p.vocab, to);  // even where the logits are NaN
             return;
@@ -91,6 +92,15 @@ class Row {
         else
             gradient_by_blocks(to, lse, weights);
     }
+
+    // The row that is read after this one if it counts, else this one.
+    const M* next_row() const {
+        const ptrdiff_t next = row + 1;
+        const bool counts = next < p.rows && !(p.target && p.target[next] == p.ignore_index);
+        return counts ? logits + p.logits_stride : logits;
+    }
+
+    const M* further_on() const { return ahead_of(logits); }
 
   private:
     const Problem& p;
@@ -106,13 +116,6 @@ class Row {
 
     Span block_span(ptrdiff_t block) const {
         return {block * kBlock, std::min(kBlock, p.vocab - block * kBlock)};
-    }
-
-    // What is read after this row: the next one that counts, or nothing more than this one.
-    const M* next_logits() const {
-        const ptrdiff_t next = row + 1;
-        const bool is_read = next < p.rows && !(p.target && p.target[next] == p.ignore_index);
-        return is_read ? logits + p.logits_stride : logits;
     }
 
     // Reading a block
@@ -305,14 +308,15 @@ inline void backward_of(const Problem& p, const Gradient& g, const Upstream& u, 
     using T = RealOf<M>;
     const double grad = static_cast<const T*>(u.grad)[row * u.grad_stride] * u.grad_scale;
     const double grad_lse = u.grad_lse ? static_cast<const T*>(u.grad_lse)[row] : 0;
-    Row<M>(p, row).backward(g, saved_lse<M>(u, row), grad, grad_lse);
+    Row<M> each(p, row);
+    each.backward(g, saved_lse<M>(u, row), grad, grad_lse, each.further_on());
 }
 
 template <class M>
 inline void forward_backward_of(const Problem& p, const Output& o, const Gradient& g,
                                 double grad_scale, ptrdiff_t row) {
     Row<M> each(p, row);
-    each.backward(g, each.forward(o), grad_scale, 0);
+    each.backward(g, each.forward(o), grad_scale, 0, each.next_row());
 }
 
 // Calls what(M()) for the type M of a dtype.

@@ -171,6 +171,23 @@ def test_bfloat16_gradients_round_to_nearest_even(every_build, rng):
     np.testing.assert_array_equal(call.out[:, 0], bfloat16_bits(wide))
 
 
+def test_every_nan_of_bfloat16_stays_nan(every_build):
+    """Whatever its bits: no rounding carries it to another number."""
+    nll = kernels.load("nll", every_build)
+    bits = np.arange(1 << 16, dtype=np.uint32)
+    nans = bits[np.isnan((bits << 16).view(np.float32))].astype(np.uint16)
+    call = Call(np.zeros((len(nans), 40)), "bfloat16")
+    call.logits[:, 17] = nans
+    call.target[:] = 3
+    call.one_pass(nll, 0.5)
+    assert np.isnan(call.loss).all()
+    assert np.isnan((call.out.astype(np.uint32) << 16).view(np.float32)).all()
+    upstream = np.array([0x7FFFFFFF], np.uint32).view(np.float32)
+    call.logits[:, 17] = 0
+    call.two_passes(nll, float(upstream[0]))
+    assert np.isnan((call.out.astype(np.uint32) << 16).view(np.float32)).all()
+
+
 def test_an_infinite_upstream_gives_infinite_gradients(every_build):
     """Not NaN. One near the largest float gives finite gradients."""
     nll = kernels.load("nll", every_build)
