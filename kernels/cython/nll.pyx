@@ -13,8 +13,9 @@ and 0 where t is ignore_index. The gradient's formula stands at GradientWeights,
 The functions take addresses, not arrays, so that the caller may be torch or NumPy and torch's
 bfloat16 comes in without a copy. The Numba version, numba/nll.py, has the same functions.
 
-Here are the loops over rows; one row is computed in row.hpp. Each is computed by one thread, in one
-order, so the bits do not depend on the number of threads. The one sum over rows is serial.
+Here are the loops over rows. One row is computed in row.hpp; rows of few classes, and those whose
+class axis is not the last, a group at a time in positions.hpp. Each is computed by one thread, in
+one order, so the bits do not depend on the number of threads. The one sum over rows is serial.
 """
 
 from cython.parallel cimport parallel, prange
@@ -23,13 +24,15 @@ from libc.math cimport NAN
 from libc.stdint cimport int64_t, uint8_t, uintptr_t
 
 from block cimport finish_streams
-from problem cimport Gradient, Output, Problem, Upstream
+from positions cimport group_backward, group_forward, group_forward_backward, group_size
+from problem cimport Axes, Gradient, Output, Problem, Upstream
 from row cimport row_backward, row_forward, row_forward_backward, sum_in_order, sum_of_weights
 
 cdef enum:
     FLOAT32 = 0
     FLOAT64 = 1
     LARGEST_CACHE = 64 << 20    # bytes
+    FEW_CLASSES = 128           # rows of up to so many are computed a group at a time
 
 
 # All rows
@@ -45,36 +48,68 @@ cdef Py_ssize_t rows_per_chunk(const Problem& p, int threads) noexcept nogil:
     return max(<Py_ssize_t>1, min(rows, p.rows // (8 * threads)))
 
 
+cdef bint by_groups(const Problem& p) noexcept nogil:
+    return p.vocab <= FEW_CLASSES or p.positions > 1 or p.logits_axes.of_class != 1
+
+
+cdef Py_ssize_t rows_per_step(const Problem& p) noexcept nogil:
+    return group_size(p) if by_groups(p) else 1
+
+
+cdef Py_ssize_t steps(const Problem& p) noexcept nogil:
+    """Rows, or groups of them."""
+    return (p.rows + rows_per_step(p) - 1) // rows_per_step(p)
+
+
+cdef Py_ssize_t steps_per_chunk(const Problem& p, int threads) noexcept nogil:
+    return max(<Py_ssize_t>1, rows_per_chunk(p, threads) // rows_per_step(p))
+
+
 cdef double forward_rows(const Problem& p, const Output& o, int threads) noexcept nogil:
-    cdef Py_ssize_t row
-    cdef Py_ssize_t chunk = rows_per_chunk(p, threads)
-    for row in prange(p.rows, num_threads=threads, schedule="dynamic", chunksize=chunk):
-        row_forward(p, o, row)
+    cdef Py_ssize_t i
+    cdef Py_ssize_t chunk = steps_per_chunk(p, threads)
+    if by_groups(p):
+        for i in prange(steps(p), num_threads=threads, schedule="dynamic", chunksize=chunk):
+            group_forward(p, o, i)
+    else:
+        for i in prange(steps(p), num_threads=threads, schedule="dynamic", chunksize=chunk):
+            row_forward(p, o, i)
     return sum_in_order(o.loss, p.rows, p.dtype)
 
 
 cdef void backward_rows(const Problem& p, const Gradient& g, const Upstream& u,
                         int threads) noexcept nogil:
-    cdef Py_ssize_t row
-    cdef Py_ssize_t chunk = rows_per_chunk(p, threads)
+    cdef Py_ssize_t i
+    cdef Py_ssize_t chunk = steps_per_chunk(p, threads)
     with parallel(num_threads=threads):
-        for row in prange(p.rows, schedule="dynamic", chunksize=chunk):
-            row_backward(p, g, u, row)
+        if by_groups(p):
+            for i in prange(steps(p), schedule="dynamic", chunksize=chunk):
+                group_backward(p, g, u, i)
+        else:
+            for i in prange(steps(p), schedule="dynamic", chunksize=chunk):
+                row_backward(p, g, u, i)
         finish_streams()
 
 
 cdef double forward_backward_rows(const Problem& p, const Output& o, const Gradient& g,
                                   double grad_scale, int threads) noexcept nogil:
-    cdef Py_ssize_t row
-    cdef Py_ssize_t chunk = rows_per_chunk(p, threads)
+    cdef Py_ssize_t i
+    cdef Py_ssize_t chunk = steps_per_chunk(p, threads)
     with parallel(num_threads=threads):
-        for row in prange(p.rows, schedule="dynamic", chunksize=chunk):
-            row_forward_backward(p, o, g, grad_scale, row)
+        if by_groups(p):
+            for i in prange(steps(p), schedule="dynamic", chunksize=chunk):
+                group_forward_backward(p, o, g, grad_scale, i)
+        else:
+            for i in prange(steps(p), schedule="dynamic", chunksize=chunk):
+                row_forward_backward(p, o, g, grad_scale, i)
         finish_streams()
     return sum_in_order(o.loss, p.rows, p.dtype)
 
 
-# From Python: addresses, 0 where an array is absent; strides in elements; dtypes as in halves.hpp
+# From Python: addresses, 0 where an array is absent; strides in elements; dtypes as in halves.hpp.
+# `layout` is None for rows (N, V). For logits (B, V, P) it is P and the strides of class and
+# position, of the logits, of the probabilities and of the gradient; `logits_stride`, `probs_stride`
+# and `out_stride` are then those of B, and the rows are B * P.
 
 cdef double softcap_of(int dtype, double softcap) noexcept:
     """0 for none. Beyond the range of what is computed in a cap is none: as inf it would make
@@ -89,7 +124,7 @@ cdef Problem make_problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_
                           Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs,
                           Py_ssize_t probs_stride, uintptr_t weight, int64_t ignore_index,
                           double label_smoothing, double logit_scale, double softcap,
-                          double z_loss) noexcept:
+                          double z_loss, tuple layout) except *:
     cdef Problem p
     p.dtype = dtype
     p.itemsize = 8 if dtype == FLOAT64 else 4 if dtype == FLOAT32 else 2
@@ -106,17 +141,25 @@ cdef Problem make_problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_
     p.logit_scale = logit_scale
     p.softcap = softcap_of(dtype, softcap)
     p.z_loss = z_loss
+    p.positions = 1
+    p.logits_axes = p.probs_axes = Axes(1, 0)
+    if layout is not None:
+        p.positions = layout[0]
+        p.logits_axes = Axes(layout[1], layout[2])
+        p.probs_axes = Axes(layout[3], layout[4])
     p.weight_sum = vocab
     if weight != 0 and label_smoothing != 0:
         p.weight_sum = sum_of_weights(<const void*>weight, vocab, dtype)
     return p
 
 
-cdef Gradient make_gradient(const Problem& p, uintptr_t out, Py_ssize_t out_stride) noexcept:
+cdef Gradient make_gradient(const Problem& p, uintptr_t out, Py_ssize_t out_stride,
+                            tuple layout) except *:
     cdef Gradient g
     cdef bint larger_than_caches = <double>p.rows * p.vocab * p.itemsize > LARGEST_CACHE
     g.out = <char*>out
     g.stride = out_stride
+    g.axes = Axes(1, 0) if layout is None else Axes(layout[5], layout[6])
     g.bypass_cache = larger_than_caches and g.out != p.logits
     return g
 
@@ -153,11 +196,11 @@ def forward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
             Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs, Py_ssize_t probs_stride,
             uintptr_t weight, int64_t ignore_index, double label_smoothing, double logit_scale,
             double softcap, double z_loss, uintptr_t loss, uintptr_t lse, uintptr_t lse_low,
-            uintptr_t correct, uintptr_t entropy, int threads):
+            uintptr_t correct, uintptr_t entropy, int threads, tuple layout=None):
     """Write each row's loss and statistics; return the sum of the losses."""
     cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
                                   probs_stride, weight, ignore_index, label_smoothing, logit_scale,
-                                  softcap, z_loss)
+                                  softcap, z_loss, layout)
     cdef Output o = Output(<void*>loss, <void*>lse, <void*>lse_low, <uint8_t*>correct,
                            <void*>entropy)
     cdef double total
@@ -171,12 +214,12 @@ def backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
              uintptr_t weight, int64_t ignore_index, double label_smoothing, double logit_scale,
              double softcap, double z_loss, uintptr_t lse, uintptr_t lse_low, uintptr_t grad,
              Py_ssize_t grad_stride, double grad_scale, uintptr_t grad_lse, uintptr_t out,
-             Py_ssize_t out_stride, int threads):
+             Py_ssize_t out_stride, int threads, tuple layout=None):
     """Write the gradient of the logits for upstream `grad * grad_scale` and `grad_lse`."""
     cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
                                   probs_stride, weight, ignore_index, label_smoothing, logit_scale,
-                                  softcap, z_loss)
-    cdef Gradient g = make_gradient(p, out, out_stride)
+                                  softcap, z_loss, layout)
+    cdef Gradient g = make_gradient(p, out, out_stride, layout)
     cdef Upstream u = Upstream(<const void*>lse, <const void*>lse_low, <const void*>grad,
                                grad_stride, grad_scale, <const void*>grad_lse)
     with nogil:
@@ -189,17 +232,18 @@ cpdef double forward_backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uint
                               double label_smoothing, double logit_scale, double softcap,
                               double z_loss, uintptr_t loss, uintptr_t lse, uintptr_t lse_low,
                               uintptr_t correct, uintptr_t entropy, double grad_scale,
-                              uintptr_t out, Py_ssize_t out_stride, int threads) noexcept:
+                              uintptr_t out, Py_ssize_t out_stride, int threads,
+                              tuple layout=None) except? -1:
     """forward, and while each row is in cache its gradient, for upstream `grad_scale`.
 
     `out` may be the address of the logits.
     """
     cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
                                   probs_stride, weight, ignore_index, label_smoothing, logit_scale,
-                                  softcap, z_loss)
+                                  softcap, z_loss, layout)
     cdef Output o = Output(<void*>loss, <void*>lse, <void*>lse_low, <uint8_t*>correct,
                            <void*>entropy)
-    cdef Gradient g = make_gradient(p, out, out_stride)
+    cdef Gradient g = make_gradient(p, out, out_stride, layout)
     cdef double total
     with nogil:
         total = forward_backward_rows(p, o, g, grad_scale, threads)
@@ -212,7 +256,8 @@ def loss_and_gradient(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t lo
                       double label_smoothing, double logit_scale, double softcap, double z_loss,
                       uintptr_t row_loss, uintptr_t lse, uintptr_t lse_low, uintptr_t correct,
                       uintptr_t entropy, bint mean, object num_items, double upstream,
-                      uintptr_t loss, uintptr_t out, Py_ssize_t out_stride, int threads):
+                      uintptr_t loss, uintptr_t out, Py_ssize_t out_stride, int threads,
+                      tuple layout=None):
     """total_weight and forward_backward of a loss that is one number, which is written to `loss`.
 
     Return the divisor of its mean: num_items, or if None the weight of the rows, rounded as a
@@ -230,7 +275,8 @@ def loss_and_gradient(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t lo
     total = forward_backward(
         dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
         ignore_index, label_smoothing, logit_scale, softcap, z_loss, row_loss, lse, lse_low,
-        correct, entropy, upstream * (1 / divisor) if mean else upstream, out, out_stride, threads)
+        correct, entropy, upstream * (1 / divisor) if mean else upstream, out, out_stride, threads,
+        layout)
     if mean:
         total /= divisor
     if dtype == FLOAT64:

@@ -6,14 +6,22 @@
 
 namespace neglog {
 
+// Strides of an array (batch, class, position), in numbers; that of the batch stands beside it.
+struct Axes {
+    ptrdiff_t of_class, position;
+};
+
+// Row r is position r % positions of batch r / positions. Rows (N, V) have one position each.
 struct Problem {
     int dtype;
-    ptrdiff_t rows, vocab;
+    ptrdiff_t rows, vocab, positions;
     const char* logits;
     ptrdiff_t logits_stride;
+    Axes logits_axes;
     const int64_t* target;
     const char* probs;
     ptrdiff_t probs_stride;
+    Axes probs_axes;
     const void* weight;
     int64_t ignore_index;
     double label_smoothing, logit_scale, softcap, z_loss;
@@ -32,6 +40,7 @@ struct Output {
 struct Gradient {
     char* out;
     ptrdiff_t stride;
+    Axes axes;
     bool bypass_cache;  // it is larger than any cache, and does not lie over the logits
 };
 

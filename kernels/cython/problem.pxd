@@ -3,14 +3,19 @@
 from libc.stdint cimport int64_t, uint8_t
 
 cdef extern from "problem.hpp" namespace "neglog" nogil:
+    cdef struct Axes:
+        Py_ssize_t of_class, position
+
     cdef struct Problem:
         int dtype
-        Py_ssize_t rows, vocab
+        Py_ssize_t rows, vocab, positions
         const char* logits
         Py_ssize_t logits_stride
+        Axes logits_axes
         const int64_t* target
         const char* probs
         Py_ssize_t probs_stride
+        Axes probs_axes
         const void* weight
         int64_t ignore_index
         double label_smoothing, logit_scale, softcap, z_loss
@@ -27,6 +32,7 @@ cdef extern from "problem.hpp" namespace "neglog" nogil:
     cdef struct Gradient:
         char* out
         Py_ssize_t stride
+        Axes axes
         bint bypass_cache
 
     cdef struct Upstream:

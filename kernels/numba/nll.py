@@ -23,6 +23,7 @@ from neglog.kernels.numba.intrinsics import (  # isort: skip
 )  # fmt: skip
 from neglog.kernels.numba.problem import Gradient, Output, Problem  # isort: skip
 from neglog.kernels.numba.row import AHEAD, row_backward, row_forward  # isort: skip
+from neglog.kernels.numba.positions import takes_layout  # isort: skip
 from neglog.kernels.numba.threads import call_with_threads  # isort: skip
 
 FLOAT64 = 1
@@ -173,6 +174,7 @@ def total_weight(
     return total
 
 
+@takes_layout
 def forward(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
     probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
@@ -188,6 +190,7 @@ def forward(
     return _run(p, o, _make_gradient(p, 0, 0, 0, 0, 1.0, 0), threads)
 
 
+@takes_layout
 def backward(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
     probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
@@ -203,6 +206,7 @@ def backward(
     _run(p, Output(0, lse, lse_low, 0, 0), g, threads)
 
 
+@takes_layout
 def forward_backward(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
     probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
@@ -221,6 +225,7 @@ def forward_backward(
     return _run(p, Output(loss, lse, lse_low, correct, entropy), g, threads)
 
 
+@takes_layout
 def loss_and_gradient(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
     probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,

@@ -1,0 +1,648 @@
+// nll with one row a lane: for rows of few classes, and a class axis that is not the last.
+//
+// nll.pyx takes a row at a time, its classes as lanes. That is slow for a row of few classes, whose
+// fixed costs are more than its exps, and for a class axis with a stride. Here a group of 64 rows
+// (32 of doubles) is copied to a stage in L1 or L2, as lines: line c has class c of each row of the
+// group. Every loop is then over the lanes of a line. Formulas and notes of nll.pyx hold here.
+//
+// (a) All loops run over all lanes, so that a row has the same instructions wherever it lies in a
+//     group. A lane that no row fills is of an ignored row of zeros, which is not written.
+// (b) Numbers are moved once from memory to the stage and once back, whatever their strides. Lines
+//     that were read in memory for each pass evicted one another: at 128 x 128 positions all lines
+//     lie in the same sets of a cache.
+// (c) More than 256 classes take several stages, and the online rule of block.hpp joins them.
+// (d) Exps are added in double: a float sum of 1 and small terms loses their digits, and with them
+//     1 - p of a confident target.
+#pragma once
+
+#include "lines.hpp"
+#include "problem.hpp"
+
+namespace neglog {
+
+// Of an array (batch, class, position), in numbers.
+struct Strides {
+    ptrdiff_t batch, of_class, position;
+};
+
+// Some classes, of all rows of a group.
+struct Classes {
+    ptrdiff_t start, count;
+};
+
+// Where the rows of a group lie in arrays (batch, class, position).
+template <class T>
+struct GroupMemory {
+    static constexpr int lanes = 256 / sizeof(T);
+    static constexpr int raw_lines = 64;
+    using Reals = Line<T, lanes>;
+
+    ptrdiff_t first, positions;
+    int count;                      // of rows; less than `lanes` in the last group
+    int dtype, itemsize;
+    bool by_rows;                   // rows (N, V) are one batch, of positions that are far apart
+
+    GroupMemory(const Problem& p, ptrdiff_t group)
+        : first(group * lanes),
+          positions(p.positions == 1 ? p.rows : p.positions),
+          count(int(std::min<ptrdiff_t>(lanes, p.rows - first))),
+          dtype(p.dtype),
+          itemsize(p.itemsize),
+          by_rows(p.positions == 1) {}
+
+    // move(lane, n, offset, strides) for each run of n rows that lie in one batch.
+    template <class Move>
+    void for_runs(Strides strides, Move move) const {
+        if (by_rows) strides = {0, strides.of_class, strides.batch};
+        for (int lane = 0; lane < count;) {
+            const ptrdiff_t row = first + lane, batch = row / positions, at = row % positions;
+            const int n = int(std::min<ptrdiff_t>(count - lane, positions - at));
+            move(lane, n, batch * strides.batch + at * strides.position, strides);
+            lane += n;
+        }
+    }
+
+    void load(const char* array, Strides all, Classes classes, Reals* lines) const {
+        if (count < lanes) std::memset(lines, 0, classes.count * sizeof(Reals));
+        for_runs(all, [&](int lane, int n, ptrdiff_t offset, Strides strides) {
+            const char* from = array + (offset + classes.start * strides.of_class) * itemsize;
+            if (strides.position == 1) {
+                for (ptrdiff_t c = 0; c < classes.count; ++c)
+                    load_line(from + c * strides.of_class * itemsize, n, &lines[c][lane]);
+            } else if (itemsize == sizeof(T)) {
+                to_lines(reinterpret_cast<const T*>(from), strides, n, classes.count, &lines[0][lane]);
+            } else {
+                load_halves(reinterpret_cast<const uint16_t*>(from), strides, n, classes.count, lane,
+                            lines);
+            }
+        });
+    }
+
+    void store(const Reals* lines, Classes classes, const Gradient& g) const {
+        const Strides all = {g.stride, g.axes.of_class, g.axes.position};
+        for_runs(all, [&](int lane, int n, ptrdiff_t offset, Strides strides) {
+            char* to = g.out + (offset + classes.start * strides.of_class) * itemsize;
+            if (strides.position == 1) {
+                for (ptrdiff_t c = 0; c < classes.count; ++c)
+                    store_line(&lines[c][lane], n, to + c * strides.of_class * itemsize);
+            } else if (itemsize == sizeof(T)) {
+                from_lines(&lines[0][lane], n, classes.count, reinterpret_cast<T*>(to), strides);
+            } else {
+                store_halves(lines, lane, n, classes.count, reinterpret_cast<uint16_t*>(to), strides);
+            }
+        });
+    }
+
+    void load_line(const char* from, int n, T* to) const {
+        if (itemsize != sizeof(T))
+            widen_block(from, dtype, n, reinterpret_cast<float*>(to));
+        else if (n == lanes)  // a constant is copied by vectors
+            std::memcpy(to, from, sizeof(Reals));
+        else
+            std::memcpy(to, from, n * sizeof(T));
+    }
+
+    void store_line(const T* from, int n, char* to) const {
+        if (itemsize != sizeof(T))
+            narrow_block(reinterpret_cast<const float*>(from), dtype, n, to);
+        else if (n == lanes)
+            std::memcpy(to, from, sizeof(Reals));
+        else
+            std::memcpy(to, from, n * sizeof(T));
+    }
+
+    // 16 bits are transposed as they are, and converted by lines.
+    void load_halves(const uint16_t* from, Strides strides, int n, ptrdiff_t count, int lane,
+                     Reals* lines) const {
+        uint16_t raw[raw_lines * lanes];
+        for (ptrdiff_t c = 0; c < count; c += raw_lines) {
+            const ptrdiff_t m = std::min<ptrdiff_t>(raw_lines, count - c);
+            to_lines(from + c * strides.of_class, strides, n, m, raw);
+            for (ptrdiff_t k = 0; k < m; ++k)
+                widen_block(raw + k * lanes, dtype, n, reinterpret_cast<float*>(&lines[c + k][lane]));
+        }
+    }
+
+    void store_halves(const Reals* lines, int lane, int n, ptrdiff_t count, uint16_t* to,
+                      Strides strides) const {
+        uint16_t raw[raw_lines * lanes];
+        for (ptrdiff_t c = 0; c < count; c += raw_lines) {
+            const ptrdiff_t m = std::min<ptrdiff_t>(raw_lines, count - c);
+            for (ptrdiff_t k = 0; k < m; ++k)
+                narrow_block(reinterpret_cast<const float*>(&lines[c + k][lane]), dtype, n,
+                             raw + k * lanes);
+            from_lines(raw, n, m, to + c * strides.of_class, strides);
+        }
+    }
+
+    template <class U>
+    static void to_lines(const U* from, Strides strides, int n, ptrdiff_t count, U* lines) {
+        if (strides.of_class == 1) {
+            transpose(from, strides.position, n, count, lines, lanes);
+            return;
+        }
+        for (ptrdiff_t c = 0; c < count; ++c)
+            for (int i = 0; i < n; ++i)
+                lines[c * lanes + i] = from[i * strides.position + c * strides.of_class];
+    }
+
+    template <class U>
+    static void from_lines(const U* lines, int n, ptrdiff_t count, U* to, Strides strides) {
+        if (strides.of_class == 1) {
+            transpose(lines, lanes, count, n, to, strides.position);
+            return;
+        }
+        for (ptrdiff_t c = 0; c < count; ++c)
+            for (int i = 0; i < n; ++i)
+                to[i * strides.position + c * strides.of_class] = lines[c * lanes + i];
+    }
+};
+
+template <class T>
+struct Group {
+    static constexpr int lanes = GroupMemory<T>::lanes;
+    static constexpr ptrdiff_t stage_lines = 256;
+    using Reals = Line<T, lanes>;
+    using Doubles = Line<double, lanes>;
+    using Flags = Line<int, lanes>;
+
+    const Problem& p;
+    const GroupMemory<T> memory;
+    const Strides logits_strides, probs_strides;
+    ptrdiff_t stage_classes;        // half of the lines if the others hold probabilities
+    bool staged = false;            // the stage has the scores of all classes
+    int counted = 0;                // rows that are not ignored
+    Line<int64_t, lanes> target;    // -1 without one, or ignored
+    Flags ignored;
+    Doubles class_weight;           // of the target; 0 if ignored
+    Reals target_score, maximum, high, low, loss;
+    Doubles sum;
+    Doubles target_weight, softmax_weight, uniform_weight;  // as GradientWeights has them
+    Reals scale, target_gradient;
+    Reals stage[stage_lines];
+
+    Group(const Problem& problem, ptrdiff_t group)
+        : p(problem),
+          memory(problem, group),
+          logits_strides{p.logits_stride, p.logits_axes.of_class, p.logits_axes.position},
+          probs_strides{p.probs_stride, p.probs_axes.of_class, p.probs_axes.position} {
+        stage_classes = p.probs == nullptr ? stage_lines : stage_lines / 2;
+        find_targets();
+    }
+
+    void find_targets() {
+        Line<int64_t, lanes> given;
+        const int64_t none = p.ignore_index;
+        for (int i = 0; i < lanes; ++i) given[i] = none;
+        if (p.target != nullptr)
+            std::memcpy(&given, p.target + memory.first, memory.count * sizeof(int64_t));
+        const bool probs = p.probs != nullptr;
+        for (int i = 0; i < lanes; ++i) {
+            ignored[i] = !probs && given[i] == none;
+            target[i] = given[i] == none ? -1 : given[i];
+            class_weight[i] = ignored[i] ? 0 : 1;
+            counted += !ignored[i];
+        }
+        if (p.weight == nullptr || probs) return;
+        for (int i = 0; i < lanes; ++i)
+            if (!ignored[i]) class_weight[i] = weight_of(target[i]);
+    }
+
+    T weight_of(ptrdiff_t c) const {
+        return p.weight == nullptr ? T(1) : static_cast<const T*>(p.weight)[c];
+    }
+
+    // The stage
+
+    template <class Visit>
+    void for_stages(Visit visit) {
+        for (ptrdiff_t c = 0; c < p.vocab; c += stage_classes)
+            visit(Classes{c, std::min(stage_classes, p.vocab - c)});
+    }
+
+    void load_scores(Classes classes) {
+        if (staged) return;
+        memory.load(p.logits, logits_strides, classes, stage);
+        for (ptrdiff_t c = 0; c < classes.count; ++c) to_scores(stage[c]);
+        staged = p.vocab <= stage_classes;
+    }
+
+    void to_scores(Reals& z) const {
+        if (p.logit_scale != 1) scale_line(z, T(p.logit_scale));
+        if (p.softcap == 0) return;
+        const T softcap = T(p.softcap);
+#pragma omp simd
+        for (int i = 0; i < lanes; ++i) z[i] = softcap * tanh_any(z[i] / softcap);
+    }
+
+    static void scale_line(Reals& line, T factor) {
+#pragma omp simd
+        for (int i = 0; i < lanes; ++i) line[i] *= factor;
+    }
+
+    // The weights w_c q'_c of the log-probabilities, for a target of probabilities.
+    const Reals* load_coefficients(Classes classes) {
+        Reals* lines = stage + stage_classes;
+        memory.load(p.probs, probs_strides, classes, lines);
+        const T kept = T(1 - p.label_smoothing), uniform = T(p.label_smoothing / p.vocab);
+        for (ptrdiff_t c = 0; c < classes.count; ++c) {
+            Reals& q = lines[c];
+            if (p.label_smoothing != 0) {
+#pragma omp simd
+                for (int i = 0; i < lanes; ++i) q[i] = q[i] * kept + uniform;
+            }
+            if (p.weight != nullptr) scale_line(q, weight_of(classes.start + c));
+        }
+        return lines;
+    }
+
+    // Forward
+
+    void find_lse() {
+#pragma omp simd
+        for (int i = 0; i < lanes; ++i) {
+            maximum[i] = -std::numeric_limits<T>::infinity();
+            sum[i] = 0;
+        }
+        for_stages([&](Classes classes) {
+            load_scores(classes);
+            add_to_sum(classes);
+        });
+#pragma omp simd
+        for (int i = 0; i < lanes; ++i) {
+            const double shift = maximum[i], log_sum = log_of_sum(sum[i]);
+            const double total = shift + log_sum, back = total - shift;
+            const double lost = (shift - (total - back)) + (log_sum - back);  // Knuth's two-sum
+            high[i] = T(total);
+            low[i] = T((total - high[i]) + lost);
+        }
+    }
+
+    void add_to_sum(Classes classes) {
+        for (int i = 0; i < lanes; i += kWidth<T>) {
+            const Lanes<T> before = lanes_at(maximum, i);
+            Lanes<T> largest = before;
+            for (ptrdiff_t c = 0; c < classes.count; ++c)
+                largest = larger(lanes_at(stage[c], i), largest);
+            constexpr T lowest = -std::numeric_limits<T>::infinity();
+            const Lanes<T> shift = largest == lowest ? Lanes<T>{} : largest;
+            InDouble total{Lanes<T>{}};
+            for (ptrdiff_t c = 0; c < classes.count; ++c)
+                total += InDouble(exp_nonpositive(lanes_at(stage[c], i) - shift));
+            set_lanes(maximum, i, largest);
+            add_to_sum(i, InDouble(exp_nonpositive(before - shift)), total);
+        }
+    }
+
+    void add_to_sum(int i, InDouble kept, InDouble total) {
+        set_lanes(sum, i, lanes_at(sum, i) * kept.first + total.first);
+        if constexpr (sizeof(T) == 4) {
+            i += kWidth<double>;
+            set_lanes(sum, i, lanes_at(sum, i) * kept.second + total.second);
+        }
+    }
+
+    void find_target_scores() {
+        if (staged) {
+            for (int i = 0; i < lanes; ++i) {
+                const ptrdiff_t c = target[i] < 0 ? 0 : target[i];
+                target_score[i] = stage[c][i];
+            }
+            return;
+        }
+        for (int i = 0; i < lanes; ++i) target_score[i] = 0;
+        memory.for_runs(logits_strides, [&](int lane, int n, ptrdiff_t offset, Strides strides) {
+            for (int i = lane; i < lane + n; ++i, offset += strides.position) {
+                if (target[i] < 0) continue;
+                const ptrdiff_t at = offset + target[i] * strides.of_class;
+                memory.load_line(p.logits + at * p.itemsize, 1, &target_score[i]);
+            }
+        });
+        to_scores(target_score);
+    }
+
+    T log_p(T z, int i) const { return (z - high[i]) - low[i]; }
+
+    void find_loss() {
+        const bool probs = p.probs != nullptr;
+        Doubles value, total;
+        const double kept = 1 - p.label_smoothing;
+#pragma omp simd
+        for (int i = 0; i < lanes; ++i) {
+            const double log = log_p(target_score[i], i);
+            value[i] = probs ? 0 : -kept * class_weight[i] * log;
+        }
+        if (probs || p.label_smoothing != 0) {
+            add_log_probabilities(total);
+            const double share = probs ? 1 : p.label_smoothing / p.vocab;
+#pragma omp simd
+            for (int i = 0; i < lanes; ++i) value[i] -= share * total[i];
+        }
+        if (p.z_loss != 0) {
+            const double z_loss = p.z_loss;
+#pragma omp simd
+            for (int i = 0; i < lanes; ++i)
+                value[i] += z_loss * class_weight[i] * (double(high[i]) * high[i]);
+        }
+#pragma omp simd
+        for (int i = 0; i < lanes; ++i) loss[i] = ignored[i] ? T(0) : T(value[i]);
+    }
+
+    // The sums of w_c log p_c, or of w_c q'_c log p_c.
+    void add_log_probabilities(Doubles& total) {
+        for (int i = 0; i < lanes; ++i) total[i] = 0;
+        for_stages([&](Classes classes) {
+            load_scores(classes);
+            const Reals* q = p.probs == nullptr ? nullptr : load_coefficients(classes);
+            for (ptrdiff_t c = 0; c < classes.count; ++c) {
+                const Reals& z = stage[c];
+                const T w = q == nullptr ? weight_of(classes.start + c) : T(1);
+                if (q == nullptr) {
+#pragma omp simd
+                    for (int i = 0; i < lanes; ++i) total[i] += w * log_p(z[i], i);
+                } else {
+#pragma omp simd
+                    for (int i = 0; i < lanes; ++i) total[i] += q[c][i] * log_p(z[i], i);
+                }
+            }
+        });
+    }
+
+    void find_entropy(Reals& entropy) {
+        Doubles total;
+        for (int i = 0; i < lanes; ++i) total[i] = 0;
+        for_stages([&](Classes classes) {
+            load_scores(classes);
+            for (ptrdiff_t c = 0; c < classes.count; ++c) {
+                const Reals& z = stage[c];
+#pragma omp simd
+                for (int i = 0; i < lanes; ++i) {
+                    const T log = log_p(z[i], i), probability = exp_nonpositive(log);
+                    total[i] += probability == 0 ? T(0) : probability * log;
+                }
+            }
+        });
+        for (int i = 0; i < lanes; ++i) entropy[i] = T(-total[i]);
+    }
+
+    // Whether the target is what argmax returns: the first class that has the maximum.
+    void find_correct(Line<uint8_t, lanes>& correct) {
+        Flags earlier;
+        for (int i = 0; i < lanes; ++i) earlier[i] = 0;
+        for_stages([&](Classes classes) {
+            load_scores(classes);
+            for (ptrdiff_t c = 0; c < classes.count; ++c) {
+                const Reals& z = stage[c];
+                for (int i = 0; i < lanes; ++i)
+                    earlier[i] |= z[i] == maximum[i] && classes.start + c < target[i];
+            }
+        });
+        for (int i = 0; i < lanes; ++i) {
+            const bool nan_among_finite =
+                std::isnan(high[i]) && maximum[i] < std::numeric_limits<T>::infinity();
+            correct[i] = target[i] >= 0 && target_score[i] == maximum[i] && !earlier[i] &&
+                         !nan_among_finite;
+        }
+    }
+
+    void forward(const Output& o) {
+        const bool stats = o.correct != nullptr || o.entropy != nullptr;
+        if (counted || stats) {
+            find_lse();
+            find_target_scores();
+            find_loss();
+            write_stats(o);
+        }
+        if (!stats && counted < lanes) {  // the lse of a row that was not asked for
+            for (int i = 0; i < lanes; ++i) {
+                if (!ignored[i]) continue;
+                loss[i] = high[i] = low[i] = 0;
+            }
+        }
+        write(loss, o.loss);
+        write(high, o.lse);
+        write(low, o.lse_low);
+    }
+
+    void write_stats(const Output& o) {
+        if (o.correct != nullptr) {
+            Line<uint8_t, lanes> correct;
+            find_correct(correct);
+            write(correct, o.correct);
+        }
+        if (o.entropy != nullptr) {
+            Reals entropy;
+            find_entropy(entropy);
+            write(entropy, o.entropy);
+        }
+    }
+
+    template <class U>
+    void write(const Line<U, lanes>& line, void* to) const {
+        if (to != nullptr)
+            std::memcpy(static_cast<U*>(to) + memory.first, &line, memory.count * sizeof(U));
+    }
+
+    // Backward
+
+    void backward(const Gradient& g, double grad_scale) {
+        Doubles grad, grad_lse;
+        for (int i = 0; i < lanes; ++i) {
+            grad[i] = grad_scale;
+            grad_lse[i] = 0;
+        }
+        backward(g, grad, grad_lse);
+    }
+
+    void backward(const Gradient& g, const Upstream& u) {
+        Doubles grad, grad_lse;
+        for (int i = 0; i < lanes; ++i) grad[i] = grad_lse[i] = high[i] = low[i] = 0;
+        read(u.lse, high);
+        read(u.lse_low, low);
+        auto of_loss = static_cast<const T*>(u.grad), of_lse = static_cast<const T*>(u.grad_lse);
+        const ptrdiff_t first = memory.first;
+        for (int i = 0; i < memory.count; ++i) {
+            grad[i] = of_loss[(first + i) * u.grad_stride] * u.grad_scale;
+            if (of_lse != nullptr) grad_lse[i] = of_lse[first + i];
+        }
+        backward(g, grad, grad_lse);
+    }
+
+    void read(const void* from, Reals& line) const {
+        std::memcpy(&line, static_cast<const T*>(from) + memory.first, memory.count * sizeof(T));
+    }
+
+    // `grad` is 0 for ignored rows.
+    void find_gradient_weights(const Doubles& grad, const Doubles& grad_lse) {
+        const double kept = p.probs == nullptr ? 1 - p.label_smoothing : 0;
+        const double share = p.probs != nullptr ? 1 : uniform_share();
+        const double weight_sum = p.weight_sum;
+#pragma omp simd
+        for (int i = 0; i < lanes; ++i) {
+            target_weight[i] = grad[i] * kept * class_weight[i];
+            uniform_weight[i] = share == 0 ? 0 : grad[i] * share;  // no inf * 0
+            softmax_weight[i] = grad_lse[i] + uniform_weight[i] * weight_sum;
+        }
+        if (p.probs != nullptr) {
+            Doubles total;
+            add_coefficients(total);
+#pragma omp simd
+            for (int i = 0; i < lanes; ++i) softmax_weight[i] = grad_lse[i] + grad[i] * total[i];
+        }
+        if (p.z_loss != 0) {
+            const double twice = 2 * p.z_loss;
+#pragma omp simd
+            for (int i = 0; i < lanes; ++i)
+                softmax_weight[i] += grad[i] * twice * class_weight[i] * high[i];
+        }
+#pragma omp simd
+        for (int i = 0; i < lanes; ++i) {
+            const double log = log_p(target_score[i], i);
+            target_gradient[i] = T(softmax_weight[i] * exp_nonpositive(log) +
+                                   target_weight[i] * expm1_nonpositive(log));
+            // e^(z - high - low) = e^-low e^(z - high)
+            scale[i] = T(target_weight[i] + softmax_weight[i]) * exp_nonpositive(-low[i]);
+        }
+    }
+
+    double uniform_share() const {
+        return p.label_smoothing != 0 ? p.label_smoothing / p.vocab : 0;
+    }
+
+    void add_coefficients(Doubles& total) {
+        for (int i = 0; i < lanes; ++i) total[i] = 0;
+        for_stages([&](Classes classes) {
+            const Reals* q = load_coefficients(classes);
+            for (ptrdiff_t c = 0; c < classes.count; ++c) {
+#pragma omp simd
+                for (int i = 0; i < lanes; ++i) total[i] += q[c][i];
+            }
+        });
+    }
+
+    // The lines of the stage become gradients.
+    void to_gradients(Classes classes, const Flags& zero, bool any_zero) {
+        Flags target_line;
+        for (int i = 0; i < lanes; ++i) {
+            const ptrdiff_t c = target[i] - classes.start;
+            target_line[i] = 0 <= c && c < classes.count ? int(c) : -1;
+        }
+        const Reals* q = p.probs == nullptr ? nullptr : load_coefficients(classes);
+        for (int c = 0; c < classes.count; ++c) {
+            Reals& line = stage[c];
+            Reals slope;
+            if (p.softcap != 0) cap(line, slope);
+            for (int i = 0; i < lanes; i += kWidth<T>) {
+                const Lanes<T> x = lanes_at(line, i) - lanes_at(high, i);
+                set_lanes(line, i, lanes_at(scale, i) * exp_nonpositive(x));
+            }
+#pragma omp simd
+            for (int i = 0; i < lanes; ++i)
+                line[i] = target_line[i] == c ? target_gradient[i] : line[i];
+            if (q != nullptr) {
+#pragma omp simd
+                for (int i = 0; i < lanes; ++i) line[i] -= T(uniform_weight[i]) * q[c][i];
+            } else if (p.label_smoothing != 0) {
+                const T w = weight_of(classes.start + c);
+#pragma omp simd
+                for (int i = 0; i < lanes; ++i) line[i] -= T(uniform_weight[i]) * w;
+            }
+            if (p.softcap != 0) {
+#pragma omp simd
+                for (int i = 0; i < lanes; ++i) line[i] *= slope[i];
+            }
+            if (p.logit_scale != 1) scale_line(line, T(p.logit_scale));
+            if (any_zero) {
+#pragma omp simd
+                for (int i = 0; i < lanes; ++i) line[i] = zero[i] ? T(0) : line[i];
+            }
+        }
+    }
+
+    void cap(Reals& z, Reals& slope) const {
+        const T softcap = T(p.softcap);
+#pragma omp simd
+        for (int i = 0; i < lanes; ++i) {
+            const T y = z[i] / softcap;
+            z[i] = softcap * tanh_any(y);
+            slope[i] = tanh_slope(y);
+        }
+    }
+
+    // `high` and `low` are known.
+    void backward(const Gradient& g, const Doubles& grad_loss, const Doubles& grad_lse) {
+        Doubles grad;
+        Flags zero;
+        int zeros = 0;
+        for (int i = 0; i < lanes; ++i) {
+            grad[i] = ignored[i] ? 0 : grad_loss[i];
+            // Exactly zero, even where the logits are NaN. x - x is 0 of a finite x.
+            zero[i] = ignored[i] && (grad_lse[i] == 0 || !(high[i] - high[i] == 0));
+            zeros += zero[i];
+        }
+        if (zeros == lanes) {
+            write_zeros(g);
+            return;
+        }
+        if (p.vocab <= stage_classes) load_scores(Classes{0, p.vocab});
+        find_target_scores();
+        find_gradient_weights(grad, grad_lse);
+        for_stages([&](Classes classes) {
+            if (p.softcap == 0)
+                load_scores(classes);
+            else
+                load_uncapped(classes);
+            to_gradients(classes, zero, zeros != 0);
+            memory.store(stage, classes, g);
+        });
+    }
+
+    // A capped score does not tell its slope.
+    void load_uncapped(Classes classes) {
+        memory.load(p.logits, logits_strides, classes, stage);
+        if (p.logit_scale == 1) return;
+        for (ptrdiff_t c = 0; c < classes.count; ++c) scale_line(stage[c], T(p.logit_scale));
+    }
+
+    void write_zeros(const Gradient& g) {
+        for_stages([&](Classes classes) {
+            std::memset(stage, 0, classes.count * sizeof(Reals));
+            memory.store(stage, classes, g);
+        });
+    }
+};
+
+// Calls what(T()) for the type computed with.
+template <class What>
+inline void of_real(const Problem& p, What what) {
+    if (p.dtype == kFloat64)
+        what(double());
+    else
+        what(float());
+}
+
+// One group
+
+inline ptrdiff_t group_size(const Problem& p) {
+    return p.dtype == kFloat64 ? Group<double>::lanes : Group<float>::lanes;
+}
+
+inline void group_forward(const Problem& p, const Output& o, ptrdiff_t group) {
+    of_real(p, [&](auto real) { Group<decltype(real)>(p, group).forward(o); });
+}
+
+inline void group_backward(const Problem& p, const Gradient& g, const Upstream& u,
+                           ptrdiff_t group) {
+    of_real(p, [&](auto real) { Group<decltype(real)>(p, group).backward(g, u); });
+}
+
+inline void group_forward_backward(const Problem& p, const Output& o, const Gradient& g,
+                                   double grad_scale, ptrdiff_t group) {
+    of_real(p, [&](auto real) {
+        Group<decltype(real)> rows(p, group);
+        rows.forward(o);
+        rows.backward(g, grad_scale);
+    });
+}
+
+}  // namespace neglog
