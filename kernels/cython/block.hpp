@@ -280,20 +280,34 @@ inline void block_softmax(const T* z, ptrdiff_t n, Lse<T> lse, T scale, T* out) 
     block_softmax(z, n, lse, scale, T(0), Destination<T>::in_cache(out));
 }
 
-// out = x, rounded to the type in memory.
+// out = x, rounded to the type in memory. No plain loop converts float16 by its instructions.
 template <class M>
 inline void block_store(const RealOf<M>* x, ptrdiff_t n, Destination<M> to) {
-    if constexpr (std::is_same<M, RealOf<M>>::value)
-        store_gradient(to, n, [=](ptrdiff_t j, ptrdiff_t left) {
-            return load_some(x + j, left, M());
-        });
-    else
+    if constexpr (std::is_same<M, bfloat16>::value) {
+#pragma omp simd
         for (ptrdiff_t j = 0; j < n; ++j) narrow(x[j], to.out[j]);
+    } else {
+        constexpr int width = kWidth<RealOf<M>>;
+        store_gradient(to, n, [=](ptrdiff_t j, ptrdiff_t left) {
+            Wide<M> wide;
+            for (int k = 0; k < kRegistersOf<M>; ++k)
+                wide.x[k] = load_some(x + j + k * width, left - k * width, RealOf<M>(0));
+            return Memory<M>::narrow(wide);
+        });
+    }
 }
 
 template <class M>
 inline void block_widen(const M* from, ptrdiff_t n, RealOf<M>* to) {
-    for (ptrdiff_t j = 0; j < n; ++j) to[j] = widen(from[j]);
+    ptrdiff_t j = 0;
+    if constexpr (std::is_same<M, float16>::value)
+        for (; j + kPacked<M> <= n; j += kPacked<M>) {
+            const Wide<M> wide = Memory<M>::widen(load(from + j));
+            for (int k = 0; k < kRegistersOf<M>; ++k)
+                store(wide.x[k], to + j + k * kWidth<RealOf<M>>);
+        }
+#pragma omp simd
+    for (ptrdiff_t i = j; i < n; ++i) to[i] = widen(from[i]);
 }
 
 template <class T>

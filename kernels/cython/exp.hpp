@@ -1,7 +1,7 @@
 // exp and tanh, of one number or of lanes.
 //
-// (a) One number is for loops that the compiler vectorises, under `#pragma omp simd`. Lanes are those
-//     of lanes.hpp; with AVX-512 they have 2^n by one instruction.
+// (a) One number is for loops that the compiler vectorises, under `#pragma omp simd`. Lanes are
+//     those of lanes.hpp; with AVX-512 they have 2^n by one instruction.
 // (b) NaN passes through. exp is exactly 0 at and below its clamp, so also at -inf.
 #pragma once
 

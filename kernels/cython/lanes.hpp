@@ -239,6 +239,7 @@ inline Packed<M> load_some(const M* from, ptrdiff_t n, M rest) {
     M some[kPacked<M>];
     for (M& x : some) x = rest;
     Packed<M> packed = load(some);
+    if (n <= 0) return packed;
 #if NEGLOG_AVX512
     const uint64_t mask = (uint64_t(1) << n) - 1;
     const __m512i fill = (__m512i)packed;
