@@ -85,7 +85,7 @@ def _with_matmuls(draw: Callable[..., Tensor], device: str, rows: int) -> Iterat
     yield Case(
         "linear_cross_entropy",
         lambda x, w, backend: neglog.linear_cross_entropy(x, w, target, backend=backend),
-        [x / 8, w],  # so that 16 bits hold the logits to 1 in 1000
+        [x / 8, w],  # of larger logits 16 bits would keep too little
     )
     similar = {
         "clip_loss": lambda x, w, backend: neglog.clip_loss(x, w[: len(x)], 20.0, backend=backend),
