@@ -23,6 +23,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -90,8 +91,14 @@ struct Group {
     uint64_t generation = 0;
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+};
+
 struct Fiber {
     ucontext_t start;
+    std::deque<std::vector<Copy>> copies;  // groups, the last of them open
     jmp_buf place;
     std::unique_ptr<char[]> stack{new char[kStack]};
     bool begun = false, done = false;
@@ -154,8 +161,24 @@ T from_lane(T value, unsigned lane) {
     return value;
 }
 
+// Nothing is copied before the thread waits for it, and until then there is no number.
+inline void copy_async(uint4* to, const uint4* from) {
+    std::memset(reinterpret_cast<char*>(to), 0xff, sizeof(uint4));
+    block->fibers[threadIdx.x].copies.back().push_back({to, from});
+}
+
+inline void end_copy_group() { block->fibers[threadIdx.x].copies.emplace_back(); }
+
+inline void wait_for_copies(unsigned pending) {
+    auto& copies = block->fibers[threadIdx.x].copies;
+    for (; copies.size() > pending + 1; copies.pop_front())
+        for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, sizeof(uint4));
+}
+
 inline void enter() {
     (*block->body)();
+    for (const auto& group : block->fibers[threadIdx.x].copies)
+        if (!group.empty()) fail("a copy that nobody waits for");
     block->fibers[threadIdx.x].done = true;
     ++block->progress;
     _longjmp(block->scheduler, 1);
@@ -176,7 +199,10 @@ inline void resume() {
 
 inline void run_block(bool reversed) {
     const auto threads = unsigned(block->fibers.size());
-    for (Fiber& fiber : block->fibers) fiber.begun = fiber.done = false;
+    for (Fiber& fiber : block->fibers) {
+        fiber.begun = fiber.done = false;
+        fiber.copies.assign(1, {});
+    }
     unsigned left = threads;
     while (left > 0) {
         const uint64_t before = block->progress;

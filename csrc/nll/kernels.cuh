@@ -115,25 +115,37 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
     uint4* const held = shared + kStateVectors;
     const bool forms = is_formed(g);
     const double upstream = row_upstream(g);
-    const int64_t blocks_per_row = cluster_size();
+    const int64_t blocks_per_row = cluster_size(), step = gridDim.x / blocks_per_row;
+    const int group_vectors = vectors_of_group<S>(p.vocab);
     int slot = 0;
-    for (int64_t row = blockIdx.x / blocks_per_row; row < p.rows;
-         row += gridDim.x / blocks_per_row) {
+    bool copying = false;  // this row; the one before it has begun
+    for (int64_t row = blockIdx.x / blocks_per_row; row < p.rows; row += step) {
         const S* const row_logits = logits_row(p, row);
         S* const out_row = forms ? g.first + row * g.stride : nullptr;
         const RowSlice slice = slice_of<S>(row_logits, p.vocab);
-        const bool counted = !is_ignored(p, row);
         Lse<T> lse = {0, 0};
         double loss = 0;
-        if (counted) {
+        if (!is_ignored(p, row)) {
+            for (int group = 0; group < kCopyGroups && !copying; ++group)
+                copy_group(group, group_vectors, slice, row_logits, held);
             const T z = target_score(p, row);  // before the barriers: after them it is overwritten
             const auto state =
-                block_reduce(load_slice<S>(p, row_logits, slice, held), MergeStates{});
+                block_reduce(read_slice(p, row_logits, slice, group_vectors, held), MergeStates{});
             lse = finish(cluster_reduce(state, states + slot));
             slot = 1 - slot;
             loss = row_loss(p, row, lse, z);
             const auto f = gradient_factors(p, row, lse, z, upstream, 0);
-            if (out_row) write_slice_gradient(p, row, slice, held, lse, f, out_row);
+            copying = row + step < p.rows && !is_ignored(p, row + step);
+            const S* const next = copying ? logits_row(p, row + step) : row_logits;
+            const RowSlice next_slice = copying ? slice_of<S>(next, p.vocab) : RowSlice{};
+#pragma unroll 1
+            for (int group = 0; group < kCopyGroups; ++group) {
+                if (out_row)
+                    write_group_gradient(group, group_vectors, p, row, slice, held, lse, f,
+                                         out_row);
+                copy_group(group, group_vectors, next_slice, next, held);
+            }
+            if (out_row) write_edge_gradient(p, row, slice, lse, f, out_row);
         } else if (out_row) {
             zero_slice(slice, p.vocab, out_row);
         }

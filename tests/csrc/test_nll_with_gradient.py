@@ -109,6 +109,32 @@ def test_rows_on_chip(device, dtype, row_bytes, reverse, held, monkeypatch):
         equal((loss, lse), (alone[0], alone[1]))
 
 
+# A block, and a cluster of two, that take several rows in turn, each at another alignment: the next
+# row is copied while this one is written, unless it is ignored. A row of the least vectors too.
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("row_bytes", [32 << 10, 33 << 10, 75 << 10], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_on_chip(device, dtype, row_bytes, reverse, monkeypatch):
+    if reverse:
+        monkeypatch.setenv("NEGLOG_REVERSED", "1")
+    vocab = row_bytes // dtype.itemsize + 1
+    given, target, weight = problem((53, vocab), dtype, False, device.name)
+    logits = given.contiguous()
+    target[::3] = target[16:20] = -100
+    logits[target == -100] = NAN
+    call = Call(device, logits, target, weight, reduction=SUM)
+    loss, gradient = call.forward(call.remembered(3.0))
+    expected = truth(logits, target, weight, OPTIONS["plain"], reduction="sum")
+    assert off(loss, expected.loss) <= LOSS[dtype]
+    equal(gradient, call.by_two_passes(call.number(3.0)))
+    assert off(gradient, 3 * expected.grad) <= GRADIENT[dtype]
+    over = logits.clone()
+    again, *_ = device.ops.nll_(over, target, weight, None, *call.values, False, "")
+    equal(again, loss)
+    _, ones = call.forward()
+    equal(over, ones)
+
+
 # Whole rows on chip, short rows, and rows that need a second pass.
 @pytest.mark.parametrize("kind", ["plain", "smoothing", "probabilities"])
 @pytest.mark.parametrize("shape", [(7, 31), (3, 9001)], ids=str)
