@@ -26,7 +26,7 @@ from libc.stdint cimport int64_t, uint8_t, uintptr_t
 from block cimport finish_streams
 from positions cimport group_backward, group_forward, group_forward_backward, group_size
 from problem cimport Axes, Gradient, Output, Problem, Upstream
-from row cimport row_backward, row_forward, row_forward_backward, sum_in_order, sum_of_weights
+from row cimport count_targets, row_backward, row_forward, row_forward_backward, sum_of
 
 cdef enum:
     FLOAT32 = 0
@@ -74,7 +74,7 @@ cdef double forward_rows(const Problem& p, const Output& o, int threads) noexcep
     else:
         for i in prange(steps(p), num_threads=threads, schedule="dynamic", chunksize=chunk):
             row_forward(p, o, i)
-    return sum_in_order(o.loss, p.rows, p.dtype)
+    return sum_of(o.loss, p.rows, p.dtype)
 
 
 cdef void backward_rows(const Problem& p, const Gradient& g, const Upstream& u,
@@ -103,7 +103,7 @@ cdef double forward_backward_rows(const Problem& p, const Output& o, const Gradi
             for i in prange(steps(p), schedule="dynamic", chunksize=chunk):
                 row_forward_backward(p, o, g, grad_scale, i)
         finish_streams()
-    return sum_in_order(o.loss, p.rows, p.dtype)
+    return sum_of(o.loss, p.rows, p.dtype)
 
 
 # From Python: addresses, 0 where an array is absent; strides in elements; dtypes as in halves.hpp.
@@ -149,7 +149,7 @@ cdef Problem make_problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_
         p.probs_axes = Axes(layout[3], layout[4])
     p.weight_sum = vocab
     if weight != 0 and label_smoothing != 0:
-        p.weight_sum = sum_of_weights(<const void*>weight, vocab, dtype)
+        p.weight_sum = sum_of(<const void*>weight, vocab, dtype)
     return p
 
 
@@ -171,11 +171,14 @@ cpdef double total_weight(Py_ssize_t rows, Py_ssize_t vocab, uintptr_t target, u
     Raises IndexError for the first target that is neither ignored nor in [0, vocab).
     """
     cdef const int64_t* targets = <const int64_t*>target
-    cdef Py_ssize_t row
+    cdef Py_ssize_t row, counted
     cdef int64_t t
     cdef double total = 0
     if probs != 0:
         return float(rows) if vocab else NAN  # as torch, whose rows are numbers / classes
+    counted = count_targets(targets, rows, vocab, ignore_index)
+    if counted >= 0 and weight == 0:
+        return counted
     for row in range(rows):
         t = targets[row]
         if t == ignore_index:
@@ -183,12 +186,8 @@ cpdef double total_weight(Py_ssize_t rows, Py_ssize_t vocab, uintptr_t target, u
         if t < 0 or t >= vocab:
             raise IndexError(
                 f"target {t} at row {row} is out of range: expected 0 <= target < {vocab}")
-        if weight == 0:
-            total += 1
-        elif dtype == FLOAT64:
-            total += (<const double*>weight)[t]
-        else:
-            total += (<const float*>weight)[t]
+        if weight != 0:
+            total += (<const double*>weight)[t] if dtype == FLOAT64 else (<const float*>weight)[t]
     return total
 
 

@@ -349,19 +349,24 @@ inline void row_forward_backward(const Problem& p, const Output& o, const Gradie
     });
 }
 
-// numbers[0] + numbers[1] + ... in this order; of type double, or else float.
-inline double sum_in_order(const void* numbers, ptrdiff_t n, int dtype) {
-    double total = 0;
-    for (ptrdiff_t i = 0; i < n; ++i)
-        total += dtype == kFloat64 ? static_cast<const double*>(numbers)[i]
-                                   : static_cast<const float*>(numbers)[i];
-    return total;
+// The sum of numbers of type double, or else float. In order, 200,000 losses of rows took as long as
+// two classes of them.
+inline double sum_of(const void* numbers, ptrdiff_t n, int dtype) {
+    return dtype == kFloat64 ? block_sum(static_cast<const double*>(numbers), n)
+                             : block_sum(static_cast<const float*>(numbers), n);
 }
 
-// Sums of class weights, by block_sum.
-inline double sum_of_weights(const void* weight, ptrdiff_t n, int dtype) {
-    return dtype == kFloat64 ? block_sum(static_cast<const double*>(weight), n)
-                             : block_sum(static_cast<const float*>(weight), n);
+// How many targets are not ignored; -1 if one of these is no class.
+inline ptrdiff_t count_targets(const int64_t* target, ptrdiff_t n, ptrdiff_t vocab,
+                               int64_t ignore_index) {
+    int64_t counted = 0, outside = 0;
+#pragma omp simd reduction(+ : counted) reduction(| : outside)
+    for (ptrdiff_t i = 0; i < n; ++i) {
+        const int64_t t = target[i], counts = t != ignore_index;
+        counted += counts;
+        outside |= counts & (int64_t(t < 0) | int64_t(t >= vocab));
+    }
+    return outside ? -1 : counted;
 }
 
 }  // namespace neglog

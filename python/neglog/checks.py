@@ -46,6 +46,11 @@ def to_rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(0, -2)
 
 
+def to_positions(x: Tensor) -> Tensor:
+    """(C) and (N, C) as rows (N, C); (N, C, d1, ..., dK) as (N, C, P), a view of dense ones."""
+    return to_rows(x) if x.dim() <= 2 else x.flatten(2)
+
+
 def multiplied_alike(x: Tensor, y: Tensor) -> bool:
     """Whether they have one dtype when they are multiplied."""
     return x.dtype == y.dtype or autocast_dtype(x) == autocast_dtype(y)

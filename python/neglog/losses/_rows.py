@@ -15,7 +15,7 @@ from neglog.ops.dtypes import real_dtype
 from neglog.ops.nll import formula
 from neglog.ops.nll.autograd import nll_in_place
 from neglog.ops.nll.eager import nll
-from neglog.ops.nll.schema import Options
+from neglog.ops.nll.schema import Options, as_rows
 from neglog.route import ACCEPTED, Route
 from neglog.torch_state import under_autocast
 
@@ -87,7 +87,8 @@ def _as_tensors(numbers: tuple) -> tuple[Tensor, ...]:
 def loss_of_rows(
     where: Route, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions
 ) -> LossStats:
-    """logits (N, V), target (N,) int64 or (N, V) of the logits' dtype, weight (V,).
+    """logits (N, V), for the kernels of the CPU also (B, V, P) of N = B * P rows; target (N,) int64
+    or of the logits' shape and dtype; weight (V,).
 
     The loss has loss_dtype, or torch's dtype: that of the logits, or under autocast float32 for
     16-bit ones. Without return_stats only it has a meaning.
@@ -95,7 +96,7 @@ def loss_of_rows(
     if where.backend == "torch" and not options.extends_torch():
         return without_stats(torch_loss(logits, target, weight, options))
     if isinstance(options.logit_scale, Tensor):
-        logits, options = _scaled(logits, target, options)
+        logits, target, options = _scaled(logits, target, options)
     if weight is not None:
         weight = weight.to(real_dtype(logits.dtype))
     num_items, for_op = options.divisor(logits.dtype, logits.device), options.for_op()
@@ -112,17 +113,20 @@ def loss_of_rows(
     return result if loss is result.loss else LossStats(loss, *result[1:])
 
 
-def _scaled(rows: Tensor, target: Tensor, options: RowOptions) -> tuple[Tensor, RowOptions]:
-    """The rows times a logit_scale that is no number for an op, and 1 in its place."""
+def _scaled(
+    logits: Tensor, target: Tensor, options: RowOptions
+) -> tuple[Tensor, Tensor, RowOptions]:
+    """Rows times a logit_scale that is no number for an op, their target, and 1 in its place."""
     scale = options.scale_as_tensor()
     if scale is None:
-        return rows, options
+        return logits, target, options
+    rows, target = as_rows(logits), target if target.dim() == 1 else as_rows(target)
     counted = None
     if target.dim() == 1:
         counted = target != options.ignore_index
         if options.return_stats:  # the log-sum-exp of an ignored row may be used
             counted = counted | rows.detach().isfinite().all(1)
-    return times_scale(rows, scale, counted), options._replace(logit_scale=1.0)
+    return times_scale(rows, scale, counted), target, options._replace(logit_scale=1.0)
 
 
 def times_scale(rows: Tensor, scale: Tensor, counted: Tensor | None) -> Tensor:
@@ -227,7 +231,7 @@ def may_overwrite(logits: Tensor, target: Tensor) -> bool:
             "inplace_backward: expected an input that its own backward does not need, got the "
             f"output of {made_by.name()}"
         )
-    if target.dim() == 2 and target.numel() and _storage(target) == _storage(logits):
+    if target.is_floating_point() and target.numel() and _storage(target) == _storage(logits):
         raise RuntimeError(
             "inplace_backward: expected a target in memory of its own, got the input's"
         )

@@ -21,6 +21,7 @@ from neglog.checks import (
     row_shape,
     rows_of_last_axis,
     to_options,
+    to_positions,
     to_rows,
 )
 from neglog.distributed.tensors import any_distributed, on_whole_tensors, torch_serves
@@ -145,10 +146,12 @@ def cross_entropy(
     where = route.choose(input, backend=backend, weight=weight)
     if where.backend == "torch" and not extends_torch:
         return torch_loss(input, target, weight, options)
+    arrange = to_rows if where.backend in ("cuda", "torch") else to_positions
     if probabilities:
-        logits, target_rows = with_probabilities(input, target, weight)
+        common = common_dtype(input, target, weight)
+        logits, target_rows = arrange(input.to(common)), arrange(target.to(common))
     else:
-        logits, target_rows = to_rows(input), to_indices(target)
+        logits, target_rows = arrange(input), to_indices(target)
     result = loss_of_rows(where, logits, target_rows, weight, options)
     if reduction != "none" and not return_stats:
         return result.loss

@@ -97,7 +97,7 @@ def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
     kept = saved(ctx)
     grad_lse, target = kept["grad_lse"], kept["target"]
     inputs = {"logits": kept["logits"]}
-    if target.dim() == 2:
+    if target.dim() > 1:
         inputs["target"] = target
 
     def forward(logits: Tensor, target: Tensor = target) -> tuple[Tensor, ...]:
@@ -133,12 +133,12 @@ library.impl("nll_", _count_version, "ADInplaceOrView", with_keyset=True)
 
 
 def scale_in_place(grad: Tensor, factor: Tensor) -> None:
-    """grad (N, V) times factor (N,) or (), over itself; by 1, as mostly, nothing is written."""
+    """grad, as logits, times factor () or (N,), over itself; by 1, as mostly, none is written."""
     if grad.is_cuda:  # to ask whether it is 1 would be to wait for the device
         schema.scale_in_place(grad, factor)
         torch.autograd.graph.increment_version(grad)
     elif factor.dim():
-        grad.mul_(factor.unsqueeze(1))
+        grad.mul_(factor.view(grad.shape[0], 1, *grad.shape[2:]))
     elif not torch_state.readable(factor) or float(factor) != 1:
         grad.mul_(factor)
 

@@ -20,7 +20,7 @@ from neglog.ops.memory import (
     new_memory,
 )
 from neglog.ops.nll import schema
-from neglog.ops.nll.schema import MEAN, NONE, empty_stats
+from neglog.ops.nll.schema import MEAN, NONE, as_rows, count_rows, empty_stats
 
 # Numbers a thread must have before another is worth waking: 9 microseconds of work.
 GRAIN = 32768
@@ -68,22 +68,68 @@ def threads_for(logits: Tensor) -> int:
 
 
 def problem(logits: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> tuple:
-    """The arguments that every kernel begins with. The tensors must outlive the call: logits with
-    adjacent columns, target and weight contiguous, all aligned."""
+    """The arguments that every kernel begins with. The tensors must outlive the call: rows of
+    logits with adjacent columns or logits (B, V, P), target and weight contiguous, all aligned."""
     if target.dim() == 1:
         index, probabilities, probabilities_stride = address(target), 0, 0
     else:
         index, probabilities, probabilities_stride = 0, address(target), target.stride()[0]
     return (
-        DTYPE_CODES[logits.dtype], *logits.shape, logits.data_ptr(), logits.stride()[0],
-        index, probabilities, probabilities_stride, address(weight), options.ignore_index,
-        options.label_smoothing, options.logit_scale, options.softcap, options.z_loss,
+        DTYPE_CODES[logits.dtype], count_rows(logits), logits.shape[1], logits.data_ptr(),
+        logits.stride()[0], index, probabilities, probabilities_stride, address(weight),
+        options.ignore_index, options.label_smoothing, options.logit_scale, options.softcap,
+        options.z_loss,
     )  # fmt: skip
 
 
-def _ready(target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    ready = contiguous if target.dim() == 1 else adjacent_columns
-    return ready(target, "target"), None if weight is None else contiguous(weight, "weight")
+def _ready(
+    logits: Tensor, target: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As a kernel reads them: logits as rows, or as they are where the classes come not last."""
+    if logits.dim() == 3:
+        logits, target = _positions(aligned(logits, "input"), target)
+    else:
+        logits = adjacent_columns(logits, "input")
+    target = _READY[target.dim()](target, "target")
+    return logits, target, None if weight is None else contiguous(weight, "weight")
+
+
+_READY = {1: contiguous, 2: adjacent_columns, 3: aligned}
+
+
+def _positions(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, V, P) and their target; as rows where they lie as rows in memory, which a kernel
+    of rows reads faster if they are long."""
+    rows = _rows_in_memory(logits)
+    if rows is None:
+        return logits, target
+    return rows, target if target.dim() == 1 else as_rows(target)
+
+
+def _rows_in_memory(x: Tensor) -> Tensor | None:
+    """(B, V, P) as rows (B * P, V) if they are these in memory, as where classes come last."""
+    (batches, vocab, positions), (batch, of_class, position) = x.shape, x.stride()
+    apart = batches > 1 and positions > 1 and batch != positions * position
+    if of_class != 1 or apart:
+        return None
+    return x.as_strided((batches * positions, vocab), (batch if positions == 1 else position, 1))
+
+
+def _layout(alive: Any, gradient: Tensor | None) -> tuple[int, ...] | None:
+    """The last argument of a kernel: where the numbers of logits (B, V, P) lie."""
+    if alive is None or alive[0].dim() == 2:
+        return None
+    logits, target, _ = alive
+    of_target = (1, 0) if target.dim() == 1 else target.stride()[1:]
+    of_gradient = (1, 0) if gradient is None else gradient.stride()[1:]
+    return (logits.shape[2], *logits.stride()[1:], *of_target, *of_gradient)
+
+
+def _row_stride(gradient: Tensor, alive: Any) -> int:
+    """Of rows, or of batches if the logits are not rows in memory."""
+    if gradient.dim() == 3 and alive[0].dim() == 2 and gradient.shape[2] > 1:
+        return gradient.stride(2)
+    return gradient.stride()[0]
 
 
 def _divisor(kernel: Any, given: tuple, num_items: Tensor | None, real: torch.dtype) -> float:
@@ -94,26 +140,23 @@ def _divisor(kernel: Any, given: tuple, num_items: Tensor | None, real: torch.dt
 
 
 def _begin(op: str, a: Any) -> tuple[Any, Tensor, tuple, tuple]:
-    """The kernels, rows with adjacent columns, the kernels' first arguments, and what these point
+    """The kernels, the logits as they read them, their first arguments, and what these point
     into."""
-    kernel = load_kernel(op, a.backend)
-    rows = adjacent_columns(a.logits, "input")
-    target, weight = _ready(a.target, a.weight)
-    return kernel, rows, problem(rows, target, weight, a), (target, weight)
+    ready = _ready(a.logits, a.target, a.weight)
+    return load_kernel(op, a.backend), ready[0], problem(*ready, a), ready
 
 
 def forward(a: Any) -> Outputs:
     """Loss and statistics of rows."""
-    kernel, logits, given, _alive = _begin("nll", a)
-    real = real_dtype(logits.dtype)
+    kernel, logits, given, alive = _begin("nll", a)
+    rows, real = given[1], real_dtype(logits.dtype)
     divisor = _divisor(kernel, given, a.num_items, real)
-    rows = len(logits)
     row_loss, lses = (logits.new_empty(size, dtype=real) for size in (rows, 2 * rows))
     correct, entropy = empty_stats(logits, True) if a.stats else (_NOTHING, _NOTHING)
     total = kernel.forward(
         *given, row_loss.data_ptr(), lses.data_ptr(), address(lses, rows),
         correct.data_ptr() if a.stats else 0, entropy.data_ptr() if a.stats else 0,
-        threads_for(logits),
+        threads_for(logits), _layout(alive, None),
     )  # fmt: skip
     return Outputs(row_loss, lses, correct, entropy, total, divisor)
 
@@ -135,10 +178,9 @@ def forward_with_gradient(
     """The reduced loss and statistics of rows, and in the same pass into the memory `gradient` that
     of the logits for an upstream of the loss."""
     kernel = load_kernel("nll", backend)
-    logits = adjacent_columns(logits, "input")
-    target, weight = _ready(target, weight)
-    given = problem(logits, target, weight, options)
-    real, rows, columns = real_dtype(logits.dtype), given[1], given[2]
+    alive = _ready(logits, target, weight)
+    given = problem(*alive, options)
+    real, rows = real_dtype(logits.dtype), given[1]
     loss, of_rows = torch.empty_like(_ONE_NUMBER[real]), logits.new_empty(3 * rows, dtype=real)
     lse, step = of_rows.data_ptr(), rows * real.itemsize
     correct, entropy = empty_stats(logits, True) if stats else (_NOTHING, _NOTHING)
@@ -146,7 +188,7 @@ def forward_with_gradient(
         *given, lse + 2 * step, lse, lse + step,
         correct.data_ptr() if stats else 0, entropy.data_ptr() if stats else 0,
         options.reduction == MEAN, num_items, upstream, loss.data_ptr(), gradient.data_ptr(),
-        columns, threads_for(logits),
+        _row_stride(gradient, alive), threads_for(logits), _layout(alive, gradient),
     )  # fmt: skip
     return Formed(loss, of_rows, divisor, correct, entropy)
 
@@ -157,12 +199,15 @@ def new_gradient_of(logits: Tensor) -> Tensor:
     if logits.nbytes < LARGE and logits.is_contiguous():
         return torch.empty_like(logits)  # a microsecond less
     new = new_gradient if isinstance(logits, torch.nn.Parameter) else new_memory
-    return new(logits.shape, logits)
+    if logits.dim() == 2 or logits.is_contiguous():
+        return new(logits.shape, logits)
+    strides = torch.empty_like(logits, device="meta").stride()
+    return new((logits.numel(),), logits).as_strided(logits.shape, strides)
 
 
 def backward(a: Any, divisor: float, out: Tensor | None = None) -> Tensor:
     """The gradient of the logits, in `out` or new memory."""
-    kernel, logits, given, _alive = _begin("nll_backward", a)
+    kernel, logits, given, alive = _begin("nll_backward", a)
     grad_lse = None if a.grad_lse is None else contiguous(a.grad_lse, "grad_lse")
     lse, lse_low = contiguous(a.lse, "lse"), contiguous(a.lse_low, "lse_low")
     grad_loss = aligned(a.grad_loss, "grad_loss")
@@ -171,27 +216,30 @@ def backward(a: Any, divisor: float, out: Tensor | None = None) -> Tensor:
         *given, lse.data_ptr(), lse_low.data_ptr(),
         grad_loss.data_ptr(), grad_loss.stride(0) if grad_loss.dim() else 0,
         quotient(1.0, divisor) if a.reduction == MEAN else 1.0,
-        address(grad_lse), out.data_ptr(), logits.shape[1], threads_for(logits),
+        address(grad_lse), out.data_ptr(), _row_stride(out, alive), threads_for(logits),
+        _layout(alive, out),
     )  # fmt: skip
     return out
 
 
 def forward_in_place(a: Any) -> Outputs:
     """Loss and statistics of rows, and their gradient in place of the logits."""
-    kernel, rows, given, _alive = _begin("nll_", a)
-    real = real_dtype(rows.dtype)
+    ready = adjacent_columns if a.logits.dim() == 2 else aligned
+    logits = ready(a.logits, "input")
+    kernel, _, given, alive = _begin("nll_", a._replace(logits=logits))
+    rows, real = given[1], real_dtype(logits.dtype)
     divisor = _divisor(kernel, given, a.num_items, real)
-    row_loss, lse = (rows.new_empty(len(rows), dtype=real) for _ in range(2))
-    correct, entropy = empty_stats(rows, a.stats)
-    divides = a.reduction == MEAN and not (divides_late(rows.dtype) and divisor)
+    row_loss, lse = (logits.new_empty(rows, dtype=real) for _ in range(2))
+    correct, entropy = empty_stats(logits, a.stats)
+    divides = a.reduction == MEAN and not (divides_late(logits.dtype) and divisor)
     total = kernel.forward_backward(
         *given, row_loss.data_ptr(), lse.data_ptr(), 0,
         correct.data_ptr() if a.stats else 0, entropy.data_ptr() if a.stats else 0,
-        quotient(1.0, divisor) if divides else 1.0, rows.data_ptr(), rows.stride(0),
-        threads_for(rows),
+        quotient(1.0, divisor) if divides else 1.0, logits.data_ptr(),
+        _row_stride(logits, alive), threads_for(logits), _layout(alive, logits),
     )  # fmt: skip
-    if rows is not a.logits:
-        a.logits.copy_(rows)
+    if logits is not a.logits:
+        a.logits.copy_(logits)
     return Outputs(row_loss, lse, correct, entropy, total, divisor)
 
 

@@ -15,7 +15,7 @@ from neglog.ops.dtypes import number
 from neglog.ops.memory import aligned
 from neglog.ops.nll import cpu, eager_cuda, remembered, schema
 from neglog.ops.nll.autograd import Rows, Wanted, gradients
-from neglog.ops.nll.schema import NONE, Options
+from neglog.ops.nll.schema import NONE, Options, count_rows
 
 
 def nll(
@@ -61,7 +61,7 @@ class EagerNLL(Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out.correct, out.entropy)
         # A copy: what the user does to it must not reach the backward.
-        lse = cpu.lse_and_low(out.lses, len(logits))[0].clone()
+        lse = cpu.lse_and_low(out.lses, count_rows(logits))[0].clone()
         return loss, lse, out.correct, out.entropy
 
     @staticmethod
@@ -102,7 +102,7 @@ def _record(ctx: Any, logits: Tensor) -> remembered.Record | None:
 def _kept(ctx: Any, tensors: tuple) -> dict[str, Any]:
     """What the backward of the op neglog::nll takes from its forward."""
     logits, target, weight = tensors
-    lse, lse_low = cpu.lse_and_low(ctx.lses, len(logits))
+    lse, lse_low = cpu.lse_and_low(ctx.lses, count_rows(logits))
     return {
         "logits": logits, "target": target, "weight": weight, "lse": lse, "lse_low": lse_low,
         "total_weight": number(ctx.divisor, lse.dtype),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neglog import torch_state
 from neglog.ops.dtypes import real_dtype, softcap_in
-from neglog.ops.nll.schema import MEAN, SUM, Options
+from neglog.ops.nll.schema import MEAN, SUM, Options, as_rows
 
 
 def scores(logits: Tensor, logit_scale: float | Tensor, softcap: float | Tensor) -> Tensor:
@@ -88,6 +88,7 @@ def nll(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As the op neglog::nll: loss, lse, total_weight, correct, entropy."""
     reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss = options
+    logits, target = as_rows(logits), target if target.dim() == 1 else as_rows(target)
     detached = scores(logits.detach(), logit_scale, softcap)
     mass, row_weight, counted = _mass(detached, target, weight, ignore_index, label_smoothing)
     # Ignored rows that are no numbers leave first: a NaN there would come back as 0 * NaN.
@@ -129,9 +130,13 @@ def target_gradient(
     total_weight: Tensor, options: Options,
 ) -> Tensor:  # fmt: skip
     """The gradient of probability targets: -w (1 - label_smoothing) log p, times the upstream."""
-    log_p = torch.log_softmax(scores(logits, options.logit_scale, options.softcap), 1)
+    rows = as_rows(logits)
+    log_p = torch.log_softmax(scores(rows, options.logit_scale, options.softcap), 1)
     if weight is not None:
         log_p = log_p * weight
     upstream = grad_loss / total_weight if options.reduction == MEAN else grad_loss
-    upstream = upstream.expand(len(logits))
-    return (upstream[:, None] * (options.label_smoothing - 1) * log_p).to(target.dtype)
+    upstream = upstream.expand(len(rows))
+    gradient = (upstream[:, None] * (options.label_smoothing - 1) * log_p).to(target.dtype)
+    if target.dim() == 2:
+        return gradient
+    return gradient.unflatten(0, (logits.shape[0], logits.shape[2])).transpose(1, 2)

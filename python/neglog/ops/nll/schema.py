@@ -18,7 +18,8 @@ formed, though it has memory. kept (3 N + 2) is for the backward: lse, lse_low, 
 total_weight, and the upstream of the gradient, NaN for none. The gradient is (0, 0) without `form`.
 On the CPU the host reads the upstream itself, and needs neither op.
 
-Shapes: logits (N, V), any row stride. target (N,) int64, or (N, V) probabilities of the logits'
+Shapes: logits (N, V), any row stride; on the CPU also (B, V, P), any strides, for N = B * P rows,
+whose gradient is laid out as they are. target (N,) int64, or probabilities of the logits' shape and
 dtype. weight (V,) and num_items () in the accumulation dtype, float32 or for float64 logits
 float64. Returned: loss () or (N,), lse (N,), lse_low (N,), total_weight (); correct (N,) bool and
 entropy (N,), or both (0,) without stats. lse + lse_low is the log-sum-exp to twice the digits.
@@ -96,19 +97,35 @@ class Options(NamedTuple):
         return cls(*attrgetter(*cls._fields)(arguments))
 
 
+def count_rows(logits: Tensor) -> int:
+    """N of logits (N, V), or B * P of (B, V, P)."""
+    shape = logits.shape
+    return shape[0] if len(shape) == 2 else shape[0] * shape[2]
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(B, V, P) as rows (B * P, V); rows as they are."""
+    return x if x.dim() == 2 else x.transpose(1, 2).flatten(0, 1)
+
+
 def empty_stats(logits: Tensor, stats: bool) -> tuple[Tensor, Tensor]:
     """Room for correct and entropy."""
-    rows = logits.shape[0] if stats else 0
+    rows = count_rows(logits) if stats else 0
     real = real_dtype(logits.dtype)
     return logits.new_empty(rows, dtype=torch.bool), logits.new_empty(rows, dtype=real)
 
 
 def _forward_shapes(a: Any) -> tuple[Tensor, ...]:
-    real, rows = real_dtype(a.logits.dtype), a.logits.shape[0]
+    real, rows = real_dtype(a.logits.dtype), count_rows(a.logits)
     loss = a.logits.new_empty((rows,) if a.reduction == NONE else (), dtype=real)
     lse, lse_low = (a.logits.new_empty(rows, dtype=real) for _ in range(2))
     total_weight = a.logits.new_empty((), dtype=real)
     return loss, lse, lse_low, total_weight, *empty_stats(a.logits, a.stats)
+
+
+def new_gradient_like(logits: Tensor) -> Tensor:
+    """Contiguous rows; (B, V, P) with the logits' strides, or in their order if there are gaps."""
+    return logits.new_empty(logits.shape) if logits.dim() == 2 else torch.empty_like(logits)
 
 
 def _in_place_shapes(a: Any) -> tuple[Tensor, ...]:
@@ -118,4 +135,4 @@ def _in_place_shapes(a: Any) -> tuple[Tensor, ...]:
 
 forward.shapes(_forward_shapes)
 in_place.shapes(_in_place_shapes)
-backward.shapes(lambda a: a.logits.new_empty(a.logits.shape))
+backward.shapes(lambda a: new_gradient_like(a.logits))
