@@ -31,6 +31,8 @@ class Contender(NamedTuple):
     leaves: how many of the problem's leaves get a gradient; None is all of them.
     baseline: the others are compared with it.
     upstreams: what flows into each backward, in turn; none: 1, as of loss.backward().
+    remembers: the gradient is formed for the upstream of the backward before: so that this is not
+        another contender's, two calls go before the measured ones while no clock runs.
     suites: of shapes, those it takes part in.
     """
 
@@ -46,6 +48,7 @@ class Contender(NamedTuple):
     leaves: int | None = None
     baseline: bool = False
     upstreams: tuple[float, ...] = ()
+    remembers: bool = False
     suites: tuple[str, ...] = LONG
 
     @property
@@ -118,9 +121,10 @@ def torch_compiled(
     return Contender("compile", label, made, work, "torch.compile", baseline=True, suites=suites)
 
 
-def neglog_default(loss: Callable[..., Tensor], work: float) -> Contender:
+def neglog_default(loss: Callable[..., Tensor], work: float, remembers: bool = False) -> Contender:
     """neglog's function as a user calls it."""
-    return Contender("neglog", "neglog", loss, work, library="neglog", suites=ALL_SUITES)
+    return Contender("neglog", "neglog", loss, work, "neglog", remembers=remembers,
+                     suites=ALL_SUITES)  # fmt: skip
 
 
 def checked_rows(count: int, device: str = "cpu") -> Tensor:

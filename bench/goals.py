@@ -87,14 +87,13 @@ def _find(results: list[JSON], where: Where, name: str) -> Found | float | None:
 
 def share_of_copy(results: list[JSON], where: Where, part: Part) -> Value:
     """The rate of the bytes that must move, over the rate of a copy of the same logits: its 1 read
-    and 1 write against 1 read forward, 2 reads and 1 write with the gradient, 1 and 1 in place."""
+    and 1 write against 1 read forward, and 1 read and 1 write with the gradient."""
     found = _find(results, where, "inplace" if part == IN_PLACE else "neglog")
     if not isinstance(found, Found):
         return Value(found)
     if part == FORWARD:
         return Value(50 * found.result["yardstick"]["ms"] / found.contender["forward_ms"])
-    passes = 2 if part == IN_PLACE else 3
-    return Value(50 * passes * found.result["yardstick"]["ms"] / found.contender["total_ms"])
+    return Value(100 * found.result["yardstick"]["ms"] / found.contender["total_ms"])
 
 
 def least_ratio(results: list[JSON], other: str, part: Part) -> Value:

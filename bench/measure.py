@@ -144,6 +144,8 @@ class _Run:
         """One round: so many losses alone, then as many with their gradients."""
         times = []
         for make in (self._losses, self._gradients):
+            if self.contender.remembers:
+                self._gradients(2)()
             if self.contender.drops_memory:
                 memory.give_back()
             times.append(self.clock.seconds(make(calls)) / calls)

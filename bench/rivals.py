@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .budget import time_limit
-from .cases.cross_entropy import IN_PLACE, OUT_OF_PLACE
+from .cases.cross_entropy import ONE_PASS, TWO_PASSES
 from .contender import Contender, Problem
 
 LIGER, CCE, QUACK, INF_CL, MEMEFF = (
@@ -103,7 +103,7 @@ def _rival(name: str, loss: Function, work: float = 1, **fields: Any) -> Contend
 def _cross_entropy(found: dict[str, Function], problem: Problem) -> list[Contender]:
     made = []
     if LIGER in found:  # it always writes the gradient over its input
-        made.append(_rival(LIGER, found[LIGER], IN_PLACE, overwrites=True))
+        made.append(_rival(LIGER, found[LIGER], ONE_PASS, overwrites=True))
     if QUACK in found:
         quack = found[QUACK]
 
@@ -111,8 +111,8 @@ def _cross_entropy(found: dict[str, Function], problem: Problem) -> list[Contend
             return quack(logits, target, inplace_backward=True)
 
         made += [
-            _rival(QUACK, quack, OUT_OF_PLACE),
-            _rival(QUACK, in_place, IN_PLACE, overwrites=True),
+            _rival(QUACK, quack, TWO_PASSES),
+            _rival(QUACK, in_place, ONE_PASS, overwrites=True),
         ]
     return made
 

@@ -31,10 +31,10 @@ CHANGING = tuple(1 / divisor for divisor in (3, 5, 7, 9, 11))
 # Of so few classes one is often sure, and then torch's p - 1 has no digits in 16 bits: such
 # gradients are compared by their norm.
 FEW_CLASSES = 150
-OUT_OF_PLACE, IN_PLACE = 3, 2
+TWO_PASSES, ONE_PASS = 3, 2  # reads and writes of the logits' bytes
 MODEL = (
-    "forward reads the logits, backward reads them and writes the gradient: 3 passes; "
-    "in place 1 read, 1 write."
+    "neglog reads the logits and writes the gradient: 2 passes. The others, and neglog with an "
+    "upstream that changes, read them in the forward and in the backward: 3."
 )
 
 
@@ -106,23 +106,23 @@ def contenders(problem: Problem) -> list[Contender]:
     """Everything that can run here, torch eager first."""
     own, kernel = neglog.cross_entropy, kernel_of(problem)
     found = [
-        torch_eager(F.cross_entropy, OUT_OF_PLACE),
-        torch_compiled(F.cross_entropy, OUT_OF_PLACE),
-        neglog_default(own, OUT_OF_PLACE),
-        Contender("third", "  an upstream of a third", own, OUT_OF_PLACE, "neglog",
-                  upstreams=(1 / 3,), suites=ALL_SUITES),
-        Contender("changing", "  an upstream that changes", own, OUT_OF_PLACE, "neglog",
-                  upstreams=CHANGING, suites=ALL_SUITES),
+        torch_eager(F.cross_entropy, TWO_PASSES),
+        torch_compiled(F.cross_entropy, TWO_PASSES),
+        neglog_default(own, ONE_PASS, remembers=True),
+        Contender("third", "  an upstream of a third", own, ONE_PASS, "neglog",
+                  upstreams=(1 / 3,), remembers=True, suites=ALL_SUITES),
+        Contender("changing", "  an upstream that changes", own, TWO_PASSES, "neglog",
+                  upstreams=CHANGING, remembers=True, suites=ALL_SUITES),
     ]  # fmt: skip
     if kernel is None:
         return found
     if kernel != "cuda":
         new = "  in new memory"
-        found.append(Contender("new_memory", new, own, OUT_OF_PLACE, "neglog", drops_memory=True))
-    found.append(Contender("inplace", "  in place", _in_place, IN_PLACE, "neglog", overwrites=True))
+        found.append(Contender("new_memory", new, own, ONE_PASS, "neglog", drops_memory=True,
+                               remembers=True))  # fmt: skip
+    found.append(Contender("inplace", "  in place", _in_place, ONE_PASS, "neglog", overwrites=True))
     numba = next(state for state in dispatch.describe() if state.name == "numba")
     if numba.usable and kernel == "cython":
-        found.append(
-            Contender("numba", "  by numba", _numba, OUT_OF_PLACE, "neglog", backend="numba")
-        )
+        found.append(Contender("numba", "  by numba", _numba, ONE_PASS, "neglog",
+                               backend="numba", remembers=True))  # fmt: skip
     return found
