@@ -229,23 +229,25 @@ def forward_backward(
 def loss_and_gradient(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
     probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
-    softcap: float, z_loss: float, row_loss: int, lse: int, lse_low: int, correct: int,
-    entropy: int, mean: bool, num_items: float | None, upstream: float, loss: int, out: int,
-    out_stride: int, threads: int,
+    softcap: float, z_loss: float, of_rows: bytearray, correct: int, entropy: int, mean: bool,
+    num_items: float | None, upstream: float, loss: int, out: int, out_stride: int, threads: int,
 ) -> float:  # fmt: skip
     """total_weight and forward_backward of a loss that is one number, which is written to `loss`.
 
-    Return the divisor of its mean. The gradient is that of upstream / divisor.
+    Return the divisor of its mean. The gradient is that of upstream / divisor. `of_rows` has room
+    for the rows' lse, lse_low and losses, in this order.
     """
     weights = total_weight(rows, vocab, target, probs, weight, ignore_index, dtype)
     real = type(_zero_of(dtype))
+    lse = np.frombuffer(of_rows, np.uint8).ctypes.data
+    size = rows * real().itemsize
     with np.errstate(all="ignore"):
         divisor = np.float64(real(weights) if num_items is None else num_items) + 0.0  # not -0
         total = np.float64(forward_backward(
             dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-            ignore_index, label_smoothing, logit_scale, softcap, z_loss, row_loss, lse, lse_low,
-            correct, entropy, upstream * (1 / divisor) if mean else upstream, out, out_stride,
-            threads,
+            ignore_index, label_smoothing, logit_scale, softcap, z_loss, lse + 2 * size, lse,
+            lse + size, correct, entropy, upstream * (1 / divisor) if mean else upstream, out,
+            out_stride, threads,
         ))  # fmt: skip
         value = real(total / divisor if mean else total)
     ctypes.memmove(loss, value.tobytes(), value.itemsize)

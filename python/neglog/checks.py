@@ -103,13 +103,16 @@ def check_cross_entropy(
     if input.layout is not STRIDED or target.layout is not STRIDED:  # calls would cost a third more
         check_dense("input", input)
         check_dense("target", target)
-    probabilities = is_probabilities(input, target)
+    shape, shape_of_target = input.shape, target.shape
+    probabilities = shape_of_target == shape
     if probabilities:
         _check_probabilities(target, ignore_index)
-    if input.dim() == 0:
+    if len(shape) == 0:
         raise IndexError("input: expected shape (C), (N, C) or (N, C, d1, ...), got a scalar")
     if not probabilities:
-        _check_indices(input, target)
+        if len(shape) != 2 or len(shape_of_target) != 1 or shape[0] != shape_of_target[0]:
+            _check_shape_of_indices(input, target)
+        check_index_dtype(target)
     if weight is not None:
         check_weight(weight, input.shape[class_dim(input)], input, probabilities)
     return probabilities
@@ -175,10 +178,7 @@ def check_no_ignore_index(ignore_index: int | None) -> None:
         )
 
 
-def _check_indices(input: Tensor, target: Tensor) -> None:
-    if input.dim() == 2 and target.dim() == 1 and input.shape[0] == target.shape[0]:
-        check_index_dtype(target)
-        return
+def _check_shape_of_indices(input: Tensor, target: Tensor) -> None:
     expected = list(row_shape(input))
     accepted = (expected, [1]) if input.dim() == 1 else (expected,)
     if _shape(target) not in accepted:
@@ -194,7 +194,6 @@ def _check_indices(input: Tensor, target: Tensor) -> None:
             f"target: expected shape {expected} (class indices) or {_shape(input)} (class "
             f"probabilities) for input of shape {_shape(input)}, got {_shape(target)}{hint}"
         )
-    check_index_dtype(target)
 
 
 def check_index_dtype(target: Tensor) -> None:

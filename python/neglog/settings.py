@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, get_args
+import math
+from typing import Any, Literal, TypeAlias
 
 Gradient: TypeAlias = Literal["remembered", "forward", "backward"]
 
-# When the gradient of the logits is formed. Read at each forward.
+# When the gradient of the logits is formed.
 gradient: Gradient = "remembered"
+# After how many forwards that had no backward of the upstream expected no more are formed; the 2
+# is that of csrc/nll/kernels.cuh. Read at each forward.
+PATIENCE = {"remembered": 2, "forward": math.inf, "backward": 0}
+patience: float = PATIENCE[gradient]
 
 
 class options:
@@ -49,10 +54,10 @@ class options:
 
 
 def _set(value: Any) -> None:
-    global gradient
+    global gradient, patience
     if not isinstance(value, str):
         raise TypeError(f"gradient: expected a str, got {type(value).__name__}")
-    if value not in get_args(Gradient):
-        expected = ", ".join(map(repr, get_args(Gradient)))
+    if value not in PATIENCE:
+        expected = ", ".join(map(repr, PATIENCE))
         raise ValueError(f"gradient: expected one of {expected}, got {value!r}")
-    gradient = value  # type: ignore[assignment]
+    gradient, patience = value, PATIENCE[value]  # type: ignore[assignment]

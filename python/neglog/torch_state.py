@@ -6,7 +6,9 @@ What is traced or transformed needs the registered op; what is eager may take a 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +26,15 @@ PLAIN = (Tensor, torch.nn.Parameter)
 AUTOCASTS = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
 
 
+# A name for each: to look them up takes as long as to call them.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_default_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def compiling() -> bool:
     """Whether torch.compile or torch.export is tracing Python."""
     return torch.compiler.is_compiling()
@@ -38,7 +49,7 @@ def without_dynamo() -> AbstractContextManager[Any]:
 
 def transforming() -> bool:
     """Whether a transform of torch.func is active, such as grad or vmap."""
-    return torch._C._are_functorch_transforms_active()
+    return _transforms_active()
 
 
 def differentiating_forward() -> bool:
@@ -47,11 +58,7 @@ def differentiating_forward() -> bool:
 
 def tracing() -> bool:
     """Whether a tracer or a dispatch mode is active."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _tracing_state() is not None
 
 
 def traced(x: Tensor) -> bool:
@@ -61,7 +68,7 @@ def traced(x: Tensor) -> bool:
 
 def eager_on_cpu(x: Tensor) -> bool:
     """Whether nothing but autograd need see what is done to x, which lies in the CPU's memory."""
-    return x.is_cpu and not traced(x) and not transforming()
+    return x.is_cpu and not (tracing() or type(x) in TRACED or transforming())
 
 
 def eager_on_cuda(x: Tensor) -> bool:
@@ -72,19 +79,33 @@ def eager_on_cuda(x: Tensor) -> bool:
 def apply(function: type[Function], x: Tensor, *arguments: Any) -> Any:
     """function.apply(x, *arguments), a microsecond faster: without its search for tensors that
     outlive a transform of torch.func, unless x is one."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if _is_wrapped(x):
         return function.apply(x, *arguments)
-    return super(Function, function).apply(x, *arguments)  # type: ignore[misc]
+    return _apply(function)(x, *arguments)
+
+
+@cache
+def _apply(function: type[Function]) -> Callable[..., Any]:
+    return super(Function, function).apply  # type: ignore[misc]
+
+
+def called_directly(function: type[Function]) -> type[Function]:
+    """For a class of Function: the node of its graph calls `backward` itself, and not a function of
+    torch in Python that looks it up, which takes 0.7 microseconds."""
+    function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
+    return function
 
 
 def one_upstream(grad: Tensor) -> bool:
     """Not a batch of gradients, as with is_grads_batched=True, nor one inside a transform."""
-    return not torch._C._functorch.is_legacy_batchedtensor(grad) and not transforming()
+    return not _is_batched(grad) and not transforming()
 
 
 def plain_upstream(grad: Tensor | None) -> bool:
     """Whether an eager backward without a graph of its own got one gradient."""
-    return grad is not None and not torch.is_grad_enabled() and not tracing() and one_upstream(grad)
+    if grad is None or torch.is_grad_enabled():
+        return False
+    return not (tracing() or _is_batched(grad) or _transforms_active())
 
 
 def batched(arguments: tuple) -> bool:
@@ -141,7 +162,7 @@ def constant(x: Tensor) -> bool:
 
 def saved_tensors_hooked() -> bool:
     """Whether hooks take what autograd saves, as activation checkpointing and offloading do."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return _default_hooks(False) is not None
 
 
 def under_autocast(x: Tensor) -> bool:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import neglog
-from neglog import dispatch, torch_state
-from neglog.ops.nll import eager, eager_cuda, remembered
+from neglog import dispatch, settings, torch_state
+from neglog.ops.nll import eager, eager_cuda
 from neglog.ops.nll.schema import MEAN, NONE, SUM, Options
 from tests.csrc.test_nll import problem
 from tests.support.cuda_devices import Waits, real_of
@@ -29,6 +29,7 @@ def ops(device, monkeypatch):
     monkeypatch.setattr(eager_cuda, "_records", {})
     if device.name == "cpu":
         monkeypatch.setattr(torch_state, "eager_on_cuda", torch_state.eager_on_cpu)
+        monkeypatch.setattr(torch_state, "eager_on_cpu", lambda x: False)
     return device.ops
 
 
@@ -166,7 +167,7 @@ def test_options(ops, inputs):
         assert loss.grad_fn.formed is None
         equal(gradient(loss, logits), expected)
     with neglog.options(gradient="forward"):
-        losses = [loss_of(*inputs) for _ in range(remembered.PATIENCE + 1)]
+        losses = [loss_of(*inputs) for _ in range(settings.PATIENCE["remembered"] + 1)]
     for loss in losses:
         assert loss.grad_fn.formed is not None
         equal(gradient(loss, logits), expected)

@@ -26,7 +26,14 @@ from neglog.checks import (
 )
 from neglog.distributed.tensors import any_distributed, on_whole_tensors, torch_serves
 from neglog.losses._result import LossStats, change_rows, public, without_stats
-from neglog.losses._rows import RowOptions, common_dtype, loss_of_rows, may_overwrite, torch_loss
+from neglog.losses._rows import (
+    RowOptions,
+    common_dtype,
+    loss_of_rows,
+    may_overwrite,
+    plain_loss_of_rows,
+    torch_loss,
+)
 from neglog.losses._types import Backend, Reduction
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.memory import check_not_freed
@@ -135,6 +142,18 @@ def cross_entropy(
     ignore_index, label_smoothing = to_options(ignore_index, reduction, label_smoothing)
     probabilities = check_cross_entropy(input, target, weight, ignore_index)
     check_loss_dtype(loss_dtype, input)
+    plain = (
+        torch_state.eager_on_cpu(input) and input.dim() == 2 and not probabilities
+        and weight is None and softcap is None and num_items is None and loss_dtype is None
+        and inplace_backward is False and return_stats is False
+        and type(logit_scale) is float and logit_scale == 1.0
+        and type(z_loss) is float and z_loss == 0.0
+    )  # fmt: skip
+    if plain:
+        where = route.choose(input, backend=backend)
+        if where.backend != "torch":
+            rows = to_indices(target)
+            return plain_loss_of_rows(where, input, rows, reduction, ignore_index, label_smoothing)
     options = RowOptions(
         reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, num_items,
         inplace_backward, return_stats, loss_dtype,

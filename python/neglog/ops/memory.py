@@ -49,7 +49,10 @@ def new_rows(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tenso
 def address(tensor: Tensor | None, start: int = 0) -> int:
     """Of the number at `start`; 0 for "not given". An empty tensor has no address: it gets 1,
     which nobody reads."""
-    return 0 if tensor is None else (tensor.data_ptr() or 1) + start * tensor.itemsize
+    if tensor is None:
+        return 0
+    first = tensor.data_ptr() or 1
+    return first + start * tensor.itemsize if start else first
 
 
 def aligned(tensor: Tensor, name: str) -> Tensor:
@@ -59,10 +62,14 @@ def aligned(tensor: Tensor, name: str) -> Tensor:
     Raises RuntimeError, which calls the tensor `name`, where its memory was freed.
     """
     start = tensor.data_ptr()
-    if start < LOW_ADDRESS or tensor.is_neg():
-        tensor = _materialized(tensor, name)
-        start = tensor.data_ptr()
-    return tensor.clone() if start % tensor.itemsize else tensor
+    if start < LOW_ADDRESS or start % tensor.itemsize or tensor.is_neg():
+        return _made_readable(tensor, name)
+    return tensor
+
+
+def _made_readable(tensor: Tensor, name: str) -> Tensor:
+    tensor = _materialized(tensor, name)
+    return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
 
 
 def _materialized(tensor: Tensor, name: str) -> Tensor:
@@ -94,10 +101,13 @@ def check_not_freed(tensor: Tensor, name: str) -> None:
 
 def contiguous(tensor: Tensor, name: str) -> Tensor:
     """Numbers that are adjacent in memory, and as `aligned` has them."""
-    return aligned(tensor, name).contiguous()
+    tensor = aligned(tensor, name)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def adjacent_columns(rows: Tensor, name: str) -> Tensor:
     """Rows whose columns are adjacent in memory, and as `aligned` has them."""
     rows = aligned(rows, name)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    if rows.is_contiguous() or rows.stride(1) == 1 or rows.shape[1] == 1:
+        return rows
+    return rows.contiguous()

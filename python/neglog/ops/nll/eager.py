@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from neglog import availability, torch_state
-from neglog.ops.dtypes import number
+from neglog.ops.dtypes import number, real_dtype
 from neglog.ops.memory import aligned
 from neglog.ops.nll import cpu, eager_cuda, remembered, schema
 from neglog.ops.nll.autograd import Rows, Wanted, gradients
@@ -23,46 +23,62 @@ def nll(
     options: Options, stats: bool, backend: str,
 ) -> Rows:  # fmt: skip
     """Loss and statistics. Arguments as the op neglog::nll."""
+    given = (logits, target, weight, num_items)
+    if torch_state.eager_on_cpu(logits):
+        found = nll_on_cpu(*given, options, stats, backend)
+        return Rows(*found) if stats else Rows(found)
     if eager_cuda.takes(logits, target, options, stats):
-        return Rows(eager_cuda.nll(logits, target, weight, num_items, options))
-    if not torch_state.eager_on_cpu(logits):
-        given = (logits, target, weight, num_items, *options, stats, backend)
-        return Rows.of(schema.forward(*given), stats)
-    rest = (weight, num_items, options, stats, backend, torch.is_grad_enabled())
-    found = torch_state.apply(EagerNLL, logits, target, rest)
-    return Rows(*found) if stats else Rows(found)
+        return Rows(eager_cuda.nll(*given, options))
+    return Rows.of(schema.forward(*given, *options, stats, backend), stats)
 
 
+def nll_on_cpu(
+    logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
+    options: Options, stats: bool, backend: str,
+) -> Any:  # fmt: skip
+    """The same of logits that are `eager_on_cpu`: the loss, or with stats a tuple of all."""
+    rest = (weight, num_items, options, stats, backend, _record(logits, target, options.reduction))
+    return torch_state.apply(EagerNLL, logits, target, rest)
+
+
+def _record(logits: Tensor, target: Tensor, reduction: int) -> remembered.Record | None:
+    """None where no gradient may be formed in the forward: of each row's loss there is an upstream,
+    and where hooks take the logits away, a gradient as large would stay in their place."""
+    learns = torch.is_grad_enabled() and logits.requires_grad and not target.requires_grad
+    if reduction == NONE or not learns or torch_state.saved_tensors_hooked():
+        return None
+    return remembered.record(logits.shape, logits.dtype, reduction)
+
+
+@torch_state.called_directly
 class EagerNLL(Function):
     """Loss alone, or loss, lse, correct and entropy with stats."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        logits, target, (weight, num_items, options, stats, backend, learns) = inputs
+    def forward(ctx: Any, logits: Tensor, target: Tensor, rest: tuple) -> Any:
+        weight, num_items, options, stats, backend, record = rest
         ctx.save_for_backward(logits, target, weight)
-        ctx.options, ctx.backend = options, backend
-        ctx.record = _record(ctx, logits) if learns else None
-        ctx.upstream = None if ctx.record is None else ctx.record.forward()
-        ctx.formed = None if ctx.upstream is None else cpu.new_gradient_of(logits)
+        ctx.options, ctx.backend, ctx.record = options, backend, record
+        ctx.upstream = upstream = None if record is None else record.forward()
         given = (logits, target, weight, num_items)
-        out: Any
-        if ctx.formed is None:
+        lses: Any
+        if upstream is None:
             out = cpu.forward(schema.forward.Arguments(*given, *options, stats, backend))
-            loss = out.loss(options.reduction)
+            loss, lses, correct, entropy = out.loss(options.reduction), *out[1:4]
+            ctx.formed, ctx.divisor = None, out.divisor
         else:
-            out = cpu.forward_with_gradient(
-                *given, options, stats, backend, ctx.upstream, ctx.formed
+            loss, ctx.formed, lses, ctx.divisor, correct, entropy = cpu.forward_with_gradient(
+                *given, options, stats, backend, upstream
             )
-            loss = out.loss
         # Never the loss, whose grad_fn this is: it would live until the next garbage collection.
-        ctx.lses, ctx.divisor = out.lses, out.divisor
+        ctx.lses = lses
         if not stats:
             return loss
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(out.correct, out.entropy)
+        ctx.mark_non_differentiable(correct, entropy)
         # A copy: what the user does to it must not reach the backward.
-        lse = cpu.lse_and_low(out.lses, count_rows(logits))[0].clone()
-        return loss, lse, out.correct, out.entropy
+        lse = cpu.lse_and_low(lses, count_rows(logits), loss.dtype)[0].clone()
+        return loss, lse, correct, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Any, grad_lse: Any = None, *undefined: Any) -> Any:
@@ -89,20 +105,10 @@ class EagerNLL(Function):
         return cpu.backward(given, ctx.divisor, formed), None, None
 
 
-def _record(ctx: Any, logits: Tensor) -> remembered.Record | None:
-    """None where no gradient may be formed in the forward: of each row's loss there is an upstream,
-    and where hooks take the logits away, a gradient as large would stay in their place."""
-    of_logits, of_target = ctx.needs_input_grad[:2]
-    reduction = ctx.options.reduction
-    if reduction == NONE or not of_logits or of_target or torch_state.saved_tensors_hooked():
-        return None
-    return remembered.record(logits.shape, logits.dtype, reduction)
-
-
 def _kept(ctx: Any, tensors: tuple) -> dict[str, Any]:
     """What the backward of the op neglog::nll takes from its forward."""
     logits, target, weight = tensors
-    lse, lse_low = cpu.lse_and_low(ctx.lses, count_rows(logits))
+    lse, lse_low = cpu.lse_and_low(ctx.lses, count_rows(logits), real_dtype(logits.dtype))
     return {
         "logits": logits, "target": target, "weight": weight, "lse": lse, "lse_low": lse_low,
         "total_weight": number(ctx.divisor, lse.dtype),

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from neglog import availability, torch_state
+from neglog import availability, settings, torch_state
 from neglog.ops.dtypes import real_dtype
-from neglog.ops.nll import remembered
 from neglog.ops.nll.autograd import Wanted, gradients
 from neglog.ops.nll.schema import NONE, Options
 
@@ -81,7 +80,7 @@ class CudaNLL(Function):
         # Where hooks take the logits away, a gradient as large would stay in their place.
         if not torch_state.saved_tensors_hooked():
             ctx.record = _record(logits, options.reduction)
-            forms = remembered.forms(ctx.record.misses if ctx.record else 0)
+            forms = (ctx.record.misses if ctx.record else 0) < settings.patience
         on_device = None
         if ctx.record is not None:
             ctx.record.misses += 1

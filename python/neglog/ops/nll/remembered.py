@@ -24,36 +24,27 @@ import torch
 
 from neglog import settings
 
-PATIENCE = 2  # as csrc/nll/kernels.cuh has it
 KEPT = 256
-
-
-def forms(misses: int) -> bool:
-    """Whether a forward forms its gradient, after so many that had no backward of the upstream
-    expected."""
-    when = settings.gradient
-    return when == "forward" or (when == "remembered" and misses < PATIENCE)
 
 
 class Record:
     """Of calls that are alike: the last upstream, and the forwards since a backward that had the
     one expected."""
 
-    __slots__ = ("any_shape", "began", "misses", "upstream")
+    __slots__ = ("any_shape", "misses", "new_shape", "upstream")
 
     def __init__(self, any_shape: Record | None = None) -> None:
         """any_shape: the record of all shapes together, whose misses are those of new shapes."""
-        self.any_shape = any_shape
-        self.began = False
+        self.any_shape = self.new_shape = any_shape
         self.misses: int = 0 if any_shape is None else any_shape.misses
         self.upstream: float = 1.0 if any_shape is None else any_shape.upstream
 
     def forward(self) -> float | None:
         """Count a forward; the upstream to form its gradient for, or None."""
-        expected = self.upstream if forms(self.misses) else None
+        expected = self.upstream if self.misses < settings.patience else None
         self.misses += 1
-        if self.any_shape is not None and not self.began:
-            self.any_shape.misses += 1
+        if self.new_shape is not None:
+            self.new_shape.misses += 1
         return expected
 
     def backward(self, upstream: float) -> None:
@@ -61,13 +52,11 @@ class Record:
             self.misses = 0
         elif upstream:  # 0 equals -0, whose gradient has other signs
             self.upstream = upstream
-        if self.any_shape is None:
-            return
-        if self.began:
+        if self.new_shape is not None:
+            self.new_shape.backward(upstream)
+            self.new_shape = None
+        elif self.any_shape is not None:
             self.any_shape.upstream = self.upstream
-        else:
-            self.any_shape.backward(upstream)
-            self.began = True
 
 
 @lru_cache(KEPT)
