@@ -108,10 +108,9 @@ def plain_upstream(grad: Tensor | None) -> bool:
     return not (tracing() or _is_batched(grad) or _transforms_active())
 
 
-def batched(arguments: tuple) -> bool:
-    """Whether a gradient among them is a batch of gradients, as with is_grads_batched=True."""
-    is_batched = torch._C._functorch.is_legacy_batchedtensor
-    return any(isinstance(x, Tensor) and is_batched(x) for x in arguments)
+def batched(grad: Tensor | None) -> bool:
+    """Whether a gradient is a batch of them, as with is_grads_batched=True."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def concrete(x: Tensor) -> bool:

@@ -69,12 +69,12 @@ def clip_loss(
             columns=True,
         )  # fmt: skip
         losses = [compared.row_loss, compared.column_loss]
-    loss = (losses[0] + losses[1]) / 2
+    loss = torch.stack(losses).mean()
     if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
         # A gradient of 0, as torch's formula has it: DistributedDataParallel waits for one. inf * 0
         # would be NaN.
         loss = loss + 0 * number(logit_bias, image).nan_to_num(0, 0, 0)
-    return reduce_and_cast(loss, "mean", image_features)
+    return reduce_and_cast(loss, "none", image_features)
 
 
 def _of_processes(

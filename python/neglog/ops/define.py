@@ -52,6 +52,8 @@ class Op:
         self._decisive = next(
             (i for i, x in enumerate(described.arguments) if str(x.type) == "Tensor"), 0
         )
+        # What may be a batch of gradients, as with is_grads_batched=True.
+        self._gradients = [i for i, name in enumerate(names) if name.startswith("grad")]
         self._numbers = slice(0)
         self._of_numbers: Op | None = None
         if numbers:
@@ -90,7 +92,8 @@ class Op:
             return self._named(self._functional.apply(*arguments))
         decisive = arguments[self._decisive]
         function = self._implementations.get(decisive.device.type)
-        if function is None or torch_state.traced(decisive) or torch_state.batched(arguments):
+        batched = any(torch_state.batched(arguments[i]) for i in self._gradients)
+        if function is None or torch_state.traced(decisive) or batched:
             return self._named(self.registered(*arguments))
         if self._eager is None or not torch.is_grad_enabled():
             return self._named(function(self.Arguments(*arguments)))

@@ -112,14 +112,13 @@ def describe() -> str:
 
 def _may_use_onednn(x: Tensor, logits: Tensor) -> bool:
     """Whether oneDNN may make a product of x (n, D) that makes or takes logits (n, V)."""
-    fixed = _fixed_matmul()
     if x.dtype != torch.float32 or not x.is_cpu or logits.numel() * x.shape[1] < SMALL_PRODUCT:
         return False
     # Without oneDNN torch.mm has no bfloat16 product, whatever the switches say.
     if not torch.backends.mkldnn.enabled:
         return False
     # A choice by measurement may differ in the next process, and with it the last bits.
-    return fixed is None and not torch.are_deterministic_algorithms_enabled()
+    return _fixed_matmul() is None and not torch.are_deterministic_algorithms_enabled()
 
 
 def _fixed_matmul() -> str | None:

@@ -61,11 +61,11 @@ class Tiles:
         counted = target != ignore_index
         self.kept = None if compact else counted[:, None]
         self.rows = counted.nonzero().squeeze(1) if compact else None
-        if self.rows is not None and len(self.rows) == len(target):
+        if self.rows is not None and self.rows.shape == target.shape:
             self.rows = None
         self.target = target if self.rows is None else target[self.rows]
         row_bytes = plan.row_stride(head.vocab, dtype.itemsize) * dtype.itemsize
-        rows = len(self.target)
+        rows = self.target.shape[0]
         self.height = plan.rows_per_tile(rows, row_bytes, workspace)
         self.single = dtype == head.weight.dtype and not divides_late(head.input.dtype) and not wide
         # A single tile may have the memory of the sum that it makes needless.
@@ -76,12 +76,12 @@ class Tiles:
         self.logits = new_rows(self.height, head.vocab, head.input, dtype)
 
     def __iter__(self) -> Iterator[Tile]:
-        for part in plan.row_tiles(len(self.target), self.height):
+        for part in plan.row_tiles(self.target.shape[0], self.height):
             rows = part if self.rows is None else self.rows[part]
             x = self.head.input[rows]
             if self.kept is not None:  # what does not count may be NaN
                 x = torch.where(self.kept[part], x, 0)
-            logits = self.logits[: len(x)]
+            logits = self.logits[: x.shape[0]]
             gemm.linear(x, self.head.weight, self.head.bias, logits)
             yield Tile(part, rows, x, self.target[part], logits)
 

@@ -26,12 +26,13 @@ TILES: dict[str, Any] = {"cpu": CpuTiles, "cuda": CudaTiles}
 # last cache holds, is no faster, and slower on a busy machine: each tile waits for all threads half
 # a dozen times. On CUDA, not measured yet: what fills the device, and little more than its cache.
 TILE_BYTES, WIDTH = 16 << 20, 4096
+DOT_ROWS = 4096
 CUDA_TILE_BYTES, CUDA_WIDTH = 128 << 20, 8192
 
 
 def tiles_of(pairs: Pairs) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of each tile."""
-    rows, columns = len(pairs.query), len(pairs.key)
+    rows, columns = pairs.shape
     cuda = pairs.query.is_cuda
     budget = min(CUDA_TILE_BYTES if cuda else TILE_BYTES, pairs.workspace)
     width = min(columns, CUDA_WIDTH if cuda else WIDTH)
@@ -55,7 +56,7 @@ class Workspace:
         stride = plan.row_stride(width, self.pairs.tile_dtype.itemsize)
         if self._memory.numel() < height * stride:  # the first tile is the largest
             self._memory = new_memory((height * stride,), self.pairs.query, self._memory.dtype)
-        return self._memory[: height * stride].view(height, stride)[:, :width]
+        return self._memory.as_strided((height, width), (stride, 1))
 
     def filled(self, rows: slice, columns: slice) -> Tensor:
         """The similarities of a tile."""
@@ -70,11 +71,11 @@ class Workspace:
 def forward(kind: Any, a: Any) -> tuple[Tensor, ...]:
     pairs = Pairs.of(a).ready()
     tiles = kind("pairs", pairs)
-    rows, columns = (States(len(x), x, tiles.bounded) for x in (pairs.query, pairs.key))
-    score = rows.maximum.new_zeros(len(pairs.query) if pairs.positive is not None else 0)
+    rows, columns = States.of_both(pairs.shape, pairs.query, tiles.bounded)
+    score = rows.maximum.new_zeros(pairs.shape[0] if pairs.positive is not None else 0)
     kept = None
     if a.keep:
-        kept = new_rows(len(pairs.query), len(pairs.key), pairs.query, pairs.tile_dtype)
+        kept = new_rows(*pairs.shape, pairs.query, pairs.tile_dtype)
     workspace = Workspace(pairs, kept)
     of_columns = rows if pairs.symmetric else columns
     for down, across in tiles_of(pairs):
@@ -94,14 +95,17 @@ def forward(kind: Any, a: Any) -> tuple[Tensor, ...]:
 
 def _results(pairs: Pairs, rows: States, columns: States, score: Tensor) -> tuple[Tensor, ...]:
     """All but the similarities that were kept."""
-    column_lse, row_loss, column_loss, column_low = (score.new_empty(0) for _ in range(4))
+
+    def nothing() -> Tensor:  # the results of an op are not each other's
+        return score.new_empty(0)
+
     row_lse, row_low = rows.finish()
-    if pairs.columns:
-        column_lse, column_low = columns.finish()
-    if pairs.positive is not None:
-        row_loss = (row_lse - score) + row_low
-    if pairs.positive is not None and pairs.columns:
-        column_loss = (column_lse[pairs.positive] - score) + column_low[pairs.positive]
+    column_lse, column_low = columns.finish() if pairs.columns else (nothing(), nothing())
+    own = pairs.positive
+    row_loss = nothing() if own is None else (row_lse - score).add_(row_low)
+    column_loss = nothing()
+    if own is not None and pairs.columns:
+        column_loss = (column_lse[own] - score).add_(column_low[own])
     return row_loss, column_loss, row_lse, column_lse, score, row_low, column_low
 
 
@@ -187,15 +191,14 @@ class Sums:
         self, wanted: Sequence[bool], size: float | Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query and key in `dtype`, and of scale; empty where not wanted."""
-        pairs = self.pairs
-        query, key, scale = (pairs.scale.new_empty(0) for _ in range(3))
+        query, key, scale = (self.pairs.scale.new_empty(0) for _ in range(3))
+        factor = self.pairs.scale * size
         if wanted[2]:
             scale = self._of_scale().mul_(size)
         if wanted[0]:
-            factor = pairs.scale * size
             query = self.by_row.mul_(factor[:, None] if self._scaled else factor)
         if wanted[1]:
-            key = self.by_column.mul_(size if self._scaled else pairs.scale * size)
+            key = self.by_column.mul_(size if self._scaled else factor)
         return query.to(dtype), key.to(dtype), scale
 
     def _of_scale(self) -> Tensor:
@@ -211,7 +214,11 @@ class Sums:
 
 def _dot_rows(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_i>, with x widened some rows at a time."""
-    return torch.cat([(a * b).sum(1) for a, b in zip(x.split(4096), y.split(4096), strict=True)])
+    if x.shape[0] <= DOT_ROWS:
+        return (x * y).sum(1)
+    return torch.cat(
+        [(a * b).sum(1) for a, b in zip(x.split(DOT_ROWS), y.split(DOT_ROWS), strict=True)]
+    )
 
 
 def backward(kind: Any, a: Any) -> tuple[Tensor, ...]:

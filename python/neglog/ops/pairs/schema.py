@@ -101,6 +101,7 @@ CUDA_TILE = [
 
 # Scores up to this size need no maximum: e^40 and the sum of a billion of them are float32's.
 BOUNDED = {torch.float32: 40.0, torch.float64: 300.0}
+FEW_PAIRS = 1 << 14
 
 
 class Pairs(NamedTuple):
@@ -135,6 +136,11 @@ class Pairs(NamedTuple):
                    *tiles)  # fmt: skip
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Queries and keys. Not len(), which is a function of Python's for a tensor."""
+        return self.query.shape[0], self.key.shape[0]
+
+    @property
     def real(self) -> torch.dtype:
         return real_dtype(self.query.dtype)
 
@@ -153,20 +159,19 @@ class Pairs(NamedTuple):
     def ready(self) -> Pairs:
         """As the kernels want them: contiguous and aligned, the small ones in the accumulation
         dtype."""
-        dtypes = dict.fromkeys(("query", "key"), self.query.dtype)
-        dtypes |= dict.fromkeys(("scale", "bias"), self.real)
-        indices = ("positive", "excluded", "query_group", "key_group")
-        dtypes |= dict.fromkeys(indices, torch.int64)
-        ready: dict[str, Any] = {
-            name: contiguous(x, name).to(dtype)
-            for name, dtype in dtypes.items()
-            if (x := getattr(self, name)) is not None
-        }
-        return self._replace(**ready)
+        dtypes = (*(self.query.dtype,) * 2, *(self.real,) * 2, *(torch.int64,) * 4)
+        given: Any = zip(self, dtypes, self._fields, strict=False)
+        ready: list[Any] = [
+            x if x is None else contiguous(x if x.dtype == dtype else x.to(dtype), name)
+            for x, dtype, name in given
+        ]
+        return Pairs(*ready, *self[len(dtypes) :])
 
     def bounded(self) -> bool:
-        """Whether no score can be too large, or too small, for e^score."""
-        if not self.query.numel() or not self.key.numel():
+        """Whether no score can be too large, or too small, for e^score; of few pairs it is not
+        asked, which takes longer than their second exp."""
+        rows, columns = self.shape
+        if rows * columns <= FEW_PAIRS:
             return False
         real = self.real
         of_query, of_key = (x.to(real).norm(dim=1).amax() for x in (self.query, self.key))
