@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
-from neglog.ops.define import Op, save, saved, second_derivative
+from neglog.ops.define import Op, library, save, saved, second_derivative
 
 calls = []  # of the functions below, in order
 
@@ -47,6 +47,21 @@ untraced.implement("CPU", lambda a: a.x.clone())
 untraced.shapes(lambda a: a.x.new_empty(a.x.shape))
 
 
+# What another library implements; the sum of the rows has no gradient here.
+elsewhere = Op("test_elsewhere(Tensor x, float factor) -> (Tensor y, Tensor total)")
+library.impl("test_elsewhere", lambda x, factor: (x * factor, x.sum()), "CPU")
+elsewhere.implemented_by_library("cpu")
+elsewhere.shapes(lambda a: (a.x.new_empty(a.x.shape), a.x.new_empty(())))
+
+
+def _setup_elsewhere(ctx, a, results):
+    ctx.mark_non_differentiable(results.total)
+    ctx.factor = a.factor
+
+
+elsewhere.differentiable(_setup_elsewhere, lambda ctx, grad: {"x": grad.y * ctx.factor})
+
+
 @pytest.fixture(autouse=True)
 def no_calls():
     calls.clear()
@@ -70,6 +85,23 @@ def test_arguments_and_results_go_by_name():
 def test_one_result_comes_bare():
     assert torch.equal(untraced(torch.ones(2)), torch.ones(2))
     assert untraced.Results._fields == ("result",)
+
+
+def test_an_op_that_a_library_implements():
+    """Eager calls take the short form, and nothing depends on it."""
+    x, _ = inputs()
+    out = elsewhere(x, 3.0)
+    assert type(out.y.grad_fn).__name__ == "Eager_test_elsewhereBackward"
+    assert not out.total.requires_grad
+    for y in (out.y, elsewhere.registered(x, 3.0)[0]):
+        torch.testing.assert_close(y, 3 * x)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 3))
+    with torch.no_grad():
+        assert elsewhere(x, 3.0).y.grad_fn is None
+    by_func = torch.func.grad(lambda x: elsewhere(x, 3.0).y.sum())(x.detach())
+    torch.testing.assert_close(by_func, torch.full_like(x, 3))
+    compiled = torch.compile(lambda x: elsewhere(x, 3.0).y, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), 3 * x)
 
 
 def test_the_registered_op_passes_opcheck():

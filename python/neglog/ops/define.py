@@ -110,6 +110,17 @@ class Op:
         self._implementations[device] = function
         library.impl(self.name, lambda *given: function(self.Arguments(*given)), device.upper())
 
+    def implemented_by_library(self, device: str) -> None:
+        """A compiled library registers the op for tensors on this device. Eager calls go past the
+        functions that `differentiable` registers, and save 40 microseconds of the host in a forward
+        and backward."""
+
+        def function(arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.registered(*arguments)
+
+        self._implementations[device] = function
+
     def shapes(self, function: Callable[[Any], Any]) -> None:
         torch.library.register_fake(
             f"neglog::{self.name}", lambda *given: function(self.Arguments(*given)), lib=library

@@ -114,6 +114,8 @@ def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
 
 schema.forward.differentiable(_setup, _backward)
 schema.backward.differentiable(_setup_backward, _double_backward)
+for _op in (schema.forward, schema.backward):
+    _op.implemented_by_library("cuda")  # csrc/nll/nll.cu
 
 
 # In place
