@@ -20,20 +20,22 @@ def main() -> None:
     weight = np.zeros((features, classes), np.float32)
     for step in range(51):
         logits = x @ weight
-        result = kernels.nll_forward(logits, target, stats=True)
+        # Loss and gradient in one pass over the logits; of a mean, so each row's loss counts
+        # 1 / samples. Without out=logits the gradient is a new array.
+        result, grad = kernels.nll_forward_backward(
+            logits, target, grad_scale=1 / samples, out=logits, stats=True
+        )
         assert result.correct is not None  # as stats=True asks
-        # For a mean, each row's loss has a gradient of 1 / total_weight.
-        grad = kernels.nll_backward(1 / result.total_weight, result, logits, target)
         weight -= 20 * x.T @ grad
         if step % 10 == 0:
             loss = result.loss.sum() / result.total_weight
             print(f"step {step:2}  loss {loss:.4f}  correct {result.correct.mean():.0%}")
 
-    # Loss and gradient in one pass over the logits, which the gradient overwrites.
+    # In two calls, where the gradient of each row's loss is known only after the losses.
     logits = x @ weight
-    result, grad = kernels.nll_forward_backward(logits, target, out=logits)
-    assert grad is logits
-    print(f"in one pass: loss {result.loss.mean():.4f}; torch imported: {'torch' in sys.modules}")
+    result = kernels.nll_forward(logits, target)
+    grad = kernels.nll_backward(result.loss / result.loss.sum(), result, logits, target)
+    print(f"in two: loss {result.loss.mean():.4f}; torch imported: {'torch' in sys.modules}")
 
 
 if __name__ == "__main__":

@@ -411,6 +411,10 @@ def nll_forward_backward(
 ) -> tuple[NLL, NDArray]:
     """nll_forward and nll_backward in one pass. Returns an `NLL` and the gradient of the logits.
 
+    Each row's gradient is formed while the row is in cache, so the logits are read from memory once
+    and not twice. A gradient of more than 64 MB that is not over the logits is written past the
+    caches. Its bits are those of the two calls.
+
     grad_scale: the gradient is that of grad_scale times the losses' sum, so by default that of the
         sum, not of the mean. For a mean pass 1 / (the number of rows that are not ignored).
     out: where the gradient is written, an (N, V) array of the logits' dtype. Its rows are
