@@ -11,8 +11,10 @@
 //     that were read in memory for each pass evicted one another: at 128 x 128 positions all lines
 //     lie in the same sets of a cache.
 // (c) More than 256 classes take several stages, and the online rule of block.hpp joins them.
-// (d) Exps are added in double: a float sum of 1 and small terms loses their digits, and with them
-//     1 - p of a confident target.
+// (d) A float sum of 1 and small terms loses their digits, and with them 1 - p of a confident
+//     target. So exps that are 1 are counted, the others added by sixteens, and these in double.
+// (e) A gradient of up to 256 classes is a multiple of e^(z - maximum), which the forward has formed,
+//     not of e^(z - lse): both in one pass form each exp once.
 #pragma once
 
 #include "lines.hpp"
@@ -169,8 +171,9 @@ struct Group {
     const Problem& p;
     const GroupMemory<T> memory;
     const Strides logits_strides, probs_strides;
-    ptrdiff_t stage_classes;        // half of the lines if the others hold probabilities
+    ptrdiff_t stage_classes;        // others of the lines hold probabilities, and slopes of a cap
     bool staged = false;            // the stage has the scores of all classes
+    bool keeps_exps = false;        // the forward has put e^(z - maximum) in their place
     int counted = 0;                // rows that are not ignored
     Line<int64_t, lanes> target;    // -1 without one, or ignored
     Flags ignored;
@@ -178,7 +181,7 @@ struct Group {
     Reals target_score, maximum, high, low, loss;
     Doubles sum;
     Doubles target_weight, softmax_weight, uniform_weight;  // as GradientWeights has them
-    Reals scale, target_gradient;
+    Reals shift, scale, target_gradient;  // a gradient is scale * e^(z - shift)
     Reals stage[stage_lines];
 
     Group(const Problem& problem, ptrdiff_t group)
@@ -186,7 +189,7 @@ struct Group {
           memory(problem, group),
           logits_strides{p.logits_stride, p.logits_axes.of_class, p.logits_axes.position},
           probs_strides{p.probs_stride, p.probs_axes.of_class, p.probs_axes.position} {
-        stage_classes = p.probs == nullptr ? stage_lines : stage_lines / 2;
+        stage_classes = stage_lines / (1 + (p.probs != nullptr) + (p.softcap != 0));
         find_targets();
     }
 
@@ -224,8 +227,10 @@ struct Group {
         if (staged) return;
         memory.load(p.logits, logits_strides, classes, stage);
         for (ptrdiff_t c = 0; c < classes.count; ++c) to_scores(stage[c]);
-        staged = p.vocab <= stage_classes;
+        staged = one_stage();
     }
+
+    bool one_stage() const { return p.vocab <= stage_classes; }
 
     void to_scores(Reals& z) const {
         if (p.logit_scale != 1) scale_line(z, T(p.logit_scale));
@@ -242,7 +247,7 @@ struct Group {
 
     // The weights w_c q'_c of the log-probabilities, for a target of probabilities.
     const Reals* load_coefficients(Classes classes) {
-        Reals* lines = stage + stage_classes;
+        Reals* lines = stage + stage_lines - stage_classes;
         memory.load(p.probs, probs_strides, classes, lines);
         const T kept = T(1 - p.label_smoothing), uniform = T(p.label_smoothing / p.vocab);
         for (ptrdiff_t c = 0; c < classes.count; ++c) {
@@ -281,17 +286,45 @@ struct Group {
     void add_to_sum(Classes classes) {
         for (int i = 0; i < lanes; i += kWidth<T>) {
             const Lanes<T> before = lanes_at(maximum, i);
-            Lanes<T> largest = before;
-            for (ptrdiff_t c = 0; c < classes.count; ++c)
-                largest = larger(lanes_at(stage[c], i), largest);
-            constexpr T lowest = -std::numeric_limits<T>::infinity();
-            const Lanes<T> shift = largest == lowest ? Lanes<T>{} : largest;
-            InDouble total{Lanes<T>{}};
-            for (ptrdiff_t c = 0; c < classes.count; ++c)
-                total += InDouble(exp_nonpositive(lanes_at(stage[c], i) - shift));
-            set_lanes(maximum, i, largest);
+            const Lanes<T> shift = add_to_maximum(classes, i);
+            const InDouble total = keeps_exps ? sum_of_exps<true>(classes, i, shift)
+                                              : sum_of_exps<false>(classes, i, shift);
             add_to_sum(i, InDouble(exp_nonpositive(before - shift)), total);
         }
+    }
+
+    // Returns what exps are shifted by.
+    Lanes<T> add_to_maximum(Classes classes, int i) {
+        Lanes<T> largest = lanes_at(maximum, i);
+        for (ptrdiff_t c = 0; c < classes.count; ++c)
+            largest = larger(lanes_at(stage[c], i), largest);
+        set_lanes(maximum, i, largest);
+        return shift_of(largest);
+    }
+
+    static Lanes<T> shift_of(Lanes<T> largest) {
+        constexpr T lowest = -std::numeric_limits<T>::infinity();
+        return largest == lowest ? Lanes<T>{} : largest;
+    }
+
+    template <bool keep>
+    InDouble sum_of_exps(Classes classes, int i, Lanes<T> shift) {
+        const Lanes<T> zero{}, one = zero + T(1);
+        InDouble total{zero};
+        Lanes<T> ones = zero;
+        for (ptrdiff_t c = 0; c < classes.count;) {
+            const ptrdiff_t end = std::min<ptrdiff_t>(c + 16, classes.count);
+            Lanes<T> others = zero;
+            for (; c < end; ++c) {
+                const Lanes<T> e = exp_nonpositive(lanes_at(stage[c], i) - shift);
+                if (keep) set_lanes(stage[c], i, e);
+                ones += e == one ? one : zero;
+                others += e == one ? zero : e;  // also NaN
+            }
+            total += InDouble(others);
+        }
+        total += InDouble(ones);
+        return total;
     }
 
     void add_to_sum(int i, InDouble kept, InDouble total) {
@@ -303,7 +336,8 @@ struct Group {
     }
 
     void find_target_scores() {
-        if (staged) {
+        if (one_stage()) {
+            load_scores(Classes{0, p.vocab});
             for (int i = 0; i < lanes; ++i) {
                 const ptrdiff_t c = target[i] < 0 ? 0 : target[i];
                 target_score[i] = stage[c][i];
@@ -405,11 +439,17 @@ struct Group {
         }
     }
 
+    // Whether nothing after the lse, in forward or backward, reads the scores of all classes.
+    bool exps_suffice(const Output& o) const {
+        return one_stage() && p.softcap == 0 && p.probs == nullptr && p.label_smoothing == 0 &&
+               o.correct == nullptr && o.entropy == nullptr;
+    }
+
     void forward(const Output& o) {
         const bool stats = o.correct != nullptr || o.entropy != nullptr;
         if (counted || stats) {
-            find_lse();
             find_target_scores();
+            find_lse();
             find_loss();
             write_stats(o);
         }
@@ -500,8 +540,9 @@ struct Group {
             const double log = log_p(target_score[i], i);
             target_gradient[i] = T(softmax_weight[i] * exp_nonpositive(log) +
                                    target_weight[i] * expm1_nonpositive(log));
-            // e^(z - high - low) = e^-low e^(z - high)
-            scale[i] = T(target_weight[i] + softmax_weight[i]) * exp_nonpositive(-low[i]);
+            // e^(z - high - low) = e^(shift - high - low) e^(z - shift)
+            const double log_factor = (double(shift[i]) - high[i]) - low[i];
+            scale[i] = T((target_weight[i] + softmax_weight[i]) * exp_nonpositive(log_factor));
         }
     }
 
@@ -522,23 +563,18 @@ struct Group {
 
     // The lines of the stage become gradients.
     void to_gradients(Classes classes, const Flags& zero, bool any_zero) {
-        Flags target_line;
+        Reals* slopes = stage + stage_classes;
+        for (ptrdiff_t c = 0; c < classes.count; ++c) {
+            if (p.softcap != 0) cap(stage[c], slopes[c]);
+            to_softmax(stage[c]);
+        }
         for (int i = 0; i < lanes; ++i) {
             const ptrdiff_t c = target[i] - classes.start;
-            target_line[i] = 0 <= c && c < classes.count ? int(c) : -1;
+            if (0 <= c && c < classes.count) stage[c][i] = target_gradient[i];
         }
         const Reals* q = p.probs == nullptr ? nullptr : load_coefficients(classes);
-        for (int c = 0; c < classes.count; ++c) {
+        for (ptrdiff_t c = 0; c < classes.count; ++c) {
             Reals& line = stage[c];
-            Reals slope;
-            if (p.softcap != 0) cap(line, slope);
-            for (int i = 0; i < lanes; i += kWidth<T>) {
-                const Lanes<T> x = lanes_at(line, i) - lanes_at(high, i);
-                set_lanes(line, i, lanes_at(scale, i) * exp_nonpositive(x));
-            }
-#pragma omp simd
-            for (int i = 0; i < lanes; ++i)
-                line[i] = target_line[i] == c ? target_gradient[i] : line[i];
             if (q != nullptr) {
 #pragma omp simd
                 for (int i = 0; i < lanes; ++i) line[i] -= T(uniform_weight[i]) * q[c][i];
@@ -549,13 +585,22 @@ struct Group {
             }
             if (p.softcap != 0) {
 #pragma omp simd
-                for (int i = 0; i < lanes; ++i) line[i] *= slope[i];
+                for (int i = 0; i < lanes; ++i) line[i] *= slopes[c][i];
             }
             if (p.logit_scale != 1) scale_line(line, T(p.logit_scale));
             if (any_zero) {
 #pragma omp simd
                 for (int i = 0; i < lanes; ++i) line[i] = zero[i] ? T(0) : line[i];
             }
+        }
+    }
+
+    // Of a score, or of its exp.
+    void to_softmax(Reals& line) const {
+        for (int i = 0; i < lanes; i += kWidth<T>) {
+            Lanes<T> x = lanes_at(line, i);
+            if (!keeps_exps) x = exp_nonpositive(x - lanes_at(shift, i));
+            set_lanes(line, i, lanes_at(scale, i) * x);
         }
     }
 
@@ -584,17 +629,27 @@ struct Group {
             write_zeros(g);
             return;
         }
-        if (p.vocab <= stage_classes) load_scores(Classes{0, p.vocab});
-        find_target_scores();
+        if (!keeps_exps) find_target_scores();
+        find_shift();
         find_gradient_weights(grad, grad_lse);
         for_stages([&](Classes classes) {
-            if (p.softcap == 0)
-                load_scores(classes);
-            else
+            if (p.softcap != 0)
                 load_uncapped(classes);
+            else if (!keeps_exps)
+                load_scores(classes);
             to_gradients(classes, zero, zeros != 0);
             memory.store(stage, classes, g);
         });
+    }
+
+    void find_shift() {
+        shift = high;
+        if (!one_stage()) return;
+        if (!keeps_exps) {
+            for (int i = 0; i < lanes; ++i) maximum[i] = -std::numeric_limits<T>::infinity();
+            for (int i = 0; i < lanes; i += kWidth<T>) add_to_maximum(Classes{0, p.vocab}, i);
+        }
+        shift = maximum;
     }
 
     // A capped score does not tell its slope.
@@ -640,6 +695,7 @@ inline void group_forward_backward(const Problem& p, const Output& o, const Grad
                                    double grad_scale, ptrdiff_t group) {
     of_real(p, [&](auto real) {
         Group<decltype(real)> rows(p, group);
+        rows.keeps_exps = rows.exps_suffice(o);
         rows.forward(o);
         rows.backward(g, grad_scale);
     });
