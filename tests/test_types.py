@@ -82,6 +82,9 @@ reveal_type(stats.entropy)  # shows Tensor
 with neglog.patch_torch() as patch, dispatch.record() as ran:
     patch.undo()
     ran.append(neglog.__version__)
+with neglog.options(gradient="backward") as chosen:
+    reveal_type(chosen)  # shows options
+neglog.options(gradient="later")  # error arg-type
 
 # NumPy
 logits, labels = np.zeros((4, 8), np.float32), np.arange(4)
@@ -152,8 +155,8 @@ def test_the_program_uses_every_public_name():
 
 NAMES = {
     neglog: """LossStats Route __version__ cached_step clip_loss cross_entropy dcl dispatch explain
-        info_nce kernels linear_cross_entropy masked_cross_entropy nn nt_xent patch_torch reference
-        siglip_loss sup_con""",
+        info_nce kernels linear_cross_entropy masked_cross_entropy nn nt_xent options patch_torch
+        reference siglip_loss sup_con""",
     nn: """CLIPLoss CrossEntropyLoss DCLLoss InfoNCELoss LinearCrossEntropyLoss
         MaskedCrossEntropyLoss NTXentLoss Queue SigLIPLoss SupConLoss""",
     kernels: """BACKENDS Build ISA_LEVELS NLL Pairs available isa_builds isa_level load nll_backward
