@@ -63,6 +63,8 @@ def bad_cross_entropy(rows):
         "one row": (ValueError, r"target: expected shape \[\]", (X[0], T[:2]), {}),
         "reduction": (ValueError, r"reduction: expected 'none', 'mean' or 'sum', got 'avg'",
                       (X, T), {"reduction": "avg"}),
+        "list of reductions": (ValueError, r"reduction: expected .*, got \['mean'\]",
+                               (X, T), {"reduction": ["mean"]}),
         "ignored probabilities": (RuntimeError, r"ignore_index: expected none", (X, X),
                                   {"ignore_index": 1}),
         "list input": (TypeError, r"input: expected a Tensor, got list", ([1.0], T), {}),

@@ -382,10 +382,27 @@ struct Group {
         for (int i = 0; i < lanes; ++i) loss[i] = ignored[i] ? T(0) : T(value[i]);
     }
 
+    // The sums over all classes of what add(classes, part) adds to `part`, which begins as 0. By
+    // stages, and these by parts: one sum of 50,000 doubles was off by 79 roundings.
+    template <class Add>
+    void sum_by_stages(Doubles& total, Add add) {
+        constexpr int count = 8;
+        Doubles parts[count] = {};
+        int next = 0;
+        for_stages([&](Classes classes) {
+            Doubles part = {};
+            add(classes, part);
+            for (int i = 0; i < lanes; ++i) parts[next][i] += part[i];
+            next = (next + 1) % count;
+        });
+        for (int i = 0; i < lanes; ++i) total[i] = 0;
+        for (const Doubles& part : parts)
+            for (int i = 0; i < lanes; ++i) total[i] += part[i];
+    }
+
     // The sums of w_c log p_c, or of w_c q'_c log p_c.
     void add_log_probabilities(Doubles& total) {
-        for (int i = 0; i < lanes; ++i) total[i] = 0;
-        for_stages([&](Classes classes) {
+        sum_by_stages(total, [&](Classes classes, Doubles& part) {
             load_scores(classes);
             const Reals* q = p.probs == nullptr ? nullptr : load_coefficients(classes);
             for (ptrdiff_t c = 0; c < classes.count; ++c) {
@@ -393,10 +410,10 @@ struct Group {
                 const T w = q == nullptr ? weight_of(classes.start + c) : T(1);
                 if (q == nullptr) {
 #pragma omp simd
-                    for (int i = 0; i < lanes; ++i) total[i] += w * log_p(z[i], i);
+                    for (int i = 0; i < lanes; ++i) part[i] += w * log_p(z[i], i);
                 } else {
 #pragma omp simd
-                    for (int i = 0; i < lanes; ++i) total[i] += q[c][i] * log_p(z[i], i);
+                    for (int i = 0; i < lanes; ++i) part[i] += q[c][i] * log_p(z[i], i);
                 }
             }
         });
@@ -404,15 +421,14 @@ struct Group {
 
     void find_entropy(Reals& entropy) {
         Doubles total;
-        for (int i = 0; i < lanes; ++i) total[i] = 0;
-        for_stages([&](Classes classes) {
+        sum_by_stages(total, [&](Classes classes, Doubles& part) {
             load_scores(classes);
             for (ptrdiff_t c = 0; c < classes.count; ++c) {
                 const Reals& z = stage[c];
 #pragma omp simd
                 for (int i = 0; i < lanes; ++i) {
                     const T log = log_p(z[i], i), probability = exp_nonpositive(log);
-                    total[i] += probability == 0 ? T(0) : probability * log;
+                    part[i] += probability == 0 ? T(0) : probability * log;
                 }
             }
         });
@@ -551,12 +567,11 @@ struct Group {
     }
 
     void add_coefficients(Doubles& total) {
-        for (int i = 0; i < lanes; ++i) total[i] = 0;
-        for_stages([&](Classes classes) {
+        sum_by_stages(total, [&](Classes classes, Doubles& part) {
             const Reals* q = load_coefficients(classes);
             for (ptrdiff_t c = 0; c < classes.count; ++c) {
 #pragma omp simd
-                for (int i = 0; i < lanes; ++i) total[i] += q[c][i];
+                for (int i = 0; i < lanes; ++i) part[i] += q[c][i];
             }
         });
     }

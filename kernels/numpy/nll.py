@@ -261,7 +261,8 @@ def _has_contiguous_rows(a: NDArray) -> bool:
     """Whether the numbers of a row are adjacent; the rows of (N, V) may be apart."""
     (rows, columns), (down, across) = a.shape, a.strides
     apart = rows <= 1 or (down >= columns * a.itemsize and down % a.itemsize == 0)
-    return apart and (columns <= 1 or across == a.itemsize)
+    # Of no rows NumPy may say any strides.
+    return apart and (columns <= 1 or rows == 0 or across == a.itemsize)
 
 
 def row_stride(a: NDArray) -> int:

@@ -457,7 +457,7 @@ def check_has_number(name: str, value: Any, like: Tensor) -> None:
 
 
 def check_reduction(reduction: Any) -> None:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
 
 

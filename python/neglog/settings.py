@@ -23,7 +23,7 @@ class options:
             loss = neglog.cross_entropy(logits, target)
 
     They hold for all threads of the process, as a training loop may run its parts in several. No
-    result depends on them, bit for bit.
+    result depends on them, bit for bit, unless logits are changed where autograd does not see it.
 
     Args:
         gradient: when `cross_entropy` and `masked_cross_entropy` form the gradient of logits, where

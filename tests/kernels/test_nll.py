@@ -495,3 +495,9 @@ def test_bad_input(error, message, change):
     arguments = {"logits": np.zeros((2, 4), np.float32), "target": [0, 1], **change}
     with pytest.raises(error, match=message):
         nll_forward(**arguments)
+
+
+def test_out_of_an_empty_batch(kernel_backend):
+    logits = np.zeros((0, 33), np.float32)
+    _, gradient = nll_forward_backward(logits, np.zeros(0, int), out=logits, backend=kernel_backend)
+    assert gradient is logits

@@ -4,6 +4,7 @@ Such logits go to the ops as (N, C, P), and are read where they lie; the kernels
 tested in tests/kernels/test_positions.py.
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ def _errors(found, truth):
     ]
 
 
-# Memory formats, a slice of more classes, of more positions, and each second position.
+# Memory formats, a slice of more classes, of more positions, each second position, and positions
+# that share memory.
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -89,6 +91,8 @@ LAYOUTS = {
     "some columns": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
     "each second": lambda x: x.repeat_interleave(2, 3)[..., ::2],
     "one for all": lambda x: x[:1].expand(x.shape),
+    "one position for all": lambda x: x[:1, :, :1, :1].contiguous().expand(x.shape),
+    "overlapping": lambda x: x.flatten().as_strided(x.shape, (60, 1, 7, 1)),
 }
 
 
@@ -103,6 +107,33 @@ def test_layouts(kernel_backend, classes, layout):
     expected = loss_and_gradient(F.cross_entropy, laid, target)
     torch.testing.assert_close(found[1], expected[1])
     assert found[1].stride() == expected[1].stride()
+
+
+def test_the_scores_of_one_image_for_all_its_pixels():
+    leaf = draw((1, 5))[0].requires_grad_()
+    target = draw((1, 5, 4, 6))[1]
+    found = [
+        torch.autograd.grad(loss(leaf[:, :, None, None].expand(1, 5, 4, 6), target), leaf)[0]
+        for loss in (neglog.cross_entropy, F.cross_entropy)
+    ]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+def test_many_classes_with_a_stride_keep_their_digits(kernel_backend, probabilities):
+    """50,000 log-probabilities added one after the other were off by 79 roundings. The oracle's own
+    float64 is not enough to see it."""
+    shape = (2, 50000, 2)
+    logits = 0.05 * draw(shape, torch.float64)[0] + 3
+    target = draw(shape, torch.float64, True)[1] if probabilities else torch.zeros(2, 2).long()
+    z = rows_of(logits).numpy().astype(np.longdouble)
+    log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
+    truth = -(log_p * rows_of(target).numpy()).sum(1) if probabilities else -log_p.mean(1)
+    found = neglog.cross_entropy(
+        logits, target, label_smoothing=0.0 if probabilities else 1.0, reduction="none"
+    )
+    errors = np.abs(found.flatten().numpy() / truth - 1)
+    assert errors.max() <= 8 * torch.finfo(torch.float64).eps
 
 
 def test_the_gradient_is_as_contiguous_as_the_logits():

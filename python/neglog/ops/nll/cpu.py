@@ -112,10 +112,12 @@ def _positions(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows_in_memory(x: Tensor) -> Tensor | None:
-    """(B, V, P) as rows (B * P, V) if they are these in memory, as where classes come last."""
+    """(B, V, P) as rows (B * P, V) if they are these in memory, as where classes come last. Not
+    where positions share memory, as expanded ones do: their gradient is not laid out as rows."""
     (batches, vocab, positions), (batch, of_class, position) = x.shape, x.stride()
+    shared = positions > 1 and position < vocab
     apart = batches > 1 and positions > 1 and batch != positions * position
-    if of_class != 1 or apart:
+    if of_class != 1 or shared or apart:
         return None
     return x.as_strided((batches * positions, vocab), (batch if positions == 1 else position, 1))
 
