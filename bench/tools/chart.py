@@ -16,7 +16,7 @@ from neglog.bench.figure import COMPILE, INK, MUTED, NEGLOG, RULE, TORCH, new_fi
 from neglog.bench.report import shape_text
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "bench" / "results" / "epyc-zen4-2cores-float32.json"
+RESULTS = ROOT / "bench" / "results" / "epyc-zen5-2cores-memory-float32.json"
 PICTURE = ROOT / "docs" / "img" / "speed.svg"
 # Contenders by name: what the chart calls them, and their colors.
 BARS = {
