@@ -62,7 +62,7 @@ def test_without_rich_a_table_is_text():
 def test_the_chart_says_what_was_measured_where_and_how(tmp_path):
     chart = runpy.run_path(str(ROOT / "bench" / "tools" / "chart.py"))
     chart["main"](picture=str(tmp_path / "speed.svg"))
-    command = "python -m neglog bench cross_entropy --suite large"
+    command = "python -m neglog bench cross_entropy --suite memory"
     processor = json.loads(chart["RESULTS"].read_text())["processor"]
     for path in (tmp_path / "speed.svg", ROOT / "docs" / "img" / "speed.svg"):
         texts = " ".join(ElementTree.parse(path).getroot().itertext())
