@@ -65,15 +65,36 @@ cdef Py_ssize_t steps_per_chunk(const Problem& p, int threads) noexcept nogil:
     return max(<Py_ssize_t>1, rows_per_chunk(p, threads) // rows_per_step(p))
 
 
+# A step: a row, or a group of rows
+
+cdef inline void forward_step(const Problem& p, const Output& o, Py_ssize_t i) noexcept nogil:
+    if by_groups(p):
+        group_forward(p, o, i)
+    else:
+        row_forward(p, o, i)
+
+
+cdef inline void backward_step(const Problem& p, const Gradient& g, const Upstream& u,
+                               Py_ssize_t i) noexcept nogil:
+    if by_groups(p):
+        group_backward(p, g, u, i)
+    else:
+        row_backward(p, g, u, i)
+
+
+cdef inline void forward_backward_step(const Problem& p, const Output& o, const Gradient& g,
+                                       double grad_scale, Py_ssize_t i) noexcept nogil:
+    if by_groups(p):
+        group_forward_backward(p, o, g, grad_scale, i)
+    else:
+        row_forward_backward(p, o, g, grad_scale, i)
+
+
 cdef double forward_rows(const Problem& p, const Output& o, int threads) noexcept nogil:
     cdef Py_ssize_t i
     cdef Py_ssize_t chunk = steps_per_chunk(p, threads)
-    if by_groups(p):
-        for i in prange(steps(p), num_threads=threads, schedule="dynamic", chunksize=chunk):
-            group_forward(p, o, i)
-    else:
-        for i in prange(steps(p), num_threads=threads, schedule="dynamic", chunksize=chunk):
-            row_forward(p, o, i)
+    for i in prange(steps(p), num_threads=threads, schedule="dynamic", chunksize=chunk):
+        forward_step(p, o, i)
     return sum_of(o.loss, p.rows, p.dtype)
 
 
@@ -82,12 +103,8 @@ cdef void backward_rows(const Problem& p, const Gradient& g, const Upstream& u,
     cdef Py_ssize_t i
     cdef Py_ssize_t chunk = steps_per_chunk(p, threads)
     with parallel(num_threads=threads):
-        if by_groups(p):
-            for i in prange(steps(p), schedule="dynamic", chunksize=chunk):
-                group_backward(p, g, u, i)
-        else:
-            for i in prange(steps(p), schedule="dynamic", chunksize=chunk):
-                row_backward(p, g, u, i)
+        for i in prange(steps(p), schedule="dynamic", chunksize=chunk):
+            backward_step(p, g, u, i)
         finish_streams()
 
 
@@ -97,20 +114,13 @@ cdef double forward_backward_rows(const Problem& p, const Output& o, const Gradi
     cdef Py_ssize_t chunk = steps_per_chunk(p, threads)
     if threads == 1:  # a parallel region takes 0.4 of the 1.5 microseconds of 8 x 10
         for i in range(steps(p)):
-            if by_groups(p):
-                group_forward_backward(p, o, g, grad_scale, i)
-            else:
-                row_forward_backward(p, o, g, grad_scale, i)
+            forward_backward_step(p, o, g, grad_scale, i)
         finish_streams()
-        return sum_of(o.loss, p.rows, p.dtype)
-    with parallel(num_threads=threads):
-        if by_groups(p):
+    else:
+        with parallel(num_threads=threads):
             for i in prange(steps(p), schedule="dynamic", chunksize=chunk):
-                group_forward_backward(p, o, g, grad_scale, i)
-        else:
-            for i in prange(steps(p), schedule="dynamic", chunksize=chunk):
-                row_forward_backward(p, o, g, grad_scale, i)
-        finish_streams()
+                forward_backward_step(p, o, g, grad_scale, i)
+            finish_streams()
     return sum_of(o.loss, p.rows, p.dtype)
 
 
