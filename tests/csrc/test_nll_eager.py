@@ -8,7 +8,6 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 
 import neglog
 from neglog import dispatch, settings, torch_state
@@ -16,6 +15,7 @@ from neglog.ops.nll import eager, eager_cuda
 from neglog.ops.nll.schema import MEAN, NONE, SUM, Options
 from tests.csrc.test_nll import problem
 from tests.support.cuda_devices import Waits, real_of
+from tests.support.nll_tensors import in_checkpoint
 
 PLAIN = Options(MEAN, -100, 0.0, 1.0, 0.0, 0.0)
 ALL = Options(SUM, -100, 0.2, 0.7, 5.0, 0.1)
@@ -273,16 +273,9 @@ def test_nothing_is_formed_where_hooks_take_the_logits_away(ops, inputs):
         loss = loss_of(*inputs)
     assert loss.grad_fn.formed is None
     equal(gradient(loss, logits), expected)
-    seen = []
-
-    def checkpointed(x):
-        loss = loss_of(x, target)
-        seen.append(loss.grad_fn.formed)
-        return loss
-
-    loss = torch.utils.checkpoint.checkpoint(checkpointed, logits, use_reentrant=False)
-    equal(gradient(loss, logits), expected)
-    assert set(seen) == {None}
+    found, formed = in_checkpoint(lambda x: loss_of(x, target), logits)
+    equal(found, expected)
+    assert set(formed) == {None}
     assert not eager_cuda._records
 
 

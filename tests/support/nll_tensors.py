@@ -1,6 +1,7 @@
 """Tensors for tests of the ops of nll, and the losses of them that say the same."""
 
 import torch
+import torch.utils.checkpoint
 
 import neglog
 
@@ -36,3 +37,17 @@ def forward_arguments(requires_grad=True, probabilities=False, **changes):
         "z_loss": 0.0, "stats": True, "backend": "",
     }  # fmt: skip
     return tuple({**arguments, **changes}.values())
+
+
+def in_checkpoint(loss_of, logits):
+    """The gradient of an eager loss under activation checkpointing, and what each of its forwards
+    had formed."""
+    formed = []
+
+    def checkpointed(x):
+        loss = loss_of(x)
+        formed.append(loss.grad_fn.formed)
+        return loss
+
+    loss = torch.utils.checkpoint.checkpoint(checkpointed, logits, use_reentrant=False)
+    return torch.autograd.grad(loss, logits)[0], formed
