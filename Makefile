@@ -53,12 +53,14 @@ examples: $(READY)
 	$(BIN)/python examples/train_gpt.py
 
 # torch first and alone, in the version it is asked for; then no build environment of its own for
-# neglog, which would fetch a second torch.
+# neglog, which would fetch a second torch. open_clip without what it needs: PyPI's torchvision is for
+# other builds of torch, and the tests read open_clip's losses alone.
 $(READY): setup.py pyproject.toml $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip 'setuptools>=77' 'cython>=3.1' numpy
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'open_clip_torch>=3'
 	touch $@
 
 clean:

@@ -1,0 +1,1 @@
+"""Tests of neglog.integrations, against the frameworks themselves."""
