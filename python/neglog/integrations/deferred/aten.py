@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neglog.integrations.deferred.recipe import Recipe, Rows
+from neglog.integrations.deferred.recipe import Recipe
 
 aten = torch.ops.aten
 Handler = Callable[..., "Recipe | list[Recipe] | None"]
@@ -91,7 +91,7 @@ def _transpose(recipe: Recipe, old: Tensor, new: Tensor, first: int, second: int
 
 @understands(aten.t.default)
 def _t(recipe: Recipe, old: Tensor, new: Tensor) -> Recipe:
-    return _permute(recipe, old, new, range(old.dim())[::-1])
+    return _permute(recipe, old, new, list(range(old.dim()))[::-1])
 
 
 @understands(aten.unsqueeze.default)
@@ -155,13 +155,6 @@ def _index(recipe: Recipe, old: Tensor, new: Tensor, indices: list[Tensor | None
     ahead = sum(d < first for d in kept) if first else 0
     there = place if place < ahead else place + broadcast
     return recipe.viewed(there, lambda x: aten.index.Tensor(x, indices))
-
-
-def _each(recipe: Recipe, dim: int, parts: Callable[[Tensor], Any], number: int, there: int) -> Any:
-    def part(i: int) -> Rows:
-        return lambda x: parts(x)[i]
-
-    return [recipe.viewed(there, part(i)) for i in range(number)]
 
 
 @understands(aten.unbind.int)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neglog.integrations.deferred.report import Report
+
 Rows = Callable[[Tensor], Tensor]
 
 
@@ -53,12 +55,13 @@ class Product:
     weight: Tensor
     bias: Tensor | None
     autocast: torch.dtype | None  # in which the product is formed
+    report: Report
     unchanged: tuple[tuple[str, Unchanged], ...]
     rows: tuple[Rows, ...] = ()
     factor: float = 1.0
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, report: Report) -> Product:
         device = hidden.device.type
         autocast = None
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -66,7 +69,7 @@ class Product:
             autocast = None if hidden.dtype == torch.float64 else autocast
         parts = {"the hidden states": hidden, "the head's weight": weight, "the head's bias": bias}
         unchanged = tuple((n, Unchanged.of(x)) for n, x in parts.items() if x is not None)
-        return cls(hidden, weight, bias, autocast, unchanged)
+        return cls(hidden, weight, bias, autocast, report, unchanged)
 
     def check(self) -> None:
         for name, part in self.unchanged:
@@ -122,6 +125,19 @@ class Recipe:
     def check(self) -> None:
         for product in self.products:
             product.check()
+
+    def detached(self) -> Recipe:
+        """Of the same numbers, without their graph."""
+        products = tuple(
+            replace(
+                p, hidden=p.hidden.detach(), weight=p.weight.detach(),
+                bias=None if p.bias is None else p.bias.detach(),
+            )
+            for p in self.products
+        )  # fmt: skip
+        scale = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
+        bias = tuple(b.detach() for b in self.bias)
+        return self.but(products=products, bias=bias, scale=scale)
 
     def head(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states (..., D), weight and bias, where there is one product."""
