@@ -7,6 +7,7 @@ offers (methods, functions, operators, indexing) comes down to these.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neglog.integrations.deferred.recipe import Recipe
+from neglog.integrations.deferred.recipe import Recipe, Rows
 
 aten = torch.ops.aten
 Handler = Callable[..., "Recipe | list[Recipe] | None"]
@@ -60,12 +61,12 @@ def _view(recipe: Recipe, old: Tensor, new: Tensor, *shape: Any) -> Recipe | Non
         if size != old.shape[c] or math.prod(new.shape[:axis]) != before:
             continue
         if math.prod(new.shape[axis + 1 :]) == after:
-            first, last = new.shape[:axis], new.shape[axis + 1 :]
-            there = axis
-            return recipe.viewed(
-                there, lambda x: x.reshape(*first, x.shape[recipe.class_dim], *last)
-            )
+            return recipe.viewed(axis, _reshape(new.shape[:axis], c, new.shape[axis + 1 :]))
     return None
+
+
+def _reshape(first: Any, class_dim: int, last: Any) -> Rows:
+    return lambda x: x.reshape(*first, x.shape[class_dim], *last)
 
 
 @understands(aten.expand.default)
@@ -130,7 +131,11 @@ def _select(recipe: Recipe, old: Tensor, new: Tensor, dim: int, index: int) -> R
     if dim == recipe.class_dim:
         return None
     there = recipe.class_dim - (dim < recipe.class_dim)
-    return recipe.viewed(there, lambda x: x.select(dim, index))
+    return recipe.viewed(there, _selected(dim, index))
+
+
+def _selected(dim: int, index: int) -> Rows:
+    return lambda x: x.select(dim, index)
 
 
 @understands(aten.index_select.default)
@@ -157,13 +162,17 @@ def _index(recipe: Recipe, old: Tensor, new: Tensor, indices: list[Tensor | None
     return recipe.viewed(there, lambda x: aten.index.Tensor(x, indices))
 
 
+def _taken(dim: int, start: int, end: int) -> Rows:
+    return lambda x: aten.slice.Tensor(x, dim, start, end)
+
+
 @understands(aten.unbind.int)
 def _unbind(recipe: Recipe, old: Tensor, new: Any, dim: int = 0) -> Any:
     dim = _axis(dim, old.dim())
     if dim == recipe.class_dim:
         return None
     there = recipe.class_dim - (dim < recipe.class_dim)
-    return [recipe.viewed(there, lambda x, i=i: x.select(dim, i)) for i in range(len(new))]
+    return [recipe.viewed(there, _selected(dim, i)) for i in range(len(new))]
 
 
 @understands(aten.split.Tensor, aten.split_with_sizes.default)
@@ -175,18 +184,15 @@ def _split(recipe: Recipe, old: Tensor, new: Any, sizes: Any, dim: int = 0) -> A
     for part in new:
         starts.append(starts[-1] + part.shape[dim])
     return [
-        recipe.viewed(
-            recipe.class_dim, lambda x, a=a, b=b: aten.slice.Tensor(x, dim, a, b)
-        )
-        for a, b in zip(starts, starts[1:], strict=False)
-    ]  # fmt: skip
+        recipe.viewed(recipe.class_dim, _taken(dim, *ends)) for ends in itertools.pairwise(starts)
+    ]
 
 
 # Arithmetic
 
 
-def number_of(x: Any, recipe: Recipe) -> float | Tensor | None:
-    """A factor: a float, or a tensor () that has a gradient or lies on a device."""
+def _number(x: Any) -> float | Tensor | None:
+    """A factor: a float, or a tensor of one element that has a gradient or lies on a device."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     if not isinstance(x, Tensor) or x.numel() != 1 or x.dim() > 1 or not x.is_floating_point():
@@ -195,35 +201,44 @@ def number_of(x: Any, recipe: Recipe) -> float | Tensor | None:
         return None
     if x.is_cpu and not x.requires_grad:
         return float(x)
-    return x.reshape(())
+    return x
 
 
-def _times(recipe: Recipe, factor: float | Tensor | None) -> Recipe | None:
-    if factor is None or (isinstance(factor, float) and not (factor and math.isfinite(factor))):
+def _times(recipe: Recipe, factor: float | Tensor | None, divided: bool = False) -> Recipe | None:
+    if factor is None:
         return None
+    if isinstance(factor, Tensor):
+        return _times_tensor(recipe, factor, divided)
+    if factor == 0 or not math.isfinite(factor):
+        return None
+    factor = 1 / factor if divided else factor
     if recipe.log_factor is not None:
-        return recipe.but(log_factor=recipe.log_factor * factor, memo=recipe.memo) \
-            if isinstance(factor, float) else None  # fmt: skip
-    if recipe.cap is not None:  # factor * cap * tanh(scale / cap * x)
-        if isinstance(factor, Tensor) or factor < 0 or isinstance(recipe.scale, Tensor):
-            return None
-        return recipe.but(cap=recipe.cap * factor, scale=recipe.scale * factor)
-    return recipe.but(scale=recipe.scale * factor)
+        return recipe.but(log_factor=recipe.log_factor * factor, memo=recipe.memo)
+    if recipe.cap is None:
+        return recipe.but(scale=recipe.scale * factor)
+    if factor < 0:
+        return None
+    # factor * cap * tanh(scale / cap * x)
+    return recipe.but(cap=recipe.cap * factor, scale=recipe.scale * factor)
+
+
+def _times_tensor(recipe: Recipe, factor: Tensor, divided: bool) -> Recipe | None:
+    """By a number that is not known here, or that is to get a gradient."""
+    if recipe.log_factor is not None or recipe.cap is not None or recipe.scales:
+        return None
+    given = recipe.given_also("a factor", factor)
+    return recipe.but(scales=((factor, divided),), given=given)
 
 
 @understands(aten.mul.Tensor, aten.mul.Scalar)
 def _mul(recipe: Recipe, old: Tensor, new: Tensor, other: Any) -> Recipe | None:
-    return _times(recipe, number_of(other, recipe)) if new.shape == old.shape else None
+    return _times(recipe, _number(other)) if new.shape == old.shape else None
 
 
 @understands(aten.div.Tensor, aten.div.Scalar)
 def _div(recipe: Recipe, old: Tensor, new: Tensor, other: Any) -> Recipe | None:
-    divisor = number_of(other, recipe)
-    if new.shape != old.shape or divisor is None:
-        return None
-    if isinstance(divisor, float) and divisor == 0:
-        return None
-    return _times(recipe, 1 / divisor)
+    divisor = _number(other)
+    return _times(recipe, divisor, divided=True) if new.shape == old.shape else None
 
 
 @understands(aten.neg.default)
@@ -249,10 +264,10 @@ def _add(recipe: Recipe, old: Tensor, new: Tensor, other: Any, alpha: Any = 1) -
         return None
     classes = old.shape[recipe.class_dim]
     of_classes = other.dim() - (old.dim() - recipe.class_dim)  # where `other` has the classes
-    fits = 0 <= of_classes and other.dim() <= old.dim() and other.shape[of_classes] == classes
+    fits = of_classes >= 0 and other.dim() <= old.dim() and other.shape[of_classes] == classes
     if not fits or other.numel() != classes:
         return None
-    return recipe.but(bias=(*recipe.bias, other.reshape(classes)))
+    return recipe.but(bias=(*recipe.bias, other), given=recipe.given_also("a bias", other))
 
 
 def _sum(recipe: Recipe, other: Recipe) -> Recipe | None:
@@ -260,10 +275,9 @@ def _sum(recipe: Recipe, other: Recipe) -> Recipe | None:
     linear = isinstance(other.scale, float) and other.cap is None and other.log_factor is None
     if not alike or not linear or (other.bias and other.scale != 1.0):
         return None
-    products = tuple(replace(p, factor=p.factor * other.scale) for p in other.products)
-    return recipe.but(
-        products=(*recipe.products, *products), bias=(*recipe.bias, *other.bias)
-    )
+    scale = float(other.scale)
+    products = tuple(replace(p, factor=p.factor * scale) for p in other.products)
+    return recipe.but(products=(*recipe.products, *products), bias=(*recipe.bias, *other.bias))
 
 
 @understands(aten._log_softmax.default)

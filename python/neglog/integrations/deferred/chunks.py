@@ -31,16 +31,16 @@ def cross_entropy_by_chunks(
     def losses(labels: Tensor, *rows: Tensor) -> Tensor:
         logits = _sum_of_products(recipe, rows, weights, bias)
         return neglog.cross_entropy(
-            logits, labels, logit_scale=recipe.scale, softcap=recipe.cap,
+            logits, labels, logit_scale=recipe.total_scale(), softcap=recipe.cap,
             inplace_backward=False, loss_dtype=loss_dtype, **more,
-        )  # type: ignore[no-any-return]  # fmt: skip
+        )  # fmt: skip
 
     labels = target.reshape(-1)
     size = max(1, CHUNK_MB * 2**20 // (4 * recipe.classes))
     parts = [
-        checkpoint(losses, labels[i : i + size], *(h[i : i + size] for h in hiddens), use_reentrant=False)
+        checkpoint(losses, *(x[i : i + size] for x in (labels, *hiddens)), use_reentrant=False)
         for i in range(0, max(1, len(labels)), size)
-    ]  # fmt: skip
+    ]
     each = torch.cat(parts)
     return _reduced(each, labels, target.shape, reduction, weight, ignore_index, num_items)
 
@@ -50,7 +50,9 @@ def _rows(hidden: Tensor, class_dim: int) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-def _sum_of_products(recipe: Recipe, rows: Any, weights: list[Tensor], bias: Tensor | None) -> Tensor:
+def _sum_of_products(
+    recipe: Recipe, rows: Any, weights: list[Tensor], bias: Tensor | None
+) -> Tensor:
     total: Tensor | None = None
     for hidden, weight in zip(rows, weights, strict=True):
         product = torch.nn.functional.linear(hidden, weight)

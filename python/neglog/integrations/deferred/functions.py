@@ -37,7 +37,7 @@ def overrides(*functions: Any) -> Callable[[Override], Override]:
 
 
 def recipe_of(logits: Any) -> Recipe | None:
-    """That of logits which are not made, for a result with the logits' own graph."""
+    """That of logits which are not made, for a result with the graph of the logits."""
     if not isinstance(logits, DeferredLogits):
         return None
     state = logits._state
@@ -55,15 +55,15 @@ def _requires_grad(x: Tensor) -> bool:
         return x.requires_grad
 
 
-def _severed(logits: DeferredLogits) -> bool:
+def _severed(logits: Any) -> bool:
     """Whether the graph of the logits does not lead to what the recipe leads to."""
     if logits._state.cut and not _of_ddp(logits):
         return True
-    return any(_severed(parent) for parent in logits._state.parents)  # type: ignore[arg-type]
+    return any(_severed(parent) for parent in logits._state.parents)
 
 
-def _of_ddp(logits: DeferredLogits) -> bool:
-    """Whether DistributedDataParallel cloned a module's output, in a node that passes gradients on."""
+def _of_ddp(logits: Tensor) -> bool:
+    """Whether DistributedDataParallel cloned it, in a node that passes gradients on."""
     with torch._C.DisableTorchFunctionSubclass():
         node = logits.grad_fn
     return node is not None and type(node).__name__ == "_DDPSinkBackward"
@@ -88,7 +88,7 @@ def _cross_entropy(
         return NotImplemented
     if recipe.log_factor is not None or not fits_loss(recipe, input, target, weight):
         return NotImplemented
-    options = {
+    options: dict[str, Any] = {
         "weight": weight, "ignore_index": ignore_index, "reduction": reduction,
         "label_smoothing": label_smoothing,
     }  # fmt: skip
@@ -96,7 +96,7 @@ def _cross_entropy(
     if loss is None:
         return NotImplemented
     _count(recipe, "cross_entropy")
-    return linked(loss, input, lambda x: F.cross_entropy(x, target, **options))  # type: ignore[arg-type]
+    return linked(loss, input, lambda x: F.cross_entropy(x, target, **options))
 
 
 @overrides(neglog.cross_entropy)
@@ -106,14 +106,14 @@ def _own_cross_entropy(
     label_smoothing: float = 0.0, *, return_stats: bool = False, inplace_backward: bool = False,
     **more: Any,
 ) -> Any:  # fmt: skip
-    given = (size_average, ignore_index, reduce, reduction, label_smoothing)
+    given: tuple[Any, ...] = (size_average, ignore_index, reduce, reduction, label_smoothing)
 
     def plain(logits: Tensor) -> Any:
-        return neglog.cross_entropy(logits, target, weight, *given, **more)  # type: ignore[call-overload]
+        return neglog.cross_entropy(logits, target, weight, *given, **more)
 
     def real() -> Any:
         read = as_read((input, target, weight))
-        return neglog.cross_entropy(*read, *given, return_stats=return_stats, **more)  # type: ignore[call-overload]
+        return neglog.cross_entropy(*read, *given, return_stats=return_stats, **more)
 
     recipe = recipe_of(input)
     if recipe is None or size_average is not None or reduce is not None or return_stats:
@@ -127,7 +127,7 @@ def _own_cross_entropy(
     if loss is None:
         return real()
     _count(recipe, "cross_entropy")
-    return linked(loss, input, plain)  # type: ignore[arg-type]
+    return linked(loss, input, plain)
 
 
 @overrides(F.nll_loss)
@@ -140,13 +140,17 @@ def _nll_loss(
         return NotImplemented
     if recipe.log_factor is None or not fits_loss(recipe, input, target, weight):
         return NotImplemented
-    options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}
+    options: dict[str, Any] = {
+        "weight": weight,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+    }
     loss = loss_of_labels(recipe, input, target, **options)
     if loss is None:
         return NotImplemented
     _count(recipe, "nll_loss")
     loss = loss if recipe.log_factor == 1.0 else loss * recipe.log_factor
-    return linked(loss, input, lambda x: F.nll_loss(x, target, **options))  # type: ignore[arg-type]
+    return linked(loss, input, lambda x: F.nll_loss(x, target, **options))
 
 
 # Parts of a loss
@@ -163,7 +167,7 @@ def _gather(
     if result is None:
         return NotImplemented
     _count(recipe, "gather")
-    return linked(result, input, lambda x: torch.gather(x, dim, index))  # type: ignore[arg-type]
+    return linked(result, input, lambda x: torch.gather(x, dim, index))
 
 
 def _one_of_each(recipe: Recipe, input: Tensor, dim: Any, index: Any) -> bool:
@@ -189,7 +193,7 @@ def _logsumexp(input: Tensor, dim: Any, keepdim: bool = False, *, out: Any = Non
         return NotImplemented
     _count(recipe, "logsumexp")
     result = result.unsqueeze(recipe.class_dim) if keepdim else result
-    return linked(result, input, lambda x: torch.logsumexp(x, dim, keepdim))  # type: ignore[arg-type]
+    return linked(result, input, lambda x: torch.logsumexp(x, dim, keepdim))
 
 
 def _of_classes(recipe: Recipe, input: Tensor, dim: Any) -> bool:
@@ -214,7 +218,7 @@ def _sum(
     _count(recipe, "sum of log-probabilities")
     result = result.to(dtype or input.dtype)
     result = result.unsqueeze(recipe.class_dim) if keepdim else result
-    return linked(result, input, lambda x: torch.sum(x, dim, keepdim, dtype=dtype))  # type: ignore[arg-type]
+    return linked(result, input, lambda x: torch.sum(x, dim, keepdim, dtype=dtype))
 
 
 # What is below dispatch, or asks what class it is
@@ -247,8 +251,8 @@ READS = (
 )  # fmt: skip
 # These give away the memory: who has it may write to it.
 MEMORY = (
-    "numpy", "__array__", "data_ptr", "untyped_storage", "storage", "storage_type", "_typed_storage",
-    "__dlpack__", "__dlpack_device__", "share_memory_", "apply_", "map_", "map2_",
+    "numpy", "__array__", "data_ptr", "untyped_storage", "storage", "storage_type",
+    "_typed_storage", "__dlpack__", "__dlpack_device__", "share_memory_", "apply_", "map_", "map2_",
 )  # fmt: skip
 
 

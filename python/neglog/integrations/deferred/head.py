@@ -33,7 +33,7 @@ def deferred_linear(
     meta = torch.empty(shape, dtype=dtype, device="meta")
     state = State(Recipe((product,), len(shape) - 1), meta, replay)
     Family().add(state)
-    return _Head.apply(hidden, weight, bias, state)  # type: ignore[no-any-return]
+    return _Head.apply(hidden, weight, bias, state)
 
 
 class _Head(Function):
@@ -72,14 +72,14 @@ class _Head(Function):
         return (*grads, None)
 
 
-def linked(result: Tensor, logits: DeferredLogits, plain: Callable[[Tensor], Tensor]) -> Tensor:
+def linked(result: Tensor, logits: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
     """A fused result, of which a user may still ask the gradient of the logits.
 
     plain(logits) is the same result of real logits, by torch's own functions.
     """
     if not result.requires_grad or not logits.requires_grad:
         return result
-    return _Link.apply(result, logits, plain)  # type: ignore[no-any-return]
+    return _Link.apply(result, logits, plain)
 
 
 class _Link(Function):
@@ -123,7 +123,9 @@ def _awaited(family: list[Any]) -> bool:
 
 def _hooked(x: Tensor) -> bool:
     hooks = x._backward_hooks or {}
-    return any(not getattr(h, "__module__", "").startswith("torch.distributed") for h in hooks.values())
+    return any(
+        not getattr(h, "__module__", "").startswith("torch.distributed") for h in hooks.values()
+    )
 
 
 def _to_be_run(node: Any) -> bool:
@@ -132,5 +134,3 @@ def _to_be_run(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # of a backward that was given no inputs it cannot be asked
         return True
-
-

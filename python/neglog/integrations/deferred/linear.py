@@ -40,8 +40,8 @@ class DeferredLinear(nn.Linear):
         """A class that was made here is made again where the module is loaded."""
         if type(self) is DeferredLinear:
             return super().__reduce_ex__(protocol)
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return (_new, (_original(type(self)),), *rest)
+        made: Any = super().__reduce_ex__(protocol)
+        return (_new, (_original(type(self)),), *made[2:])
 
 
 def defer(linear: nn.Linear) -> nn.Linear:
@@ -66,9 +66,13 @@ def defer(linear: nn.Linear) -> nn.Linear:
         return linear
     reason = refusal(linear)
     if reason is not None:
-        raise TypeError(f"linear: expected a plain torch.nn.Linear, got one that cannot be deferred: {reason}")
-    linear.__class__ = _deferred_class(type(linear))
-    linear.neglog_report = Report()  # type: ignore[assignment]
+        raise TypeError(
+            f"linear: expected a plain torch.nn.Linear, got one that cannot be deferred: {reason}"
+        )
+    cls: Any = type(linear)
+    made: Any = linear
+    made.__class__ = _deferred_class(cls)
+    made.neglog_report = Report()
     return linear
 
 
@@ -131,14 +135,14 @@ def _why_plain(input: Any, weight: Any, bias: Any) -> str:
 
 
 def _keep_weight_gathered(head: nn.Module) -> None:
-    """fully_shard of the head alone frees the weight after the forward, before the loss reads it."""
+    """fully_shard of the head alone frees the weight after the forward, before the loss."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(head, fsdp.FSDPModule):
         head.set_reshard_after_forward(False)
 
 
 @cache
-def _deferred_class(cls: type) -> type:
+def _deferred_class(cls: Any) -> Any:
     """Of Linear, or of a class that another library derived from it (parametrizations, FSDP)."""
     if cls is nn.Linear:
         return DeferredLinear
@@ -149,6 +153,6 @@ def _original(cls: type) -> type:
     return getattr(cls, "_neglog_original", nn.Linear)
 
 
-def _new(cls: type) -> nn.Module:
+def _new(cls: Any) -> Any:
     made = _deferred_class(cls)
-    return made.__new__(made)  # type: ignore[no-any-return]
+    return made.__new__(made)

@@ -36,7 +36,7 @@ def loss_of_labels(
 ) -> Tensor | None:  # fmt: skip
     """cross_entropy of logits (torch's shape) and target; None where the kernels have no such."""
     if softcap is not None or not (isinstance(logit_scale, float) and logit_scale == 1.0):
-        if recipe.cap is not None:  # a cap of a cap
+        if recipe.cap is not None or not isinstance(logit_scale, (int, float)):  # a cap of a cap
             return None
         recipe = recipe.but(scale=recipe.scale * logit_scale, cap=softcap)
     if not _multiplied_alike(recipe):
@@ -46,13 +46,13 @@ def loss_of_labels(
     with _autocast(recipe):
         if len(recipe.products) > 1:
             return cross_entropy_by_chunks(recipe, target, loss_dtype, **options)
-        return _loss(recipe, target, loss_dtype, **options)  # type: ignore[no-any-return]
+        return _loss(recipe, target, loss_dtype, **options)
 
 
 def _loss(recipe: Recipe, target: Tensor, loss_dtype: torch.dtype, **options: Any) -> Any:
     hidden, weight, bias = recipe.head()
     return neglog.linear_cross_entropy(
-        hidden, weight, target, linear_bias=bias, logit_scale=recipe.scale, softcap=recipe.cap,
+        hidden, weight, target, linear_bias=bias, logit_scale=recipe.total_scale(), softcap=recipe.cap,
         loss_dtype=loss_dtype, **options,
     )  # fmt: skip
 
@@ -140,15 +140,18 @@ def _logits_of(recipe: Recipe, target: Tensor) -> Tensor | None:
     hidden, weight, bias = recipe.head()
     product = recipe.products[0]
     rows = product.cast(weight)[target]
-    logits = torch.linalg.vecdot(product.cast(hidden).to(torch.promote_types(rows.dtype, torch.float32)), rows.float() if rows.dtype.itemsize == 2 else rows)
+    logits = torch.linalg.vecdot(
+        product.cast(hidden).to(torch.promote_types(rows.dtype, torch.float32)),
+        rows.float() if rows.dtype.itemsize == 2 else rows,
+    )
     if bias is not None:
         logits = logits + bias[target]
-    logits = logits * recipe.scale
+    logits = logits * recipe.total_scale()
     return logits if recipe.cap is None else torch.tanh(logits / recipe.cap) * recipe.cap
 
 
 def sum_of_log_probabilities(recipe: Recipe, logits: Tensor) -> Tensor | None:
-    """Over the classes. Where nothing caps them, logits add up to a product with the summed weight."""
+    """Over the classes. Logits that nothing caps add up to a product with the summed weight."""
     assert recipe.log_factor is not None
     if recipe.cap is not None or not _serves_parts(recipe, logits):
         return None
@@ -161,4 +164,6 @@ def sum_of_log_probabilities(recipe: Recipe, logits: Tensor) -> Tensor | None:
     total = product.cast(hidden).to(dtype) @ product.cast(weight).sum(0, dtype=dtype)
     if bias is not None:
         total = total + bias.sum(dtype=dtype)
-    return (total * recipe.scale - normalizer.to(dtype) * recipe.classes) * recipe.log_factor
+    return (
+        total * recipe.total_scale() - normalizer.to(dtype) * recipe.classes
+    ) * recipe.log_factor

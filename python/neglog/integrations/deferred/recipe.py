@@ -98,9 +98,12 @@ class Recipe:
     products: tuple[Product, ...]
     class_dim: int
     bias: tuple[Tensor, ...] = ()  # (V,) each
-    scale: float | Tensor = 1.0
+    scale: float = 1.0
+    # A factor that is a tensor of one element, and whether it divides; at most one.
+    scales: tuple[tuple[Tensor, bool], ...] = ()
     cap: float | None = None
     log_factor: float | None = None  # of the log-softmax, where it was taken
+    given: tuple[tuple[str, Unchanged], ...] = ()  # what was added or multiplied
     # Log-sum-exp of the rows, once computed: with and without a graph.
     memo: dict[bool, Tensor] = field(default_factory=dict)
 
@@ -111,7 +114,7 @@ class Recipe:
     @property
     def plain(self) -> bool:
         """Whether it is linear, and nothing but products and biases."""
-        return isinstance(self.scale, float) and self.scale == 1.0 and self.cap is None
+        return self.scale == 1.0 and not self.scales and self.cap is None
 
     def but(self, **changes: Any) -> Recipe:
         """With another value of a field."""
@@ -125,6 +128,19 @@ class Recipe:
     def check(self) -> None:
         for product in self.products:
             product.check()
+        for name, tensor in self.given:
+            tensor.check(name)
+
+    def given_also(self, name: str, tensor: Tensor) -> tuple[tuple[str, Unchanged], ...]:
+        return (*self.given, (name, Unchanged.of(tensor)))
+
+    def total_scale(self) -> float | Tensor:
+        """A float, or a tensor ()."""
+        if not self.scales:
+            return self.scale
+        ((factor, divides),) = self.scales
+        factor = factor.reshape(())
+        return self.scale / factor if divides else self.scale * factor
 
     def detached(self) -> Recipe:
         """Of the same numbers, without their graph."""
@@ -135,9 +151,9 @@ class Recipe:
             )
             for p in self.products
         )  # fmt: skip
-        scale = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
+        scales = tuple((factor.detach(), divides) for factor, divides in self.scales)
         bias = tuple(b.detach() for b in self.bias)
-        return self.but(products=products, bias=bias, scale=scale)
+        return self.but(products=products, bias=bias, scales=scales)
 
     def head(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states (..., D), weight and bias, where there is one product."""
@@ -148,7 +164,7 @@ class Recipe:
     def total_bias(self) -> Tensor | None:
         """(V,), in the widest of their dtypes."""
         parts: list[Tensor] = [p.bias * p.factor for p in self.products if p.bias is not None]
-        parts += self.bias
+        parts += [b.reshape(-1) for b in self.bias]
         total = None
         for part in parts:
             total = part if total is None else total + part

@@ -1,4 +1,4 @@
-"""What became of the logits of a head, counted: how often a loss did without them, and what made them."""
+"""What became of a head's logits, counted: losses that did without them, and what made them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tensor of logits knows of itself: its recipe, and how its numbers come about if need be."""
+"""What a tensor of logits knows of itself: its recipe, and how its numbers come about."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class State:
 
     def __init__(
         self, recipe: Recipe | None, meta: Tensor, replay: Callable[[], Tensor],
-        parents: tuple[Tensor, ...] = (), cut: bool = False,
+        parents: tuple[Any, ...] = (), cut: bool = False,
     ) -> None:  # fmt: skip
         self.recipe, self.meta, self.replay, self.parents = recipe, meta, replay, parents
         self.cut = cut
@@ -92,10 +92,10 @@ class State:
     def ancestors(self) -> Iterator[Tensor]:
         for parent in self.parents:
             yield parent
-            yield from parent._state.ancestors()  # type: ignore[attr-defined]
+            yield from parent._state.ancestors()
 
     def roots_made(self) -> bool:
         """Whether the head's output is in memory, so that there is nothing left to save."""
         if not self.parents:
             return self.made is not None
-        return any(parent._state.roots_made() for parent in self.parents)  # type: ignore[attr-defined]
+        return any(parent._state.roots_made() for parent in self.parents)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 from neglog.integrations.deferred.aten import HANDLERS
 from neglog.integrations.deferred.recipe import Recipe
-from neglog.integrations.deferred.state import Family, State, asked_by
+from neglog.integrations.deferred.state import State, asked_by
 
 aten = torch.ops.aten
 # What a function called on logits is done by, if not by torch's own: see functions.py.
@@ -48,9 +48,9 @@ class DeferredLogits(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
         if handler is not None:
@@ -147,15 +147,15 @@ def _recipes(values: list[Any]) -> list[Any]:
 
 
 def _replay(func: Any, args: Any, kwargs: Any, output: int | None) -> Callable[[], Tensor]:
-    def replay() -> Tensor:
+    def replay() -> Any:
         result = func(*numbers(args), **kwargs)
-        return result if output is None else result[output]  # type: ignore[no-any-return]
+        return result if output is None else result[output]
 
     return replay
 
 
 def _child(state: State) -> DeferredLogits:
-    first, *others = (parent._state.family for parent in state.parents)  # type: ignore[attr-defined]
+    first, *others = (parent._state.family for parent in state.parents)
     for other in others:
         first.join(other)
     first.add(state)
