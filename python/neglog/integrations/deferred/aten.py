@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from neglog.integrations.deferred.recipe import Recipe, Rows
 aten = torch.ops.aten
 Handler = Callable[..., "Recipe | list[Recipe] | None"]
 HANDLERS: dict[Any, Handler] = {}
+F = TypeVar("F", bound=Handler)
 
 
-def understands(*functions: Any) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
+def understands(*functions: Any) -> Callable[[F], F]:
+    def register(handler: F) -> F:
         HANDLERS.update(dict.fromkeys(functions, handler))
         return handler
 

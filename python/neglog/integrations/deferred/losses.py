@@ -52,8 +52,8 @@ def loss_of_labels(
 def _loss(recipe: Recipe, target: Tensor, loss_dtype: torch.dtype, **options: Any) -> Any:
     hidden, weight, bias = recipe.head()
     return neglog.linear_cross_entropy(
-        hidden, weight, target, linear_bias=bias, logit_scale=recipe.total_scale(), softcap=recipe.cap,
-        loss_dtype=loss_dtype, **options,
+        hidden, weight, target, linear_bias=bias, logit_scale=recipe.total_scale(),
+        softcap=recipe.cap, loss_dtype=loss_dtype, **options,
     )  # fmt: skip
 
 
