@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from transformers.trainer_pt_utils import LabelSmoother
 from trl.trainer.utils import selective_log_softmax
 
@@ -244,6 +245,37 @@ def test_logits_read_before_a_step_stay():
     assert torch.equal(logits.detach(), before)
 
 
+@pytest.mark.parametrize("method", ["t_", "squeeze_", "unsqueeze_", "transpose_", "swapaxes_"])
+def test_shape_changed_in_place_raises(method):
+    logits = defer(linear())(inputs()[0][0])
+    arguments = {"unsqueeze_": (0,), "transpose_": (0, 1), "swapaxes_": (0, 1)}.get(method, ())
+    with pytest.raises(RuntimeError, match=r"logits: .* changes their shape in place"):
+        getattr(logits, method)(*arguments)
+
+
+def test_written_through_as_strided_raises():
+    logits = defer(linear())(inputs()[0])
+    view = logits.as_strided((2, 2), (VOCAB, 1))
+    assert torch.equal(view, logits.flatten(0, 1)[:2, :2])
+    with pytest.raises(RuntimeError, match="logits: written through as_strided"):
+        view.mul_(2)
+
+
+def test_other_numbers_of_the_same_shape():
+    logits = defer(linear())(inputs()[0])
+    logits.data = torch.ones(BATCH, LENGTH, VOCAB)
+    assert torch.equal(logits, torch.ones(BATCH, LENGTH, VOCAB))
+    with pytest.raises(RuntimeError, match=r"logits.data: expected a tensor \[4, 64, 3001\]"):
+        logits.data = torch.ones(3)
+
+
+def test_memory_that_is_not_there_is_not_read():
+    """torch._C._to_dlpack asks no class: an error, no crash."""
+    logits = defer(linear())(inputs()[0])
+    with pytest.raises(RuntimeError):
+        torch.utils.dlpack.to_dlpack(logits)
+
+
 def test_undefer_gives_the_class_back():
     head, (hidden, _) = linear(), inputs()
     kept = type(head)
@@ -292,7 +324,7 @@ WRAPPED: dict[str, Callable[[nn.Linear], Any]] = {
     "parametrization": lambda head: nn.utils.parametrize.register_parametrization(
         head, "weight", nn.Tanh()
     ),
-    "pruning": lambda head: torch.nn.utils.prune.l1_unstructured(head, "weight", 0.5),
+    "pruning": lambda head: prune.l1_unstructured(head, "weight", 0.5),
 }
 
 

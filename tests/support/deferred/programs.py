@@ -76,7 +76,6 @@ WRITES: dict[str, Case] = {
     "detach, mul_": lambda x, s: x.detach().mul_(1.25),
     "add_ in no_grad": lambda x, s: views.without_gradient(x, lambda y: y.add_(0.5)),
     "copy_": lambda x, s: x.copy_(torch.ones_like(x)),
-    "unsqueeze_": lambda x, s: x.unsqueeze_(0),
 }
 STEPS: dict[str, Case] = {**views.INDICES, **views.VIEWS, **CHANGES, **WRITES}
 Program = list[tuple[str, int]]

@@ -142,7 +142,7 @@ def _selected(dim: int, index: int) -> Rows:
 @understands(aten.index_select.default)
 def _index_select(recipe: Recipe, old: Tensor, new: Tensor, dim: int, index: Tensor) -> Any:
     dim = _axis(dim, old.dim())
-    if dim == recipe.class_dim:
+    if dim == recipe.class_dim or not _within(recipe, old, lambda x: x.index_select(dim, index)):
         return None
     return recipe.viewed(recipe.class_dim, lambda x: x.index_select(dim, index))
 
@@ -160,7 +160,21 @@ def _index(recipe: Recipe, old: Tensor, new: Tensor, indices: list[Tensor | None
     place = kept.index(recipe.class_dim)
     ahead = sum(d < first for d in kept) if first else 0
     there = place if place < ahead else place + broadcast
+    if not _within(recipe, old, lambda x: aten.index.Tensor(x, indices)):
+        return None
     return recipe.viewed(there, lambda x: aten.index.Tensor(x, indices))
+
+
+def _within(recipe: Recipe, old: Tensor, rows: Rows) -> bool:
+    """Whether no index is out of bounds: of that torch complains now, not at the loss."""
+    shape = [1 if d == recipe.class_dim else n for d, n in enumerate(old.shape)]
+    if recipe.products[0].hidden.is_cuda:  # there it complains when it comes to it
+        return True
+    try:
+        rows(torch.empty((), dtype=torch.bool).expand(shape))
+    except (IndexError, RuntimeError):
+        return False
+    return True
 
 
 def _taken(dim: int, start: int, end: int) -> Rows:

@@ -25,6 +25,7 @@ from neglog.integrations.deferred.losses import (
     sum_of_log_probabilities,
 )
 from neglog.integrations.deferred.recipe import Recipe
+from neglog.integrations.deferred.state import asked_by
 from neglog.integrations.deferred.tensor import OVERRIDES, DeferredLogits, Override, as_read
 
 
@@ -243,6 +244,31 @@ def _captured(inputs: Any) -> Iterator[None]:
     finally:
         for state, value in zip(states, before, strict=True):
             state.captured = value
+
+
+@overrides(torch.detach, Tensor.detach)
+def _detach(input: Tensor) -> Any:
+    """Who detaches logits means to read them, perhaps after the weight has changed."""
+    with torch._C.DisableTorchFunctionSubclass(), asked_by("detach"):
+        detached = torch.detach(input)
+        if isinstance(detached, DeferredLogits):
+            detached._state.numbers()
+        return detached
+
+
+@overrides(Tensor.data.__set__)
+def _set_data(input: Any, value: Tensor) -> Any:
+    if not isinstance(input, DeferredLogits):
+        return NotImplemented
+    state = input._state
+    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (input.shape, input.dtype):
+        raise RuntimeError(
+            f"logits.data: expected a tensor {list(input.shape)} of {input.dtype}, as the logits "
+            "of a deferred head are"
+        )
+    state.family.before_write()
+    state.made = as_read(value).detach()
+    return None
 
 
 READS = (

@@ -90,24 +90,24 @@ class _Link(Function):
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, logits: DeferredLogits, plain: Any) -> Tensor:
-        family = [logits, *logits._state.ancestors()]
-        # A tensor that has a hook now may be gone by then, and the hook must be called.
-        ctx.logits = logits if _awaited(family) else None
-        ctx.family = [weakref.ref(x) for x in family]
-        ctx.plain = plain
+        ctx.logits, ctx.plain = logits, plain
+        ctx.seen = [weakref.ref(x) for x in (logits, *logits._state.ancestors())]
         return result.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        family = [x for ref in ctx.family if (x := ref()) is not None]
-        logits = ctx.logits
-        if logits is None and _awaited(family):
-            logits = ctx.family[0]()
+        family = [x for ref in ctx.seen if (x := ref()) is not None]
         fused = ctx.next_functions[0][0]
-        if logits is None and fused is not None and not _to_be_run(fused):
-            logits = ctx.family[0]()
-        if logits is None:
+        if not _awaited(family) and (fused is None or _to_be_run(fused)):
+            # A loss that is kept is not to keep the hidden states.
+            ctx.logits = None
             return grad, None, None
+        logits = ctx.logits if ctx.logits is not None else ctx.seen[0]()
+        if logits is None:
+            raise RuntimeError(
+                "logits: their gradient was asked for in a second backward, and they are gone; ask "
+                "for it in the first (retain_grad, a hook, torch.autograd.grad), or keep them"
+            )
         more = torch.is_grad_enabled()  # create_graph
         with torch.enable_grad():
             real = Read.apply(logits)

@@ -113,7 +113,7 @@ def _is_dtensor(x: Tensor) -> bool:
 
 def _why_plain(input: Any, weight: Any, bias: Any) -> str:
     """Why a forward has to compute, or nothing."""
-    parts = [x for x in (input, weight, bias) if x is not None]
+    parts = [input, weight] if bias is None else [input, weight, bias]
     for part in parts:
         if type(part) not in PLAIN:
             return f"a tensor is a {type(part).__name__}"

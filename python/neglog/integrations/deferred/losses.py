@@ -27,7 +27,9 @@ def fits_loss(recipe: Recipe, logits: Tensor, target: Any, weight: Any) -> bool:
         return False
     if weight is None:
         return True
-    return isinstance(weight, Tensor) and not weight.requires_grad
+    if not isinstance(weight, Tensor) or weight.requires_grad or weight.dtype != logits.dtype:
+        return False
+    return weight.shape == (recipe.classes,) and weight.device == logits.device
 
 
 def loss_of_labels(
@@ -41,9 +43,15 @@ def loss_of_labels(
         recipe = recipe.but(scale=recipe.scale * logit_scale, cap=softcap)
     if not _multiplied_alike(recipe):
         return None
+    if options.get("label_smoothing", 0.0) < 0:  # torch takes it for none
+        return None
     recipe.check()
     loss_dtype = loss_dtype or _loss_dtype(logits)
-    with _autocast(recipe):
+    weight = options.get("weight")
+    hidden = recipe.products[0].hidden
+    if weight is not None and weight.dtype.itemsize > max(hidden.dtype.itemsize, 4):
+        options["weight"] = weight.to(torch.float32)
+    with _autocast(recipe, weight):
         if len(recipe.products) > 1:
             return cross_entropy_by_chunks(recipe, target, loss_dtype, **options)
         return _loss(recipe, target, loss_dtype, **options)
@@ -65,10 +73,12 @@ def _loss_dtype(logits: Tensor) -> torch.dtype:
     return logits.dtype
 
 
-def _autocast(recipe: Recipe) -> AbstractContextManager[Any]:
+def _autocast(recipe: Recipe, weight: Tensor | None = None) -> AbstractContextManager[Any]:
     """That of the forward: the product is formed as it was to be."""
     product = recipe.products[0]
-    kind = product.hidden.device.type
+    kind, dtype = product.hidden.device.type, product.hidden.dtype
+    if weight is not None and dtype.itemsize == 2 and weight.dtype != dtype:
+        return torch.autocast(kind, dtype=dtype)  # which allows class weights of their own dtype
     if product.autocast is None:
         enabled = torch.is_autocast_enabled(kind)
         return torch.autocast(kind, enabled=False) if enabled else nullcontext()

@@ -70,6 +70,7 @@ class State:
 
     __slots__ = (
         "__weakref__", "captured", "cut", "family", "made", "meta", "parents", "recipe", "replay",
+        "strided",
     )  # fmt: skip
     family: Family
 
@@ -81,6 +82,7 @@ class State:
         self.cut = cut
         self.made: Tensor | None = None
         self.captured = False  # by torch.autograd.grad
+        self.strided = False  # a view by as_strided
 
     def numbers(self) -> Tensor:
         """The logits, computed at the first call."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
 from neglog.integrations.deferred.aten import HANDLERS
 from neglog.integrations.deferred.recipe import Recipe
@@ -29,7 +29,12 @@ COMMUTATIVE = (aten.mul.Tensor, aten.add.Tensor)
 class DeferredLogits(Tensor):
     """Logits that a head has not made yet. To a user they are a tensor like others."""
 
+    __slots__ = ("_state",)
     _state: State
+
+    def as_subclass(self, cls: Any) -> Any:
+        """Of real logits: it is not among the functions that torch lets a class override."""
+        return Read.apply(self).as_subclass(cls)
 
     @classmethod
     def __torch_function__(
@@ -70,10 +75,14 @@ def name_of(func: Any) -> str:
 
 def wrap(state: State) -> DeferredLogits:
     meta = state.meta
+    if torch.is_inference_mode_enabled():  # a view there of what is no inference tensor is none
+        with torch.inference_mode(False):
+            return wrap(state)
     logits = Tensor._make_wrapper_subclass(
         DeferredLogits, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(),
-        dtype=meta.dtype, device=_device(state),
+        dtype=meta.dtype, device=_device(state), storage_size=_storage_size(meta),
     )  # fmt: skip
+    torch._C._set_throw_on_mutable_data_ptr(logits)  # an error where there was a crash
     logits._state = state
     return logits
 
@@ -94,13 +103,13 @@ def _understood(func: Any, handler: Any, args: Any, kwargs: Any) -> Any:
     logits, *rest = args
     if not isinstance(logits, DeferredLogits) or torch.is_inference_mode_enabled():
         return NotImplemented
-    if func is aten.index.Tensor:
-        rest = [_as_integers(rest[0])]
     state = logits._state
     parents = [x for x in (logits, *rest) if isinstance(x, DeferredLogits)]
     if any(p._state.recipe is None or p._state.family.written for p in parents):
         return NotImplemented
     try:
+        if func is aten.index.Tensor:
+            rest = [_as_integers(state.meta.shape, rest[0])]
         metas = func(state.meta, *_metas(rest), **{**kwargs, **_device_of_meta(kwargs)})
     except Exception:  # torch's own error comes from the numbers
         return NotImplemented
@@ -117,11 +126,13 @@ def _understood(func: Any, handler: Any, args: Any, kwargs: Any) -> Any:
     ]
 
 
-def _as_integers(indices: list[Tensor | None]) -> list[Tensor | None]:
+def _as_integers(shape: torch.Size, indices: list[Tensor | None]) -> list[Tensor | None]:
     """Masks as the integers that torch takes them for."""
     found: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype in (torch.bool, torch.uint8):
+            if index.shape != shape[len(found) : len(found) + index.dim()]:
+                raise IndexError("a mask whose shape is not that of the dimensions it indexes")
             found += index.nonzero().unbind(1)
         else:
             found.append(index)
@@ -135,7 +146,16 @@ def _metas(values: Any) -> Any:
 def _meta(x: Tensor) -> Tensor:
     if isinstance(x, DeferredLogits):
         return x._state.meta
+    return _meta_of(x)
+
+
+def _meta_of(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _storage_size(meta: Tensor) -> int:
+    """Of the memory that a tensor of this shape would have. None is asked for."""
+    return meta.untyped_storage().nbytes()
 
 
 def _device_of_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -195,26 +215,42 @@ def _aliases(func: Any) -> _Aliases:
 
 
 def _of_numbers(func: Any, args: Any, kwargs: Any) -> Any:
-    aliases = _aliases(func)
     if torch.Tag.inplace_view in func.tags:
+        # Autograd would repeat the views of other logits on what has another shape by then.
         raise RuntimeError(
-            f"logits: {func} changes the shape in place, which logits of a deferred head cannot; "
-            "assign the result of the operation without the underscore"
+            f"logits: {func} changes their shape in place, which logits of a deferred head do not "
+            "support; assign the result of the operation without the underscore"
         )
+    aliases = _aliases(func)
     written = [args[i] for i in aliases.written if i < len(args)]
     written += [kwargs[name] for name in aliases.written_names if name in kwargs]
-    tree_map_only(DeferredLogits, lambda x: x._state.family.before_write(), written)
+    tree_map_only(DeferredLogits, lambda x: _before_write(x._state), written)
     result = func(*numbers(args), **numbers(kwargs))
+    if written and "_foreach" in str(func):  # where the kernel counts the versions
+        torch.autograd.graph.increment_version(
+            [x for x in tree_leaves(written) if isinstance(x, DeferredLogits)]
+        )
     if written:
         return _written(aliases, args, kwargs, result)
     if aliases.view and tree_any(lambda x: isinstance(x, DeferredLogits), args[:1]):
-        return tree_map_only(Tensor, lambda x: _view_of(args[0], x), result)
+        return tree_map_only(
+            Tensor, lambda x: _view_of(args[0], x, func is aten.as_strided.default), result
+        )
     return result
 
 
 def numbers(values: Any) -> Any:
     """With logits that are made in place of deferred ones."""
     return tree_map_only(DeferredLogits, lambda x: x._state.numbers(), values)
+
+
+def _before_write(state: State) -> None:
+    if state.strided:
+        raise RuntimeError(
+            "logits: written through as_strided, which autograd cannot follow in logits of a "
+            "deferred head; write to a view by index, or to a clone"
+        )
+    state.family.before_write()
 
 
 def _written(aliases: _Aliases, args: Any, kwargs: Any, result: Any) -> Any:
@@ -226,10 +262,10 @@ def _written(aliases: _Aliases, args: Any, kwargs: Any, result: Any) -> Any:
         if aliases.returned else result  # fmt: skip
 
 
-def _view_of(base: DeferredLogits, view: Tensor) -> DeferredLogits:
+def _view_of(base: DeferredLogits, view: Tensor, strided: bool) -> DeferredLogits:
     """Made, but still known: who writes to it writes to the logits."""
     state = State(None, _meta(view), lambda: view, (base,), cut=True)
-    state.made = view
+    state.made, state.strided = view, base._state.strided or strided
     return _child(state)
 
 
