@@ -256,7 +256,10 @@ def _detach(input: Tensor) -> Any:
         return detached
 
 
-@overrides(Tensor.data.__set__)
+DATA: Any = Tensor.data
+
+
+@overrides(DATA.__set__)
 def _set_data(input: Any, value: Tensor) -> Any:
     if not isinstance(input, DeferredLogits):
         return NotImplemented
