@@ -1,7 +1,7 @@
 """What torch's functions of logits become where the logits are not made.
 
 Each override has the arguments of the function it stands for, and returns NotImplemented where that
-has to be asked after all, of real logits.
+has to be asked after all, of real logits. It is called where functions of logits do not come here.
 """
 
 from __future__ import annotations
@@ -46,14 +46,9 @@ def recipe_of(logits: Any) -> Recipe | None:
         return None
     if torch_state.transforming() or torch.is_inference_mode_enabled():
         return None
-    if not _requires_grad(logits):
+    if not logits.requires_grad:
         return state.recipe.detached()
     return None if _severed(logits) else state.recipe
-
-
-def _requires_grad(x: Tensor) -> bool:
-    with torch._C.DisableTorchFunctionSubclass():
-        return x.requires_grad
 
 
 def _severed(logits: Any) -> bool:
@@ -65,8 +60,7 @@ def _severed(logits: Any) -> bool:
 
 def _of_ddp(logits: Tensor) -> bool:
     """Whether DistributedDataParallel cloned it, in a node that passes gradients on."""
-    with torch._C.DisableTorchFunctionSubclass():
-        node = logits.grad_fn
+    node = logits.grad_fn
     return node is not None and type(node).__name__ == "_DDPSinkBackward"
 
 
@@ -227,7 +221,7 @@ def _sum(
 
 @overrides(torch.autograd.grad)
 def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    with _captured(inputs), torch._C.DisableTorchFunctionSubclass():
+    with _captured(inputs):
         return torch.autograd.grad(outputs, inputs, *args, **kwargs)
 
 
@@ -249,7 +243,7 @@ def _captured(inputs: Any) -> Iterator[None]:
 @overrides(torch.detach, Tensor.detach)
 def _detach(input: Tensor) -> Any:
     """Who detaches logits means to read them, perhaps after the weight has changed."""
-    with torch._C.DisableTorchFunctionSubclass(), asked_by("detach"):
+    with asked_by("detach"):
         detached = torch.detach(input)
         if isinstance(detached, DeferredLogits):
             detached._state.numbers()
