@@ -11,6 +11,7 @@ functions  what torch's functions of logits become
 losses     neglog's kernels of a recipe
 chunks     the loss of a head with a low-rank adapter
 linear     DeferredLinear
+traced     the same inside of torch.compile
 report     what became of the logits, counted
 """
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from neglog import torch_state
 from neglog.integrations.deferred.head import deferred_linear
 from neglog.integrations.deferred.report import Report
+from neglog.integrations.deferred.traced import TracedLogits
 
 PLAIN = torch_state.PLAIN
 
@@ -21,15 +22,25 @@ class DeferredLinear(nn.Linear):
     """nn.Linear whose output is made when something reads it. `defer` makes one of a Linear.
 
     neglog_report: a Report.
+    neglog_min_bytes: smaller logits are made at once.
+    neglog_traced: whether torch.compile is to defer them too. What it compiles must then ask
+        torch.nn.functional.cross_entropy for the loss, as it lets no torch.nn.CrossEntropyLoss
+        see logits that are no tensor.
     """
 
     neglog_report: Report
+    neglog_min_bytes: int
+    neglog_traced: bool
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or torch_state.compiling():
-            return F.linear(input, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Any:
         weight, bias = self.weight, self.bias
-        reason = _why_plain(input, weight, bias)
+        if not torch.is_grad_enabled():
+            return F.linear(input, weight, bias)
+        if torch_state.compiling():
+            if not self.neglog_traced or not _traceable(input, weight, self.neglog_min_bytes):
+                return F.linear(input, weight, bias)
+            return TracedLogits(input, weight, bias, _dtype_of_logits(input, weight))
+        reason = _why_plain(input, weight, bias, self.neglog_min_bytes)
         if reason:
             self.neglog_report.plain[reason] += 1
             return F.linear(input, weight, bias)
@@ -44,13 +55,21 @@ class DeferredLinear(nn.Linear):
         return (_new, (_original(type(self)),), *made[2:])
 
 
-def defer(linear: nn.Linear) -> nn.Linear:
+def defer(linear: nn.Linear, *, min_bytes: int = 0, traced: bool = False) -> nn.Linear:
     """Makes a head defer its logits, in place, and returns it.
 
     Its parameters, hooks, name and state_dict stay. While gradients are recorded its output is a
     tensor of logits that have not been computed: torch.nn.functional.cross_entropy and nll_loss,
     gather of log_softmax and logsumexp do without them, whatever else reads them gets them.
-    `linear.neglog_report` counts both. A head that is deferred already stays as it is.
+    `linear.neglog_report` counts both. A head that is deferred already keeps its report.
+
+    Args:
+        linear: a torch.nn.Linear, or of a class derived from it without a forward of its own.
+        min_bytes: logits that would take less memory are made at once. Below about 4 MB a loss
+            without logits saves no time and little memory (docs/trainers/README.md).
+        traced: whether torch.compile is to defer the logits too. Then the compiled function must
+            hand them to torch.nn.functional.cross_entropy, not to torch.nn.CrossEntropyLoss, and
+            what it returns as logits is no Tensor but an object that makes them.
 
     Raises:
         TypeError: the module is no plain Linear; the text says why.
@@ -63,6 +82,7 @@ def defer(linear: nn.Linear) -> nn.Linear:
     {'cross_entropy': 1}
     """
     if isinstance(linear, DeferredLinear):
+        linear.neglog_min_bytes, linear.neglog_traced = min_bytes, traced
         return linear
     reason = refusal(linear)
     if reason is not None:
@@ -73,6 +93,7 @@ def defer(linear: nn.Linear) -> nn.Linear:
     made: Any = linear
     made.__class__ = _deferred_class(cls)
     made.neglog_report = Report()
+    made.neglog_min_bytes, made.neglog_traced = min_bytes, traced
     return linear
 
 
@@ -80,7 +101,7 @@ def undefer(linear: nn.Module) -> nn.Module:
     """Gives a head its class back, and returns it."""
     if isinstance(linear, DeferredLinear):
         linear.__class__ = _original(type(linear))
-        del linear.neglog_report
+        del linear.neglog_report, linear.neglog_min_bytes, linear.neglog_traced
     return linear
 
 
@@ -111,7 +132,7 @@ def _is_dtensor(x: Tensor) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def _why_plain(input: Any, weight: Any, bias: Any) -> str:
+def _why_plain(input: Any, weight: Any, bias: Any, min_bytes: int) -> str:
     """Why a forward has to compute, or nothing."""
     parts = [input, weight] if bias is None else [input, weight, bias]
     for part in parts:
@@ -131,7 +152,27 @@ def _why_plain(input: Any, weight: Any, bias: Any) -> str:
         return "dtypes or devices that differ, or that have no kernels"
     if not input.dim() or input.shape[-1] != weight.shape[-1]:
         return "shapes that do not fit"
+    if _bytes(input, weight) < min_bytes:
+        return f"logits below {min_bytes / 2**20:g} MB, which save nothing"
     return ""
+
+
+def _bytes(input: Tensor, weight: Tensor) -> int:
+    """Of the logits."""
+    rows = input.numel() // max(1, input.shape[-1])
+    return rows * weight.shape[0] * weight.element_size()
+
+
+def _traceable(input: Tensor, weight: Tensor, min_bytes: int) -> bool:
+    """Whether a graph is to have logits that are not made."""
+    floating = input.is_floating_point() and weight.is_floating_point()
+    alike = input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type)
+    return floating and alike and _bytes(input, weight) >= min_bytes
+
+
+def _dtype_of_logits(input: Tensor, weight: Tensor) -> torch.dtype:
+    kind = input.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _keep_weight_gathered(head: nn.Module) -> None:
