@@ -44,7 +44,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def with_gradients(head: nn.Linear, loss: Loss) -> list[Tensor]:
-    """The loss, and the gradients of the hidden states and of the head for an upstream not uniform."""
+    """The loss, and the gradients of hidden states and head for an upstream not uniform."""
     hidden, labels = inputs(head.weight.dtype)
     result = loss(head(hidden), labels)
     upstream = torch.linspace(0.5, 1.5, result.numel()).reshape(result.shape).to(result.dtype)
@@ -87,7 +87,7 @@ def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
 
 CLASS_WEIGHT = numbers(VOCAB).abs()
 
-# One of each operation that a model puts between its head and its loss, and each option of the loss.
+# Each operation that a model puts between its head and its loss, and each option of the loss.
 FUSED: dict[str, Loss] = {
     "rows": lambda x, y: F.cross_entropy(rows(x), each(y)),
     "module": lambda x, y: nn.CrossEntropyLoss()(rows(x), each(y)),

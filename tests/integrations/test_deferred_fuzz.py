@@ -47,7 +47,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# Each start has its own recipe or its own parts that require a gradient; all of them in one test, as
+# Each start has its own recipe or other parts that require a gradient; all of them in one test, as
 # what differs in one differs in most.
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_alike(case):
@@ -73,7 +73,9 @@ def test_compiled(name):
 def test_most_cases_give_an_answer():
     """A case of which real logits raise tests an error alone."""
     raises = [
-        name for name, case in CASES.items() if outcome(case, given(STARTS["head"], False), False).raised
+        name
+        for name, case in CASES.items()
+        if outcome(case, given(STARTS["head"], False), False).raised
     ]  # fmt: skip
     assert len(CASES) > 1200
     assert len(raises) < 0.1 * len(CASES), raises

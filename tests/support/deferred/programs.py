@@ -82,7 +82,7 @@ Program = list[tuple[str, int]]
 
 
 def drawn(seed: int) -> Program:
-    """2 to 6 operations. Half of them go on from the latest result; writes are as frequent as views."""
+    """2 to 6 operations. Half go on from the latest result; writes are as frequent as views."""
     choose = random.Random(seed)
     kinds: list[list[str]] = [list(views.INDICES), list(views.VIEWS), list(CHANGES), list(WRITES)]
     program = []

@@ -1,4 +1,4 @@
-"""Properties, numbers, functions and other libraries: what needs the logits' values or their kind."""
+"""Properties, numbers, functions, other libraries: what needs the logits' values or kind."""
 
 from __future__ import annotations
 
@@ -19,8 +19,27 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tests.support.deferred.given import VOCAB, Case, Given
 
-PROPERTIES = ["shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_sparse", "is_quantized", "is_cuda", "is_meta", "is_nested", "is_cpu", "is_mps", "is_xpu", "is_mkldnn", "is_sparse_csr", "itemsize", "nbytes", "names", "output_nr", "retains_grad", "grad", "_version", "data", "T", "mT", "H", "mH", "real", "imag", "nonexistent"]  # fmt: skip
-CALLS = ["size", "dim", "ndimension", "numel", "nelement", "element_size", "get_device", "is_floating_point", "is_complex", "is_signed", "is_inference", "is_conj", "is_neg", "is_contiguous", "stride", "storage_offset", "type", "is_shared", "is_pinned", "dim_order", "has_names", "__len__", "is_coalesced", "sparse_dim", "tolist", "item", "numpy", "detach", "clone", "contiguous", "cpu", "cuda", "float", "double", "half", "bfloat16", "int", "long", "bool", "byte", "to_sparse", "to_dense", "resolve_conj", "resolve_neg", "positive", "neg", "abs", "exp", "exp2", "expm1", "sin", "cosh", "atan", "erf", "sigmoid", "tanh", "relu", "round", "floor", "trunc", "frac", "sign", "sgn", "square", "sqrt", "log", "log1p", "rsqrt", "reciprocal", "isnan", "isfinite", "isinf", "isposinf", "isreal", "logical_not", "bitwise_not", "sum", "mean", "prod", "std", "var", "norm", "median", "nanmedian", "nansum", "max", "min", "aminmax", "amax", "amin", "argmax", "argmin", "all", "any", "count_nonzero", "nonzero", "unique", "logsumexp", "argsort", "sort", "flatten", "ravel", "trace", "t", "diag", "tril", "triu", "nan_to_num", "apply_", "backward"]  # fmt: skip
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+PROPERTIES = words("""
+    shape dtype device layout ndim requires_grad is_leaf is_sparse is_quantized is_cuda is_meta
+    is_nested is_cpu is_mps is_xpu is_mkldnn is_sparse_csr itemsize nbytes names output_nr
+    retains_grad grad _version data T mT H mH real imag nonexistent
+""")
+CALLS = words("""
+    size dim ndimension numel nelement element_size get_device is_floating_point is_complex
+    is_signed is_inference is_conj is_neg is_contiguous stride storage_offset type is_shared
+    is_pinned dim_order has_names __len__ is_coalesced sparse_dim tolist item numpy detach clone
+    contiguous cpu cuda float double half bfloat16 int long bool byte to_sparse to_dense
+    resolve_conj resolve_neg positive neg abs exp exp2 expm1 sin cosh atan erf sigmoid tanh relu
+    round floor trunc frac sign sgn square sqrt log log1p rsqrt reciprocal isnan isfinite isinf
+    isposinf isreal logical_not bitwise_not sum mean prod std var norm median nanmedian nansum
+    max min aminmax amax amin argmax argmin all any count_nonzero nonzero unique logsumexp
+    argsort sort flatten ravel trace t diag tril triu nan_to_num apply_ backward
+""")
 
 
 def property_case(name: str) -> Case:
@@ -224,7 +243,7 @@ CASES: dict[str, Case] = {
     "itself": lambda x, s: (x + x, x - x, x * x, x / x, torch.maximum(x, x)),
     "wrong shape": lambda x, s: x + torch.ones(VOCAB + 1),
     "wrong operand": lambda x, s: x + "a",
-    "wrong operand of the other": lambda x, s: [1] + x,
+    "wrong operand of the other": lambda x, s: operator.add([1], x),
     "fused": lambda x, s: (
         torch.addcmul(x, s.like, s.like),
         torch.addcdiv(s.like, x, s.like + 9),

@@ -253,9 +253,17 @@ def set_requires_grad(x: Tensor, value: bool) -> Any:
     return x.requires_grad
 
 
+def in_place(name: str) -> Case:
+    return lambda x, s: (getattr(x, name)(), x._version)
+
+
+def first_written(split: Case) -> Case:
+    return lambda x, s: (split(x, s)[0].mul_(2), x)
+
+
 IN_PLACE: dict[str, Case] = {
     **{
-        f".{name}()": (lambda name: lambda x, s: (getattr(x, name)(), x._version))(name)
+        f".{name}()": in_place(name)
         for name in [
             "zero_",
             "exp_",
@@ -366,8 +374,5 @@ CASES: dict[str, Case] = {
         for on_view in (True, False)
         for how, write in (("", written), (" without gradient", written_without_gradient))
     },
-    **{
-        f"{name}, first written": (lambda split: lambda x, s: (split(x, s)[0].mul_(2), x))(split)
-        for name, split in SEVERAL.items()
-    },
+    **{f"{name}, first written": first_written(split) for name, split in SEVERAL.items()},
 }
