@@ -90,10 +90,11 @@ def loss_of(model: nn.Module, given: dict[str, Any]) -> Tensor:
 def difference(plain: Step, fused: Step) -> float:
     """The largest one of loss and gradients, relative to loss and largest gradient."""
     loss = abs(float(fused.loss - plain.loss)) / max(abs(float(plain.loss)), 1e-30)
-    largest = max(float(g.abs().max()) for g in plain.gradients.values())
+    largest = max(float(g.abs().max()) for g in plain.gradients.values() if g.numel())
     nothing = torch.zeros(())
     gradients = max(
         float((fused.gradients.get(name, nothing) - plain.gradients.get(name, nothing)).abs().max())
         for name in plain.gradients.keys() | fused.gradients.keys()
+        if plain.gradients.get(name, nothing).numel()
     )
     return max(loss, gradients / largest)

@@ -66,7 +66,10 @@ def result_of(case: Case) -> Result:
         model, given = shrunk_models.build(case.model_type, case.kind, case.class_name)
     except shrunk_models.CannotBuild as error:
         return Result(case, NOT_BUILT, None, str(error))
-    plain = fused_models.step(model, given)
+    try:
+        plain = fused_models.step(model, given)
+    except RuntimeError as error:
+        return Result(case, NOT_BUILT, None, f"its own backward fails: {error}")
     try:
         fused_models.fuse(model)
     except TypeError as error:
