@@ -242,7 +242,13 @@ class _Shrinker:
 
 def _kept_layers(fields: dict[str, Any], count: int) -> list[int]:
     """Which layers of a list of layers stay: one of each kind, and the first ones."""
-    for name in ("layer_types", "layers_block_type", "mlp_layer_types", "attn_layers", "attention_layers"):
+    for name in (
+        "layer_types",
+        "layers_block_type",
+        "mlp_layer_types",
+        "attn_layers",
+        "attention_layers",
+    ):
         kinds = fields.get(name)
         if isinstance(kinds, list) and len(kinds) >= 4 and isinstance(kinds[0], str):
             both = [kinds]
@@ -333,7 +339,11 @@ def inputs(model: nn.Module, kind: str) -> Iterator[dict[str, Tensor]]:
     if "attention_mask" not in names:
         del given["attention_mask"]
     yield given
-    zeros = {name: torch.zeros_like(ids) for name in ("token_type_ids", "mm_token_type_ids") if name in names}
+    zeros = {
+        name: torch.zeros_like(ids)
+        for name in ("token_type_ids", "mm_token_type_ids")
+        if name in names
+    }
     if zeros:
         yield given | zeros
     pixels = {"pixel_values": torch.randn(BATCH, 3, 64, 64, generator=generator)}
