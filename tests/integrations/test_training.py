@@ -1,8 +1,8 @@
-"""Training a fused model and an unfused one: the same losses, step by step, and nothing else changed.
+"""Training a fused model and an unfused one: the same losses, step by step.
 
-Four models, by where their loss comes from: Llama (transformers' loss functions, a head of its own),
-GPT-2 (the same, tied), BERT (nn.CrossEntropyLoss in its forward, a bias) and T5 (hidden states
-scaled before the head).
+Four models, by where their loss comes from: Llama (transformers' loss functions, a head of its
+own), GPT-2 (the same, tied), BERT (nn.CrossEntropyLoss in its forward, a bias) and T5 (hidden
+states scaled before the head).
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def test_own_loss_of_logits(name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_generation_and_evaluation_beside_training(name):
-    """Both between two trainings, of equal models: the same tokens, and logits that are a Tensor."""
+    """Both between two trainings, of equal models: the same tokens; logits are a Tensor."""
     results = []
     for fused in (False, True):
         model = build(name, fused=fused)

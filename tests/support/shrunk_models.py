@@ -55,7 +55,8 @@ NAMED: list[tuple[str, Any]] = [
     (r".*(num_.*attention_heads|attention_heads|num_heads|n_heads?|num_query_groups)|resampler_heads"
      r"|linear_num_(key|value)_heads", "heads"),
     (r"(qk_nope|v|swa_v|linear_.*|.*index|o)_head_dim|.*head_dim|d_kv|dim_head|d_head|kv_channels"
-     r"|(attention_)?head_size|resampler_dim_head|attention_head_dim|mamba_d_head|mamba_headdim", HEAD),
+     r"|(attention_)?head_size|resampler_dim_head|attention_head_dim|mamba_d_head|mamba_headdim",
+     HEAD),
     (r".*lora_rank|.*_rank|lowrank|adapter_rank|rotary_dim|hc_lowrank", at_most(16)),
     # Layers
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_.*mtp.*layers|t2u_.*layers", 0),
@@ -63,7 +64,8 @@ NAMED: list[tuple[str, Any]] = [
      r"|.*_depth|layers|decoder_num_layers|num_self_attends_per_block", "layers"),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", at_most(1)),
     (r"moe_layer_end_index", 1),
-    (r"attn_layer_(period|offset)|expert_layer_(period|offset)|.*_interval|.*_sparse_step", at_most(2)),
+    (r"attn_layer_(period|offset)|expert_layer_(period|offset)|.*_interval|.*_sparse_step",
+     at_most(2)),
     # Experts
     (r"n_group|topk_group|num_expert_group|n_shared_experts|.*num_shared_experts", at_most(1)),
     (r".*experts_per_tok(en)?|moe_top_?k|top_k.*|moe_k", at_most(2)),
@@ -191,7 +193,7 @@ class _Shrinker:
             if name != "per_layer_config"
         }
         if kept:
-            for name, value in small.items():
+            for name in small:
                 if name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
                     small[name] = len(kept)
         _fit_rotary_sections(small)
@@ -263,7 +265,7 @@ def _kept_layers(fields: dict[str, Any], count: int) -> list[int]:
 
 def _fit_rotary_sections(fields: dict[str, Any]) -> None:
     """Sections of the rotary frequencies: as many as half of a head is wide."""
-    for name, rope in fields.items():
+    for rope in fields.values():
         if isinstance(rope, dict) and isinstance(rope.get("mrope_section"), list):
             part = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor")) or 1.0
             half, old = int(HEAD * part) // 2, rope["mrope_section"]
