@@ -141,7 +141,7 @@ def table(results: list[Result], seconds: float) -> str:
 HEADING = """# Which models of transformers
 
 `neglog.integrations.transformers.fuse(model)` beside the same model unfused: transformers
-{version}, torch {torch}, CPU, float32. Each class has its default configuration, shrunk by rules, and
+{version}, torch {torch}, CPU, float32. Each class has its default configuration, shrunk, and
 random weights. Loss and all gradients agree where the largest difference is at most
 {tolerance:.0e} of the largest gradient. Image-text models get text, and images where they demand
 them. The page is made by
