@@ -280,7 +280,6 @@ IN_PLACE: dict[str, Case] = {
             "normal_",
             "uniform_",
             "share_memory_",
-            "resize_",
         ]
     },
     "add_": lambda x, s: (x.add_(1), x),

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import neglog
 from neglog.integrations.deferred.recipe import Recipe
 
-CHUNK_MB = 64  # of logits at a time, as the tiles of linear_cross_entropy
+CHUNK_BYTES = 64 * 2**20  # of logits at a time, as the tiles of linear_cross_entropy
 
 
 def cross_entropy_by_chunks(
@@ -36,7 +36,7 @@ def cross_entropy_by_chunks(
         )  # fmt: skip
 
     labels = target.reshape(-1)
-    size = max(1, CHUNK_MB * 2**20 // (4 * recipe.classes))
+    size = max(1, CHUNK_BYTES // (4 * recipe.classes))
     parts = [
         checkpoint(losses, *(x[i : i + size] for x in (labels, *hiddens)), use_reentrant=False)
         for i in range(0, max(1, len(labels)), size)

@@ -53,6 +53,8 @@ def recipe_of(logits: Any) -> Recipe | None:
 
 def _severed(logits: Any) -> bool:
     """Whether the graph of the logits does not lead to what the recipe leads to."""
+    if logits.requires_grad and logits.is_leaf:  # made one: the gradient is to end there
+        return True
     if logits._state.cut and not _of_ddp(logits):
         return True
     return any(_severed(parent) for parent in logits._state.parents)

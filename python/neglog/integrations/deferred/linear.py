@@ -142,8 +142,6 @@ def _why_plain(input: Any, weight: Any, bias: Any, min_bytes: int) -> str:
         return "traced or transformed"
     if torch_state.differentiating_forward():
         return "forward-mode differentiation"
-    if not any(part.requires_grad for part in parts):
-        return "nothing requires a gradient"
     if any(part.is_inference() for part in parts):
         return "tensors of inference mode"
     device, autocast = input.device, torch_state.under_autocast(input)
