@@ -246,10 +246,17 @@ def test_logits_read_before_a_step_stay():
     assert torch.equal(logits.detach(), before)
 
 
-@pytest.mark.parametrize("method", ["t_", "squeeze_", "unsqueeze_", "transpose_", "swapaxes_"])
+@pytest.mark.parametrize(
+    "method", ["t_", "squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "resize_"]
+)
 def test_shape_changed_in_place_raises(method):
-    logits = defer(linear())(inputs()[0][0])
-    arguments = {"unsqueeze_": (0,), "transpose_": (0, 1), "swapaxes_": (0, 1)}.get(method, ())
+    logits = defer(linear())(inputs()[0][0].detach()).detach()
+    arguments = {
+        "unsqueeze_": (0,),
+        "transpose_": (0, 1),
+        "swapaxes_": (0, 1),
+        "resize_": (1,),
+    }.get(method, ())
     with pytest.raises(RuntimeError, match=r"logits: .* changes their shape in place"):
         getattr(logits, method)(*arguments)
 

@@ -339,7 +339,6 @@ IN_PLACE: dict[str, Case] = {
     "on detached view": lambda x, s: (x.view(-1).detach()[0].zero_(), x),
     "on data": through_data,
     "through numpy": through_numpy,
-    "resize_": lambda x, s: x.resize_(1, VOCAB),
     "requires_grad_(False)": lambda x, s: x.requires_grad_(False),
     "requires_grad = False": lambda x, s: set_requires_grad(x, False),
     "requires_grad = True": lambda x, s: set_requires_grad(x, True),
