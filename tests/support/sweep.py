@@ -72,7 +72,7 @@ def result_of(case: Case) -> Result:
         return Result(case, NOT_BUILT, None, f"its own backward fails: {error}")
     try:
         fused_models.fuse(model)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         return Result(case, REFUSED, None, str(error))
     fused = fused_models.step(model, given)
     error = fused_models.difference(plain, fused)
