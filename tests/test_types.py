@@ -37,6 +37,7 @@ reveal_type(neglog.info_nce(x, x, None, 0.2, "sum", return_stats=True))  # shows
 neglog.info_nce(x, x, positives=mask[:, None] & mask, symmetric=True)
 neglog.info_nce(x, x, positives=(target, target), return_stats=True)
 neglog.info_nce(x, x, positives=[1, 2])  # error call-overload
+reveal_type(neglog.similarity_logsumexp(x, x, 0.2, excluded=target))  # shows Tensor
 
 # Losses with one result
 reveal_type(neglog.clip_loss(x, x, 10.0, options={"workspace_mb": 1}))  # shows Tensor
@@ -156,7 +157,7 @@ def test_the_program_uses_every_public_name():
 NAMES = {
     neglog: """LossStats Route __version__ cached_step clip_loss cross_entropy dcl dispatch explain
         info_nce kernels linear_cross_entropy masked_cross_entropy nn nt_xent options patch_torch
-        reference siglip_loss sup_con""",
+        reference siglip_loss similarity_logsumexp sup_con""",
     nn: """CLIPLoss CrossEntropyLoss DCLLoss InfoNCELoss LinearCrossEntropyLoss
         MaskedCrossEntropyLoss NTXentLoss Queue SigLIPLoss SupConLoss""",
     kernels: """BACKENDS Build ISA_LEVELS NLL Pairs available isa_builds isa_level load nll_backward

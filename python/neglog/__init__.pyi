@@ -12,6 +12,7 @@ from neglog.losses.info_nce import info_nce as info_nce
 from neglog.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from neglog.losses.nt_xent import dcl as dcl
 from neglog.losses.nt_xent import nt_xent as nt_xent
+from neglog.losses.similarity import similarity_logsumexp as similarity_logsumexp
 from neglog.losses.sup_con import sup_con as sup_con
 from neglog.patch import patch_torch as patch_torch
 from neglog.route import Route as Route
