@@ -14,7 +14,7 @@ import torch
 
 from neglog.bench import files, terminal
 
-from . import QUICK_STEPS, TASKS
+from . import QUICK_STEPS, TASKS, trainer
 from .plot import draw
 from .task import Task
 from .train import Run, Watch, facts, largest_difference, seconds_in, train
@@ -112,11 +112,14 @@ def run(options: argparse.Namespace) -> None:
     for module in ("rich", "matplotlib", "psutil", "cpuinfo"):
         terminal.need(module, "demo", "demo")
     screen = terminal.console()
+    assert path is not None
+    if options.task == "trainer":
+        trainer.show(options, screen, path)
+        return
     task = importlib.import_module(f"{__package__}.{options.task}").load(options.quick)
     screen.print(f"[bold]{options.task}[/]: {TASKS[options.task]}")
     screen.print(f"{task.describe()}; {torch.get_num_threads()} threads.")
     runs = _train_both(screen, task, options)
     _conclude(screen, task, runs, options.seed)
-    assert path is not None
     files.write_figure(path, draw(task, runs))
     screen.print(f"[dim]wrote {path}[/]")

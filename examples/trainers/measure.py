@@ -67,7 +67,7 @@ def compare(training: Training, steps: int, quick_steps: int = 3) -> None:
     steps = quick_steps if options.quick else options.steps
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # tables, not advice
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
-    plain, fused = (_in_a_process(training, ours, steps) for ours in (False, True))
+    plain, fused = (in_a_process(training, ours, steps) for ours in (False, True))
     rows = [_row(name, found) for name, found in (("without", plain), ("with", fused))]
     columns = ("neglog", "first loss", "last loss", "ms a step", "peak memory")
     screen = terminal.console()
@@ -85,7 +85,7 @@ def _row(name: str, found: Result) -> tuple[str, ...]:
     return name, f"{first:.4f}", f"{last:.4f}", milliseconds, terminal.megabytes(found.peak)
 
 
-def _in_a_process(training: Training, ours: bool, steps: int) -> Result:
+def in_a_process(training: Training, ours: bool, steps: int) -> Result:
     """Its peak of memory is its own, and nothing is left over from the other."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

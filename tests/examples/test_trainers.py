@@ -1,16 +1,19 @@
 """examples/trainers: what they print and when they fail. .ci/run runs each of them."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from neglog.bench import files
 from neglog.examples import trainers
 from neglog.examples.trainers import clip_loop, measure, text
+from tests.support.commands import neglog
 
 FOLDER = Path(trainers.__file__).parent
-SCRIPTS = [path for path in FOLDER.glob("*.py") if "compare(train" in path.read_text()]
+SCRIPTS = [path for path in FOLDER.glob("*.py") if "compare(train," in path.read_text()]
 
 
 def alike(ours, clock, steps):
@@ -46,7 +49,7 @@ def test_a_difference_or_a_failure_ends_with_an_error(training, said, monkeypatc
 
 
 def test_losses_must_be_told(monkeypatch):
-    monkeypatch.setattr(measure, "_in_a_process", lambda *given: measure.Result([], 1.0, None))
+    monkeypatch.setattr(measure, "in_a_process", lambda *given: measure.Result([], 1.0, None))
     monkeypatch.setattr(sys, "argv", ["name", "--quick"])
     with pytest.raises((SystemExit, ValueError)):
         measure.compare(alike, steps=3)
@@ -68,7 +71,7 @@ def test_text_is_ids_below_the_vocabulary():
     rows = text.rows(64)
     assert {len(row["input_ids"]) for row in rows} == {64}
     assert text.tokens().max() < text.VOCAB
-    assert text.tokens().unique().numel() > 10000
+    assert text.tokens().unique().numel() > 5000
 
 
 def test_pictures_show_what_their_captions_say():
@@ -76,3 +79,16 @@ def test_pictures_show_what_their_captions_say():
     bands = images.mean(3).view(len(images), 8, -1).mean(2)
     words = captions % clip_loop.WORDS / clip_loop.WORDS
     assert torch.corrcoef(torch.stack([bands.flatten(), words.flatten()]))[0, 1] > 0.95
+
+
+def test_demo_of_a_trainer(tmp_path):
+    done = neglog(
+        code="import sys; from neglog.cli import main; sys.exit(main(%r))"
+        % ["demo", "--task", "trainer", "--steps", "2"],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("times as fast a step") == 2
+    differences = re.findall(r"at the same step: (\S+)\.", done.stdout)
+    assert [float(found) < 1e-4 for found in differences] == [True, True]
+    assert files.made_by_us(tmp_path / "demo.png")
