@@ -1,9 +1,9 @@
 """The losses at work: a small model trained on real text, once by torch's loss, once by neglog's.
 
 task: what tasks have in common. clm, mlm, simcse, clip: one task each. text, topics, sentences: the
-data. gpt, bert, minilm, towers: the models. classify: fine-tuning. large: a batch beyond memory.
-train: two runs. run: the command. plot: the picture. trainer: another's. Imports within this
-folder are relative, as in neglog.bench.
+data. gpt, bert, minilm, towers: the models. large: a batch beyond memory. train: two runs. run:
+the command. plot: the picture. trainer: another's. pretrain, docstrings: what pretraining gives.
+Imports within this folder are relative, as in neglog.bench.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from neglog.bench.run import positive
 # Each objective that can be shown; the module of that name has `load`, which gives its Task.
 TASKS = {
     "clm": "causal language model: the next token, maximum likelihood",
-    "mlm": "masked language model: BERT's hidden tokens, then a classifier made of its encoder",
+    "mlm": "masked language model: BERT's hidden tokens",
     "simcse": "sentence embeddings: MiniLM finds a sentence again behind dropout, among all others",
     "clip": "two towers: the words before, and those after, find each other in a batch of 2048",
 }
-# One that is no objective: another's trainer. The module of its name has `show`.
-TRAINER = "transformers' Trainer on a small GPT-2 and BERT, with fuse(model) and without"
+# What is no comparison of two losses; the module of the name has `show`.
+SHOWS = {
+    "trainer": "transformers' Trainer on a small GPT-2 and BERT, with fuse(model) and without",
+    "pretrain": "a GPT that read docstrings learns from a few pages, beside one that did not",
+}
 QUICK_STEPS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `demo`."""
-    shown = {**TASKS, "trainer": TRAINER}
+    shown = {**TASKS, **SHOWS}
     tasks = "; ".join(f"{name}: {what}" for name, what in shown.items())
     parser.add_argument("--task", choices=tuple(shown), default="clm", help=tasks)
     parser.add_argument("--steps", type=positive, metavar="N",

@@ -1,4 +1,4 @@
-"""A BERT small enough to learn within a minute: an encoder, and two heads to put on it."""
+"""A BERT small enough to learn within a minute: an encoder, and the head to pretrain it."""
 
 from __future__ import annotations
 
@@ -39,16 +39,3 @@ class MaskedLM(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (batch, time) -> what the head multiplies, (batch, time, width)."""
         return self.transform(self.encoder(ids).last_hidden_state)
-
-
-class Classifier(nn.Module):
-    """The mean of the encoder's states, and a linear head."""
-
-    def __init__(self, encoder: BertModel, classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(WIDTH, classes)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (batch, time) -> logits (batch, classes)."""
-        return self.head(self.encoder(ids).last_hidden_state.mean(1))

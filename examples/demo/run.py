@@ -14,7 +14,7 @@ import torch
 
 from neglog.bench import files, terminal
 
-from . import QUICK_STEPS, TASKS, trainer
+from . import QUICK_STEPS, SHOWS, TASKS
 from .plot import draw
 from .task import Task
 from .train import Run, Watch, facts, largest_difference, seconds_in, train
@@ -113,8 +113,8 @@ def run(options: argparse.Namespace) -> None:
         terminal.need(module, "demo", "demo")
     screen = terminal.console()
     assert path is not None
-    if options.task == "trainer":
-        trainer.show(options, screen, path)
+    if options.task in SHOWS:
+        importlib.import_module(f"{__package__}.{options.task}").show(options, screen, path)
         return
     task = importlib.import_module(f"{__package__}.{options.task}").load(options.quick)
     screen.print(f"[bold]{options.task}[/]: {TASKS[options.task]}")

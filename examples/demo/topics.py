@@ -14,7 +14,7 @@ from neglog.bench.terminal import need
 from .text import topics
 
 PURPOSE, EXTRA = "demo --task mlm", "text"
-# Of each topic, its end: a classifier is asked about text that it has not read.
+# Of each topic, its end.
 HELD_OUT = 0.2
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neglog.bench import files, terminal
-from neglog.bench.figure import MUTED, NEGLOG, TORCH, bars, label_bars, new_figure
+from neglog.bench.figure import NEGLOG, TORCH, bars, label_bars, new_figure
 from neglog.bench.machine import processor
 
 from . import QUICK_STEPS
@@ -96,7 +96,7 @@ def _draw(found: dict[str, tuple[Result, Result]], steps: int) -> Any:
         _bars(figure.add_subplot(grid[row, 1]), "A step", seconds, "ms")
         peaks = [(result.peak or 0) / 1e6 for result in results]
         if all(peaks):
-            _bars(figure.add_subplot(grid[row, 2]), "Peak memory beyond the model", peaks, "MB")
+            _bars(figure.add_subplot(grid[row, 2]), "Peak memory", peaks, "MB")
     return figure
 
 
@@ -104,9 +104,9 @@ def _curves(axes: Any, name: str, results: tuple[Result, Result]) -> None:
     looks = ({"color": TORCH, "linewidth": 5, "alpha": 0.55}, {"color": NEGLOG, "linewidth": 1.3})
     for label, result, look in zip(NAMES, results, looks, strict=True):
         axes.plot(range(1, len(result.losses) + 1), result.losses, label=label, **look)
-    axes.set_title(f"{name}: curves differ by at most {_difference(*results):.0e}")
+    axes.set_title(name)
+    axes.set_xlabel(f"step; the curves differ by at most {_difference(*results):.0e}")
     axes.legend(loc="upper right")
-    axes.set_xlabel("step", color=MUTED)
     axes.grid(axis="y")
 
 

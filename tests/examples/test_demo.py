@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 import neglog as library
 from neglog.bench import files
 from neglog.cli import main
-from neglog.examples.demo import TASKS, bert, mlm, topics
+from neglog.examples.demo import SHOWS, TASKS, bert, docstrings, mlm, pretrain, topics
 from neglog.examples.demo.text import Tokenizer, load, windows
+from neglog.examples.demo.text import topics as library_topics
 from neglog.examples.demo.train import loss_and_gradient
 from tests.support.commands import neglog
 
@@ -32,7 +33,7 @@ def masked() -> mlm.MaskedLanguageModel:
     return mlm.load(quick=True)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, *SHOWS])
 def test_no_file_of_the_user_is_overwritten(task, tmp_path, capsys):
     mine = tmp_path / "mine.png"
     mine.write_text("a picture of my cat")
@@ -156,3 +157,36 @@ def test_held_out_text_is_not_trained_on():
     held_out = data.tokenizer.decode(data.held_out.tolist())
     assert held_out not in data.tokenizer.decode(data.train.tolist())
     assert len(data.held_out) > 10_000
+
+
+def test_pretraining_is_compared_and_drawn_and_fetches_nothing(tmp_path):
+    command = ["demo", "--task", "pretrain", "--steps", "3", "--quick"]
+    done = neglog(code=OFFLINE % command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(
+        r"^(pretrained|from random weights) .* ([\d.]+(?:, [\d.]+)+)$", done.stdout, re.M
+    )
+    assert [name for name, _ in rows] == ["pretrained", "from random weights"]
+    assert all(len(seeds.split(", ")) == pretrain.QUICK.seeds for _, seeds in rows)
+    assert files.made_by_us(tmp_path / "demo.png")
+
+
+def test_no_page_is_trained_and_tested_on():
+    """Of all seeds; and the docstrings are another book."""
+    tokenizer = Tokenizer(" ".join(library_topics().values()))
+    pages = pretrain.cut(tokenizer, pretrain.WHOLE)
+    parts = [*pages.train, pages.validation, pages.test]
+    assert [len(part) for part in parts] == [pretrain.PAGES] * 3 + [
+        pretrain.VALIDATION, pretrain.TEST,
+    ]  # fmt: skip
+    texts = [tokenizer.decode(part.tolist()) for part in parts]
+    for number, text in enumerate(texts):
+        others = texts[:number] + texts[number + 1 :]
+        assert not any(text[:300] in other for other in others)
+    page = max(library_topics().values(), key=len)
+    assert page[:200] not in docstrings.read(quick=True)
+
+
+def test_validation_chooses_the_step():
+    tried = pretrain.Try([9.0, 5.0, 6.0], [8.0, 4.0, 3.0])
+    assert tried.test[tried.best()] == 4.0
