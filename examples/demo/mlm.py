@@ -151,8 +151,8 @@ class MaskedLanguageModel(Task):
         named, frequent, asked = self._guesses(model)
         say(
             f"Of {asked:,} hidden pieces of held-out text its first guess names "
-            f"{named / asked:.1%}; always the most frequent piece: {frequent / asked:.1%}. What pretraining is "
-            "good for shows: neglog demo --task pretrain"
+            f"{named / asked:.1%}; always the most frequent piece: {frequent / asked:.1%}. "
+            "What pretraining is good for shows: neglog demo --task pretrain"
         )
 
     @torch.no_grad()
