@@ -71,7 +71,7 @@ def pip(arguments: list[str]) -> str | None:
         return "expected pip install"
     text = (ROOT / "pyproject.toml").read_text()
     section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    known = re.findall(r"^(\w+) = ", section, re.MULTILINE)
+    known = re.findall(r"^([\w-]+) = ", section, re.MULTILINE)
     extras = [re.findall(r"\[(.*)\]", argument) for argument in arguments]
     asked = [extra for found in extras for extra in ",".join(found).split(",") if extra]
     missing = [extra for extra in asked if extra not in known]
