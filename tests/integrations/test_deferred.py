@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -362,3 +364,18 @@ def test_peak_memory():
     hidden, target = numbers(rows_, width).requires_grad_(), torch.arange(rows_)
     step = lambda: F.cross_entropy(head(hidden).float(), target).backward()  # noqa: E731
     assert largest_allocation(step) < rows_ * vocab * 4 / 4
+
+
+def test_nothing_is_kept_alive():
+    """Logits without a name die at once, not when the garbage collector runs: with them what their
+    recipe holds."""
+    head, (hidden, labels) = defer(linear()), inputs()
+    gc.disable()
+    try:
+        logits = head(hidden)
+        F.cross_entropy(rows(logits), each(labels)).backward()
+        died = weakref.ref(logits)
+        del logits
+        assert died() is None
+    finally:
+        gc.enable()

@@ -23,6 +23,7 @@ from neglog.integrations import sentence_transformers as ours
 from tests.support import ranks
 from tests.support.allocations import largest_allocation
 from tests.support.backends import BEST
+from tests.support.processes import python
 
 FEATURES = 16
 Q2D, SYMMETRIC = ("query_to_doc",), ("query_to_doc", "doc_to_query")
@@ -293,3 +294,13 @@ def said(tmp_path_factory):
 @pytest.mark.parametrize("name", CHECKS)
 def test_over_two_processes(name, said):
     assert said[name] == ["", ""]
+
+
+def test_what_to_install():
+    run = python("""
+import sys
+sys.modules["sentence_transformers"] = None  # as where it is not installed
+import neglog.integrations.sentence_transformers
+""")
+    assert run.returncode
+    assert "pip install 'neglog[sentence-transformers]'" in run.stderr
