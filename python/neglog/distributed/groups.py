@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -71,30 +72,41 @@ def group_named(name: str) -> Any:
 
 
 def meet(call: str, group: Any, x: Tensor, rows: int, **terms: Any) -> Ranks:
-    """The processes that make this call, of which each has `rows` rows.
+    """The processes that make this call, of which each has `rows` rows. As `meet_with`."""
+    return meet_with(call, group, x, [rows], **terms)[0]
 
-    call: the function's name. x: a tensor of the call, whose dtype and device all must have. terms:
-    what else must be alike, by the argument's name: None, a bool, an int, a float, a string of up
+
+def meet_with(
+    call: str, group: Any, x: Tensor, counts: Sequence[int], **terms: Any
+) -> list[Ranks]:  # fmt: skip
+    """The processes that make this call, for each of several kinds of rows that each has some of.
+
+    call: the function's name. x: a tensor of the call, whose dtype and device all must have.
+    counts: how many rows of each kind; they need not be alike. terms: what else must be alike, by the argument's name: None, a bool, an int, a float, a string of up
     to 8 letters, a dtype; of a Tensor, that it is one.
 
     Raises RuntimeError, in each process, that names what is not alike and what each has.
     """
     if torch_state.compiling():
         world = distributed.get_world_size(group)
-        return Ranks(group, distributed.get_rank(group), (rows,) * world)
-    terms = {"function": call, "dtype": x.dtype, "device": x.device.type} | terms
-    mine = [zlib.crc32(call.encode()), rows, *(_code(name, term) for name, term in terms.items())]
+        return [Ranks(group, distributed.get_rank(group), (rows,) * world) for rows in counts]
+    terms = {"dtype": x.dtype, "device": x.device.type} | terms
+    mine = [zlib.crc32(call.encode()), *(_code(term) for term in terms.values()), *counts]
     found = _all_say(mine, group, x)
-    for place, (name, term) in enumerate(terms.items(), start=2):
+    others = [rank for rank, one in enumerate(found) if one[0] != mine[0]]
+    if others:
+        raise RuntimeError(
+            f"group: expected one function in all processes, got {call} here and another on ranks "
+            f"{others}"
+        )
+    for place, (name, term) in enumerate(terms.items(), start=1):
         said = [one[place] for one in found]
-        if name == "function":
-            said = [one[0] for one in found]
         if len(set(said)) > 1:
             each = ", ".join(_shown(code, term) for code in said)
-            if name == "function":
-                each = f"{call} in {said.count(mine[0])} of {len(said)}"
-            raise RuntimeError(f"group: expected one {name} in all processes, got {each} (by rank)")
-    return Ranks(group, distributed.get_rank(group), tuple(one[1] for one in found))
+            raise RuntimeError(f"group: expected one {name} in all processes, got {each}, by rank")
+    rank = distributed.get_rank(group)
+    columns = list(zip(*found, strict=True))[1 + len(terms) :]
+    return [Ranks(group, rank, rows) for rows in columns[: len(counts)]]
 
 
 def _all_say(mine: list[int], group: Any, x: Tensor) -> list[list[int]]:
@@ -103,12 +115,12 @@ def _all_say(mine: list[int], group: Any, x: Tensor) -> list[list[int]]:
     backends = distributed.get_backend_config(group)
     device = "cpu" if "cpu:" in backends else x.device
     sent = torch.tensor(mine + [0] * (LENGTH - len(mine)), dtype=torch.int64, device=device)
-    received = sent.new_empty(distributed.get_world_size(group), LENGTH)
+    received = sent.new_empty(distributed.get_world_size(group) * LENGTH)
     distributed.all_gather_into_tensor(received, sent, group)
-    return received.tolist()
+    return received.view(-1, LENGTH).tolist()
 
 
-def _code(name: str, term: Any) -> int:
+def _code(term: Any) -> int:
     """A number that is another's where the term is."""
     if term is None:
         return _NONE

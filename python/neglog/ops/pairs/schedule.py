@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neglog.ops.dtypes import real_dtype
 from neglog.ops.memory import contiguous, new_gradient, new_memory, new_rows
 from neglog.ops.pairs import formula, schema
 from neglog.ops.pairs.cpu import CpuTiles
@@ -112,7 +113,7 @@ def _results(pairs: Pairs, rows: States, columns: States, score: Tensor) -> tupl
 # Backward
 
 
-def _sum(*parts: Tensor | None) -> Tensor | None:
+def total_of(*parts: Tensor | None) -> Tensor | None:
     total = None
     for part in parts:
         if part is not None:
@@ -120,7 +121,7 @@ def _sum(*parts: Tensor | None) -> Tensor | None:
     return total
 
 
-def _largest(grads: Sequence[Tensor | None]) -> Tensor | float:
+def largest_of(grads: Sequence[Tensor | None]) -> Tensor | float:
     """The largest finite number among the largest of each; 1 if there is none but 0."""
     largest = [g.abs().amax() for g in grads if g is not None and g.numel()]
     if not largest:
@@ -136,10 +137,10 @@ def _upstream(pairs: Pairs, a: Any) -> Upstream:
     grads = [None if g is None or not g.numel() else contiguous(g, name) for name, g in given]
     size: float | Tensor = 1.0
     if pairs.query.itemsize == 2:  # products of small gradients and small probabilities vanish
-        size = _largest(grads)
+        size = largest_of(grads)
         grads = [None if g is None else g / size for g in grads]
     row_loss, column_loss, through_rows, through_columns, score = grads
-    by_row = _sum(through_rows, row_loss)
+    by_row = total_of(through_rows, row_loss)
     by_row = torch.zeros_like(a.row_lse) if by_row is None else by_row
     row = Marginal(a.row_lse, a.row_low, by_row, row_loss)
     if pairs.symmetric:
@@ -161,20 +162,27 @@ def _upstream(pairs: Pairs, a: Any) -> Upstream:
 
 
 class Sums:
-    """Over the tiles: gradient times key, by row, and gradient times query, by column."""
+    """Over the tiles: gradient times key, by row, and gradient times query, by column.
 
-    def __init__(self, pairs: Pairs, by_row: bool, by_column: bool) -> None:
+    onto: what the sums by row are added to, (N, D); without it they begin at 0.
+    """
+
+    def __init__(
+        self, pairs: Pairs, by_row: bool, by_column: bool, onto: Tensor | None = None
+    ) -> None:
         self.pairs = pairs
-        self.by_row = new_gradient(pairs.query.shape if by_row else (0,), pairs.query, pairs.real)
-        self.by_column = new_gradient(pairs.key.shape if by_column else (0,), pairs.key, pairs.real)
+        self.by_row = onto if onto is not None and by_row else _new_sum(pairs.query, by_row)
+        self.by_column = _new_sum(pairs.key, by_column)
         self._scaled = pairs.scale.dim() == 1  # a scale of its own: the sum must hold it
         self._has_rows = by_row
+        self._continues = onto is not None
         if pairs.symmetric or not pairs.query.numel() or not pairs.key.numel():
-            self.by_row.zero_()
             self.by_column.zero_()
+            if not self._continues:
+                self.by_row.zero_()
 
     def add(self, gradient: Tensor, rows: slice, columns: slice) -> None:
-        pairs, first = self.pairs, not self.pairs.symmetric
+        pairs, first = self.pairs, not (self.pairs.symmetric or self._continues)
         if self.by_row.numel():
             part = self.by_row[rows]
             key = pairs.key[columns]
@@ -205,14 +213,18 @@ class Sums:
         """sum_j dscore_ij <query_i, key_j> is <query_i, sum_j dscore_ij key_j>: no tile needed."""
         pairs = self.pairs
         if not self._has_rows:
-            return _dot_rows(pairs.key, self.by_column).sum()
-        by_row = _dot_rows(pairs.query, self.by_row)
+            return dot_rows(pairs.key, self.by_column).sum()
+        by_row = dot_rows(pairs.query, self.by_row)
         if self._scaled:
             return by_row
         return by_row.sum() / 2 if pairs.symmetric else by_row.sum()
 
 
-def _dot_rows(x: Tensor, y: Tensor) -> Tensor:
+def _new_sum(x: Tensor, wanted: bool) -> Tensor:
+    return new_gradient(x.shape if wanted else (0,), x, real_dtype(x.dtype))
+
+
+def dot_rows(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_i>, with x widened some rows at a time."""
     if x.shape[0] <= DOT_ROWS:
         return (x * y).sum(1)
