@@ -82,8 +82,9 @@ def meet_with(
     """The processes that make this call, for each of several kinds of rows that each has some of.
 
     call: the function's name. x: a tensor of the call, whose dtype and device all must have.
-    counts: how many rows of each kind; they need not be alike. terms: what else must be alike, by the argument's name: None, a bool, an int, a float, a string of up
-    to 8 letters, a dtype; of a Tensor, that it is one.
+    counts: how many rows of each kind; they need not be alike. terms: what else must be alike, by
+    the argument's name: None, a bool, an int, a float, a string of up to 8 letters, a dtype; of a
+    Tensor, that it is one.
 
     Raises RuntimeError, in each process, that names what is not alike and what each has.
     """

@@ -23,15 +23,14 @@ own queries and keys, and of `scale` the part that its own queries have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from neglog.distributed import exchange
-from neglog.distributed.exchange import gather_rows, pieces, ranks_of, rotate, to_owners
-from neglog.distributed.groups import Ranks
+from neglog.distributed.blocks import FLAGS, LEARNED, OTHERS, PAIRS, Blocks
+from neglog.distributed.exchange import gather_rows, ranks_of
 from neglog.ops.define import Op, save, saved, second_derivative
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.memory import contiguous
@@ -48,11 +47,6 @@ from neglog.ops.pairs.schedule import (
 from neglog.ops.pairs.schema import UPSTREAM, Marginal, Pairs, Upstream
 from neglog.ops.pairs.states import States
 
-PAIRS = (
-    "Tensor query, Tensor key, Tensor scale, Tensor? bias, Tensor? positive, Tensor? excluded, "
-    "Tensor? query_group, Tensor? key_group, bool columns, int workspace, ScalarType tile_dtype, "
-    "str backend, SymInt[] rows, str exchange, str group"
-)
 forward = Op(
     f"group_pairs({PAIRS}) -> (Tensor row_loss, Tensor column_loss, Tensor row_lse, "
     "Tensor column_lse, Tensor positive_score, Tensor row_low, Tensor column_low, Tensor keys)"
@@ -63,65 +57,7 @@ backward = Op(
     "Tensor column_lse, Tensor row_low, Tensor column_low, Tensor keys, int[3] wanted) -> "
     "(Tensor query, Tensor key, Tensor scale)"
 )
-LEARNED = ("query", "key", "scale")
-OTHERS = ("bias", "positive", "excluded", "query_group", "key_group")
-FLAGS = ("columns", "workspace", "tile_dtype", "backend", "rows", "exchange", "group")
 STATE = ("row_lse", "column_lse", "row_low", "column_low", "keys")
-Visit = Callable[[slice, Tensor], Any]
-Merge = Callable[[Tensor, Tensor], Tensor]
-
-
-class Blocks:
-    """The keys of all processes, a block at a time: which columns of all they are, and their
-    numbers."""
-
-    def __init__(self, op: str, a: Any) -> None:
-        self.op = op
-        self.ranks: Ranks = ranks_of(a)
-        given = (getattr(a, name) for name in (*LEARNED, *OTHERS))
-        tiles = (a.workspace, a.tile_dtype, a.backend)
-        self.pairs = Pairs(*given, a.columns, False, *tiles).ready()
-        self.kind = TILES[self.pairs.query.device.type]
-        self.gathers = a.exchange == "gather"
-
-    def visit(self, keys: Tensor | None, visit: Visit, merge: Merge | None) -> Tensor | None:
-        """visit(columns, keys) of each block. What it gives, by column, comes to the columns' own
-        process, merged. keys: those of all, where they are here already."""
-        if not self.gathers:
-            return self._round(visit, merge)
-        if keys is None:
-            keys = exchange.all_rows(self.pairs.key, self.ranks)
-        found = visit(slice(0, self.ranks.total), keys)
-        return None if merge is None else to_owners(found, self.ranks, merge)
-
-    def _round(self, visit: Visit, merge: Merge | None) -> Tensor | None:
-        ranks, key, starts = self.ranks, self.pairs.key, self.ranks.starts
-        home = []
-        row_bytes = key.shape[1] * self.pairs.real.itemsize
-        for of_ranks in pieces(ranks, row_bytes):
-
-            def at(owner: int, block: Tensor, of_ranks: list[slice] = of_ranks) -> Any:
-                own = of_ranks[owner]
-                return visit(slice(starts[owner] + own.start, starts[owner] + own.stop), block)
-
-            own = key[of_ranks[ranks.rank]]
-            home.append(rotate(own, of_ranks, ranks, at, merge))
-        return None if merge is None else torch.cat([x for x in home if x is not None])
-
-    def part(self, columns: slice, keys: Tensor) -> Pairs:
-        """This process's queries with the keys of these columns."""
-        pairs, start = self.pairs, columns.start
-
-        def moved(x: Tensor | None) -> Tensor | None:
-            return x if x is None or start == 0 else x - start
-
-        def of_columns(x: Tensor | None) -> Tensor | None:
-            return x[columns] if x is not None and x.dim() else x
-
-        return pairs._replace(
-            key=keys, bias=of_columns(pairs.bias), positive=moved(pairs.positive),
-            excluded=moved(pairs.excluded), key_group=of_columns(pairs.key_group),
-        )  # fmt: skip
 
 
 # Forward

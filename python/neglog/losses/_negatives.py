@@ -19,7 +19,9 @@ from neglog.checks_of_pairs import (
     check_shape,
     extremes,
 )
+from neglog.distributed.exchange import gather_rows
 from neglog.losses._positives import check_positives, numbered
+from neglog.losses._together import Together, of_all
 from neglog.losses._types import NegativeMode
 
 NEGATIVE_MODES = get_args(NegativeMode)
@@ -59,19 +61,26 @@ class Negatives(NamedTuple):
         value = number_on(self.weight, scale.dtype, scale.device)
         return torch.cat([scale.new_zeros(plain), value.expand(self.keys.shape[0])])
 
-    def groups(self) -> tuple[Tensor | None, Tensor | None]:
+    def groups(self, together: Together | None) -> tuple[Tensor | None, Tensor | None]:
         """Of the queries, and of what they are compared with: equal where no negative is."""
         if self.exclude is None:
             return None, None
+        columns = None if together is None else together.columns
         own = self.exclude.long()
         if self.keys is None:
-            return own, own
+            return own, of_all(own, columns)
         if self.ids is not None:
             ids = self.ids.long()
-            return own, ids if self.mode == "unpaired" else torch.cat([own, ids])
+            block = ids if self.mode == "unpaired" else torch.cat([own, ids])
+            return own, of_all(block, columns)
         # These keys belong to nobody. Any integer may be an id, and so none could stand for that.
-        own = numbered(own)
-        return own, torch.cat([own, own.new_full((self.keys.shape[0],), -1)])
+        if together is None:
+            own = numbered(own)
+        else:
+            own = numbered(gather_rows(own, together.queries.rows, together.queries.name))
+            own = own[together.queries.own]
+        block = torch.cat([own, own.new_full((self.keys.shape[0],), -1)])
+        return own, of_all(block, columns)
 
 
 # Checks
@@ -79,8 +88,9 @@ class Negatives(NamedTuple):
 
 def check_negatives(
     given: Negatives, query: Tensor, positive_key: Tensor, positives: Any, symmetric: Any,
-    reduction: str, label_smoothing: float,
+    reduction: str, label_smoothing: float, exchange: str | None = None,
 ) -> None:  # fmt: skip
+    """exchange: of a call over processes."""
     check_flags(symmetric=symmetric)
     if given.mode not in NEGATIVE_MODES:
         raise ValueError(f"negative_mode: expected one of {NEGATIVE_MODES}, got {given.mode!r}")
@@ -100,7 +110,7 @@ def check_negatives(
         )
     if positives is None:
         return
-    check_positives(positives, query, positive_key)
+    check_positives(positives, query, positive_key, exchange)
     if not given.in_batch:
         raise ValueError(
             "positives: expected negative_keys None or negative_mode 'in_batch', "

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from neglog import availability, route
 from neglog.checks import number_on
+from neglog.distributed import pairs as group_pairs
+from neglog.distributed import totals
+from neglog.distributed.groups import Ranks
 from neglog.losses._result import LossStats
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.pairs import autograd, formula
@@ -64,17 +67,27 @@ def scale_of(temperature: float | Tensor, like: Tensor) -> Tensor:
     return temperature.to(like.device, real_dtype(like.dtype)).reciprocal()
 
 
+class Columns(NamedTuple):
+    """The keys that each process of a group has, and how they come to the queries of others."""
+
+    ranks: Ranks
+    exchange: str
+
+
 def compare(
     where: Route, query: Tensor, key: Tensor, scale: Tensor, *,
     bias: Tensor | None = None, positive: Tensor | None = None, excluded: Tensor | None = None,
     query_group: Tensor | None = None, key_group: Tensor | None = None, columns: bool = False,
-    symmetric: bool = False,
+    symmetric: bool = False, over: Columns | None = None,
 ) -> Compared:  # fmt: skip
-    """Every query with every key; the arguments are those of neglog.ops.pairs.schema."""
+    """Every query with every key; the arguments are those of neglog.ops.pairs.schema. With `over`,
+    with the keys of all processes: then they are those of neglog.distributed.pairs."""
     pairs = Pairs(
-        query, key, scale, bias, positive, excluded, query_group, key_group, columns, symmetric,
-        *where.for_op(),
+        query, key, scale, bias, positive, excluded, query_group, key_group, columns,
+        symmetric and over is None, *where.for_op(),
     )  # fmt: skip
+    if over is not None:
+        return _compare_over(over, where, pairs)
     if where.backend == "torch":
         availability.ran("pairs", "torch")
         return Compared(pairs, *formula.pairs(pairs))
@@ -82,6 +95,21 @@ def compare(
     learns = learns and torch.is_grad_enabled()
     keep = route.keeps(where, query.shape[0], key.shape[0], learns)
     return Compared(pairs, *autograd.forward(*pairs, keep)[:5])
+
+
+def _compare_over(over: Columns, where: Route, pairs: Pairs) -> Compared:
+    given = _of_group(over, pairs)
+    if where.backend == "torch":
+        availability.ran("group_pairs", "torch")
+        return Compared(pairs, *group_pairs.by_formula(group_pairs.forward.Arguments(*given)))
+    return Compared(pairs, *group_pairs.forward(*given)[:5])
+
+
+def _of_group(over: Columns, pairs: Pairs) -> tuple[Any, ...]:
+    """The arguments of the ops over processes, which are never symmetric."""
+    fields = pairs._asdict()
+    del fields["symmetric"]
+    return *fields.values(), over.ranks.rows, over.exchange, over.ranks.name
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
@@ -100,3 +128,12 @@ def with_stats(
     else:
         correct, entropy, best = autograd.statistics(positive_score, *pairs)
     return LossStats(loss, lse, correct, entropy), best
+
+
+def stats_over(
+    over: Columns, pairs: Pairs, lse: Tensor, positive_score: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """correct, entropy, the column of the highest score among the keys of all processes, and that
+    score. lse: of the scores of a row, its positive's too."""
+    given = (*_of_group(over, pairs), lse, positive_score)
+    return totals.statistics(*(x.detach() if isinstance(x, Tensor) else x for x in given))

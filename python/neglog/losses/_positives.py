@@ -6,6 +6,7 @@ Nothing here has a number for each query and key, unless the caller's mask has.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,15 @@ from torch import Tensor
 from neglog import torch_state
 from neglog.checks import check_dense
 from neglog.checks_of_pairs import check_groups, check_integers
+from neglog.distributed import totals
+from neglog.distributed.exchange import gather_rows
+from neglog.distributed.groups import Ranks
+from neglog.losses._pairs import Columns
 from neglog.losses._result import reduce
+from neglog.losses._together import Together, of_all, sum_of_all
 from neglog.ops.dtypes import real_dtype
+
+UNKNOWN = 1 << 62  # a number of keys that no row reaches
 
 
 class PositiveKeys(ABC):
@@ -41,9 +49,15 @@ class PositiveKeys(ABC):
         total = self.sums(keys) / self.number.clamp(min=1)[:, None]
         return total.to(real_dtype(keys.dtype))
 
-    def reduced(self, loss: Tensor, reduction: str) -> Tensor:
+    def reduced(self, loss: Tensor, reduction: str, together: Together | None) -> Tensor:
         """Over the queries that have a positive: the others' losses are 0."""
-        return mean_of(loss, self.number > 0) if reduction == "mean" else reduce(loss, reduction)
+        if together is None:
+            of_mean = reduction == "mean"
+            return mean_of(loss, self.number > 0) if of_mean else reduce(loss, reduction)
+        if reduction == "none":
+            return loss
+        counted = sum_of_all((self.number > 0).sum(), together).clamp(min=1)
+        return loss.sum() * together.world / (counted if reduction == "mean" else 1)
 
 
 class _OfMask(PositiveKeys):
@@ -66,11 +80,19 @@ class _OfMask(PositiveKeys):
 
 
 class OfIds(PositiveKeys):
-    """The keys with a query's id; `place` (N,) is that of the first one in the order of all."""
+    """The keys with a query's id; `place` (N,) is that of the first one in the order of all.
 
-    def __init__(self, query_ids: Tensor, key_ids: Tensor) -> None:
+    With `over`, the keys of each process, key_ids are those of all keys; `of_queries` has the
+    queries of each process, and the ids of all.
+    """
+
+    def __init__(
+        self, query_ids: Tensor, key_ids: Tensor, over: Columns | None = None,
+        of_queries: tuple[Columns, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         # torch.searchsorted warns of strided ones.
         self.query_ids, self.key_ids = (x.long().contiguous() for x in (query_ids, key_ids))
+        self.over, self.of_queries = over, of_queries
         # torch.unique, whose result's size depends on the values, would break a graph that is
         # being compiled.
         found, self.order = self.key_ids.sort(stable=True)
@@ -82,6 +104,10 @@ class OfIds(PositiveKeys):
         self.first = torch.where(self.number > 0, self.order[self.place], 0)
 
     def sums(self, keys: Tensor) -> Tensor:
+        if self.over is not None:
+            ranks, exchange = self.over
+            given = (self.query_ids, self.key_ids, ranks.rows, exchange, ranks.name)
+            return totals.sums(keys, *given)
         keys = widened(keys)
         of_ids = add_rows(torch.zeros_like(keys), self.place_of_key, keys)
         return torch.where((self.number > 0)[:, None], take_rows(of_ids, self.place), 0)
@@ -91,7 +117,11 @@ class OfIds(PositiveKeys):
         return (self.key_ids[column.clamp(max=keys - 1)] == self.query_ids) & (column < keys)
 
     def transposed(self) -> PositiveKeys:
-        return OfIds(self.key_ids, self.query_ids)
+        if self.over is None or self.of_queries is None:
+            return OfIds(self.key_ids, self.query_ids)
+        queries, all_query_ids = self.of_queries
+        own = self.key_ids[self.over.ranks.own]
+        return OfIds(own, all_query_ids, queries, (self.over, self.key_ids))
 
 
 class _OfRows(PositiveKeys):
@@ -145,19 +175,88 @@ class _Named(PositiveKeys):
         return self.naming
 
 
-def positives_of(given: Any, keys: Tensor) -> PositiveKeys:
-    """What was checked."""
+class _OverGathered(PositiveKeys):
+    """Positives among the keys of all processes, for whose sums the keys are gathered."""
+
+    def __init__(
+        self, own: PositiveKeys, keys: Ranks, transpose: Callable[[], PositiveKeys]
+    ) -> None:
+        self.own, self.ranks, self.transposed_of = own, keys, transpose
+        self.number, self.first = own.number, own.first
+
+    def sums(self, keys: Tensor) -> Tensor:
+        return self.own.sums(gather_rows(keys, self.ranks.rows, self.ranks.name))
+
+    def holds(self, column: Tensor) -> Tensor:
+        return self.own.holds(column)
+
+    def transposed(self) -> PositiveKeys:
+        return self.transposed_of()
+
+
+class _Part(PositiveKeys):
+    """Some queries of others."""
+
+    def __init__(self, whole: PositiveKeys, part: slice) -> None:
+        self.whole, self.part = whole, part
+        self.number, self.first = whole.number[part], whole.first[part]
+
+    def sums(self, keys: Tensor) -> Tensor:
+        return self.whole.sums(keys)[self.part]
+
+    def holds(self, column: Tensor) -> Tensor:
+        raise NotImplementedError("asked of queries alone")
+
+    def transposed(self) -> PositiveKeys:
+        return self.whole.transposed()
+
+
+def positives_of(given: Any, keys: Tensor, together: Together | None = None) -> PositiveKeys:
+    """What was checked. Over processes rows and a mask count the keys of all."""
+    if together is not None:
+        return _positives_over(given, together)
     if not isinstance(given, Tensor):
         return OfIds(*given)
+    return _of_tensor(given, keys.shape[0])
+
+
+def _of_tensor(given: Tensor, keys: int) -> PositiveKeys:
     if given.dtype == torch.bool:
         return _OfMask(given)
     if not given.shape[1]:  # which has no maximum
         given = given.new_full((given.shape[0], 1), -1, dtype=torch.int64)
-    return _OfRows(given, keys.shape[0])
+    return _OfRows(given, keys)
 
 
-def check_positives(given: Any, query: Tensor, key: Tensor) -> None:
+def _positives_over(given: Any, together: Together) -> PositiveKeys:
+    queries, keys, exchange = together.queries, together.keys, together.exchange
+    if not isinstance(given, Tensor):
+        of_queries, of_keys = (x.long() for x in given)
+        all_queries, all_keys = of_all(of_queries, queries), of_all(of_keys, keys)
+        assert all_queries is not None
+        assert all_keys is not None
+        beside = (Columns(queries, exchange), all_queries)
+        return OfIds(of_queries, all_keys, Columns(keys, exchange), beside)
+
+    def transpose() -> PositiveKeys:
+        whole = _of_tensor(gather_rows(given, queries.rows, queries.name), keys.total)
+        part = _Part(whole.transposed(), keys.own)
+        return _OverGathered(part, queries, lambda: _of_tensor(given, keys.total))
+
+    return _OverGathered(_of_tensor(given, keys.total), keys, transpose)
+
+
+def check_positives(given: Any, query: Tensor, key: Tensor, exchange: str | None = None) -> None:
+    """exchange: of a call over processes, where a tensor counts the keys of all, of which it is not
+    known here how many there are."""
     rows, keys = query.shape[0], key.shape[0]
+    if exchange == "ring" and isinstance(given, Tensor):
+        raise ValueError(
+            "positives: expected a pair of ids with exchange='ring', where no process has all "
+            "keys, got a Tensor"
+        )
+    if exchange is not None and isinstance(given, Tensor) and given.dim() == 2:
+        keys = given.shape[1] if given.dtype == torch.bool else UNKNOWN
     if isinstance(given, tuple | list) and len(given) == 2:
         check_groups("positives[0]", given[0], query)
         check_groups("positives[1]", given[1], key)
@@ -176,7 +275,7 @@ def check_positives(given: Any, query: Tensor, key: Tensor) -> None:
             raise RuntimeError(f"positives: expected device {query.device}, got {given.device}")
     else:
         _check_rows(given, query, keys)
-    if rows and not keys:
+    if rows and not keys and exchange is None:
         raise RuntimeError(f"positive_key: expected a row at least, got {list(key.shape)}")
 
 

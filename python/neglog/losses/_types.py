@@ -9,6 +9,7 @@ from torch import Tensor
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 NegativeMode: TypeAlias = Literal["unpaired", "paired", "in_batch"]
 Positives: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
+Exchange: TypeAlias = Literal["gather", "ring", "detached"]
 Backend: TypeAlias = Literal["cython", "numba", "cuda", "torch"]
 
 
