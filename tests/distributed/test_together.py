@@ -81,6 +81,10 @@ def number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
+def temperatures(rows: int) -> Tensor:
+    return normal(rows, 1, seed=7).abs()[:, 0] + 0.3
+
+
 def pair_of_ids(rows: tuple[int, ...]) -> Any:
     return (integers(sum(rows), 1), integers(sum(rows), 2)), rows
 
@@ -98,9 +102,6 @@ def rows_of_keys(rows: tuple[int, ...]) -> Any:
 
 def paired(rows: tuple[int, ...]) -> Any:
     return normal(sum(rows), 4, FEATURES, seed=8), rows
-
-
-CLIP = partial(two, "clip_loss", names=("image_features", "text_features"))
 
 
 def cases(rows: tuple[int, ...]) -> dict[str, Case]:
@@ -128,7 +129,7 @@ def cases(rows: tuple[int, ...]) -> dict[str, Case]:
     options: dict[str, dict[str, Any]] = {
         "": {"temperature": hot},
         "dot products": {"temperature": 2.0, "normalize": False},
-        "temperatures": {"temperature": lambda rows: (normal(sum(rows), 1, seed=7).abs()[:, 0] + 0.3, rows)},
+        "temperatures": {"temperature": by_row(temperatures)},
         "symmetric": {"symmetric": True, "temperature": hot},
         "symmetric, smoothed": {"symmetric": True, "label_smoothing": 0.1},
         "ids": {"exclude": by_row(integers, 5, high=6)},
@@ -140,11 +141,12 @@ def cases(rows: tuple[int, ...]) -> dict[str, Case]:
         },
         "queue, weight": {
             "negative_keys": further(normal, seed=9), "label_smoothing": 0.1,
-            "hard_negative_weight": lambda rows: (further(normal, 1, seed=3)(rows)[0][:, 0], tuple(n + 1 for n in rows)),
+            "hard_negative_weight": further(temperatures),
         },
         "in batch": negatives | {"temperature": hot},
         "in batch, ids": negatives | {"exclude": by_row(integers, 5)},
-        "in batch, weight, smoothed": negatives | {"hard_negative_weight": 0.3, "label_smoothing": 0.1},
+        "in batch, weight, smoothed": negatives
+        | {"hard_negative_weight": 0.3, "label_smoothing": 0.1},
         "own negative": {
             "negative_keys": by_row(normal, seed=9), "negative_mode": "in_batch",
             "own_negative_weight": 0.4, "label_smoothing": 0.1,
@@ -260,10 +262,8 @@ def rows_are_the_whole(name: str, exchange: str, backend: str, rank: int, world:
 
     upstream = normal(first.shape[0], *first.shape[1:] or (1,), seed=11).view(first.shape)
     _, whole = outcome(case, given, options, upstream)
-    found, grads = outcome(
-        case, part, {**options, "group": dist.group.WORLD, "exchange": exchange, "backend": backend},
-        own(upstream),
-    )  # fmt: skip
+    options |= {"group": dist.group.WORLD, "exchange": exchange, "backend": backend}
+    found, grads = outcome(case, part, options, own(upstream))
     pairs = [(found, expected)] if isinstance(found, Tensor) else zip(found, expected, strict=True)
     for x, y in pairs:
         near(x.detach(), own(y.detach()).to(torch.float64), "rows")

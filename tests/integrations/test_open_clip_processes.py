@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from neglog import dispatch
@@ -31,7 +32,16 @@ def inputs(rank):
 
 def loss_and_gradients(loss, given):
     total = loss(*given)
-    return total, torch.autograd.grad(total, given, allow_unused=True)
+    return total, _shared(torch.autograd.grad(total, given, allow_unused=True))
+
+
+def _shared(grads):
+    """Of scale and bias, which all processes share, the mean, as a trainer takes it: which part of
+    it is whose is the loss's own affair."""
+    means = [torch.zeros(()) if x is None else x.clone() for x in grads[2:]]
+    for mean in means:
+        dist.all_reduce(mean)
+    return *grads[:2], *means
 
 
 def as_theirs(name, options, rank, world):
@@ -50,9 +60,11 @@ def unlike_upstreams(name, options, rank, world):
     """A factor that each process has for itself, such as the count of its own words."""
     given = inputs(rank)
     found = [
-        torch.autograd.grad(
-            (rank + 1) * getattr(module, name)(rank=rank, world_size=world, **options)(*given),
-            given,
+        _shared(
+            torch.autograd.grad(
+                (rank + 1) * getattr(module, name)(rank=rank, world_size=world, **options)(*given),
+                given,
+            )
         )
         for module in (ours, THEIRS)
     ]

@@ -33,9 +33,7 @@ class Blocks:
     def __init__(self, op: str, a: Any) -> None:
         self.op = op
         self.ranks: Ranks = ranks_of(a)
-        given = (getattr(a, name) for name in (*LEARNED, *OTHERS))
-        tiles = (a.workspace, a.tile_dtype, a.backend)
-        self.pairs = Pairs(*given, a.columns, False, *tiles).ready()
+        self.pairs = pairs_of(a).ready()
         self.kind = TILES[self.pairs.query.device.type]
         self.gathers = a.exchange == "gather"
 
@@ -59,6 +57,12 @@ class Blocks:
             key=keys, bias=of_columns(pairs.bias), positive=moved(pairs.positive),
             excluded=moved(pairs.excluded), key_group=of_columns(pairs.key_group),
         )  # fmt: skip
+
+
+def pairs_of(a: Any) -> Pairs:
+    """The arguments that the ops of pairs have too; key is this process's."""
+    given = {name: getattr(a, name) for name in Pairs._fields if name != "symmetric"}
+    return Pairs(**given, symmetric=False)
 
 
 def visit_blocks(

@@ -51,7 +51,7 @@ def all_rows(x: Tensor, ranks: Ranks) -> Tensor:
     x = x.contiguous()
     found = x.new_empty(ranks.total, *x.shape[1:])
     if _alike_on_nccl(x, ranks):
-        distributed.all_gather_into_tensor(found, x, ranks.group)
+        distributed.all_gather(list(found.split(ranks.rows)), x, ranks.group)
         return found
     parts = found.split(ranks.rows)
     parts[ranks.rank].copy_(x)
@@ -69,7 +69,8 @@ def sum_of_own(x: Tensor, ranks: Ranks) -> Tensor:
     real = real_dtype(x.dtype) if x.is_floating_point() else x.dtype
     if _alike_on_nccl(x, ranks):
         total = x.new_empty(ranks.rows[ranks.rank], *x.shape[1:], dtype=real)
-        distributed.reduce_scatter_tensor(total, x.to(real).contiguous(), group=ranks.group)
+        parts = list(x.to(real).contiguous().split(ranks.rows))
+        distributed.reduce_scatter(total, parts, group=ranks.group)
         return total.to(x.dtype)
     return to_owners(x, ranks, lambda total, part: total.add_(part), real).to(x.dtype)
 

@@ -68,7 +68,8 @@ def check_group(group: Any) -> None:
 
 def group_named(name: str) -> Any:
     """The group of `Ranks.name`."""
-    return distributed.distributed_c10d._resolve_process_group(name)
+    resolve: Any = distributed.distributed_c10d._resolve_process_group
+    return resolve(name)
 
 
 def meet(call: str, group: Any, x: Tensor, rows: int, **terms: Any) -> Ranks:
@@ -116,9 +117,9 @@ def _all_say(mine: list[int], group: Any, x: Tensor) -> list[list[int]]:
     backends = distributed.get_backend_config(group)
     device = "cpu" if "cpu:" in backends else x.device
     sent = torch.tensor(mine + [0] * (LENGTH - len(mine)), dtype=torch.int64, device=device)
-    received = sent.new_empty(distributed.get_world_size(group) * LENGTH)
-    distributed.all_gather_into_tensor(received, sent, group)
-    return received.view(-1, LENGTH).tolist()
+    received = list(sent.new_empty(distributed.get_world_size(group), LENGTH).unbind())
+    distributed.all_gather(received, sent, group)
+    return torch.stack(received).tolist()
 
 
 def _code(term: Any) -> int:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, distributed
 
 from neglog.distributed import exchange
-from neglog.distributed.blocks import FLAGS, LEARNED, OTHERS, PAIRS, Blocks
+from neglog.distributed.blocks import FLAGS, LEARNED, OTHERS, PAIRS, Blocks, pairs_of
 from neglog.distributed.exchange import gather_rows, ranks_of
 from neglog.ops.define import Op, save, saved, second_derivative
 from neglog.ops.dtypes import real_dtype
@@ -205,7 +205,8 @@ def _of_columns(weights: tuple[Tensor, Tensor | None] | None, columns: slice) ->
     if weights is None:
         return None
     of_all, by_row = weights
-    return Marginal(*(x.contiguous() for x in of_all[columns].unbind(1)), by_row)
+    lse, low, weight = (x.contiguous() for x in of_all[columns].unbind(1))
+    return Marginal(lse, low, weight, by_row)
 
 
 # In torch's functions, and derivatives
@@ -215,14 +216,7 @@ def by_formula(a: Any) -> tuple[Tensor, ...]:
     """The five results that have a gradient, each rank's scores in memory: its queries with all
     keys and, with columns, all queries with its keys."""
     rows, name = a.rows, a.group
-    pairs = Pairs(
-        *(getattr(a, name) for name in (*LEARNED, *OTHERS)),
-        False,
-        False,
-        a.workspace,
-        a.tile_dtype,
-        a.backend,
-    )
+    pairs = pairs_of(a)._replace(columns=False)
     of_rows = formula.pairs(pairs._replace(key=gather_rows(a.key, rows, name)))
     if not a.columns:
         return of_rows

@@ -16,7 +16,8 @@ from torch import Tensor, distributed, nn
 
 from neglog import route
 from neglog.checks_of_pairs import check_embeddings, check_finite, check_scalar
-from neglog.distributed import check_alike, gathered
+from neglog.distributed.exchange import gather_rows
+from neglog.distributed.groups import Ranks, meet
 from neglog.losses._pairs import compare, embeddings, number, workspace_of
 from neglog.losses._result import reduce_and_cast
 from neglog.losses.clip import clip_loss, siglip_loss
@@ -118,13 +119,15 @@ class ClipLoss(_OverProcesses):
         group = self._group()
         if group is None or (self.local_loss and self.gather_with_grad):
             return clip_loss(image, text, scale, bias, group=group)
+        if not (self.local_loss or self.gather_with_grad):
+            return clip_loss(image, text, scale, bias, group=group, exchange="detached")
         check_embeddings(image_features=image, text_features=text)
-        check_alike(image, None, group)
-        all_image, all_text = self._gather(image, text)
+        ranks = meet("ClipLoss", group, image, len(image), features=image.shape[1])
+        all_image, all_text = self._gather(ranks, image, text)
         if not self.local_loss:
             return clip_loss(all_image, all_text, scale, bias)
         losses = [
-            _against_constants(query, keys, scale, self.rank * len(query))
+            _against_constants(query, keys, scale, ranks.first)
             for query, keys in ((image, all_text), (text, all_image))
         ]
         loss = torch.stack(losses).mean()
@@ -132,19 +135,18 @@ class ClipLoss(_OverProcesses):
             loss = loss + 0 * number(bias, image).nan_to_num(0, 0, 0)
         return reduce_and_cast(loss, "none", image)
 
-    def _gather(self, image: Tensor, text: Tensor) -> list[Tensor]:
+    def _gather(self, ranks: Ranks, image: Tensor, text: Tensor) -> list[Tensor]:
         """Both features of all processes, (world_size * N, D), with the gradients that the options
         ask for."""
-        if self.gather_with_grad:
-            return [gathered(x, distributed.group.WORLD)[0] for x in (image, text)]
         found = []
         for x in (image, text):
-            sent = x.detach().contiguous()
-            parts = [torch.empty_like(sent) for _ in range(self.world_size)]
-            distributed.all_gather(parts, sent)
-            if not self.local_loss:
-                parts[self.rank] = x
-            found.append(torch.cat(parts))
+            sent = x if self.gather_with_grad else x.detach()
+            of_all = gather_rows(sent, ranks.rows, ranks.name)
+            if not (self.gather_with_grad or self.local_loss):
+                parts = list(of_all.split(list(ranks.rows)))
+                parts[ranks.rank] = x
+                of_all = torch.cat(parts)
+            found.append(of_all)
         return found
 
     def get_logits(
@@ -155,7 +157,8 @@ class ClipLoss(_OverProcesses):
         if self._group() is None:
             images, texts = image_features, text_features
         else:
-            images, texts = self._gather(image_features, text_features)
+            ranks = meet("ClipLoss", self._group(), image_features, len(image_features))
+            images, texts = self._gather(ranks, image_features, text_features)
         if self.world_size > 1 and not self.local_loss:
             per_image = logit_scale * images @ texts.t()
             per_text = per_image.t()

@@ -75,11 +75,11 @@ def meet(
     numbers = {name: _as_term(term) for name, term in terms.items()}
     rows = query.shape[0]
     counts = (rows, rows if keys is None else keys, negatives)
-    ranks = meet_with(
+    of_queries, of_keys, of_negatives = meet_with(
         call, group, query, counts, exchange=exchange, features=query.shape[1],
         **numbers, requires_grad=wanted,
     )  # fmt: skip
-    return Together(*ranks, exchange)
+    return Together(of_queries, of_keys, of_negatives, exchange)
 
 
 def _as_term(term: Any) -> Any:

@@ -74,12 +74,11 @@ def sup_con(
     )  # fmt: skip
     over = None if together is None else Columns(together.keys, exchange)
     ranks = None if over is None else over.ranks
-    if views is not None:
-        labels = labels.repeat_interleave(views)
+    ids = labels if views is None else labels.repeat_interleave(views)
     if numbered and ranks is not None:  # the samples of all processes
-        labels = labels + ranks.first // views
+        ids = ids + ranks.first // (views or 1)
     rows = own_columns(z, ranks)
-    mates = _Mates(labels, rows, over)
+    mates = _Mates(ids, rows, over)
     # A row's only mate is a positive, whose loss may be near 0 and then needs the score that its
     # log-sum-exp was made of. With more mates than one the loss is log 2 or more.
     only = mates.number == 1
