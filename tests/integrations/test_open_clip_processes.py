@@ -118,11 +118,13 @@ def other_ranks(rank, world):
 
 
 def unlike_rows(options, rank, world):
-    """Refused in each process, where gathering them would wait or abort."""
-    image, text, scale, _ = inputs(rank)
-    loss = ours.ClipLoss(rank=rank, world_size=world, **options)
-    with pytest.raises(RuntimeError, match="group: expected one shape and dtype"):
-        loss(image[: 5 + rank], text[: 5 + rank], scale)
+    """The mean over processes is the loss of all rows; open_clip's gather would wait, or abort."""
+    of_all = [[x[: 5 + r] for x in inputs(r)[:2]] for r in range(world)]
+    image, text = (torch.cat(parts).detach() for parts in zip(*of_all, strict=True))
+    expected = ours.ClipLoss()(image, text, 14.3)
+    found = ours.ClipLoss(rank=rank, world_size=world, **options)(*of_all[rank], 14.3).detach()
+    dist.all_reduce(found)
+    torch.testing.assert_close(found / world, expected, **TOLERANCE)
 
 
 GATHERS = [

@@ -79,8 +79,7 @@ class ClipLoss(_OverProcesses):
 
     With local_loss and gather_with_grad a process does 1 / world_size of the work, and the mean of
     gradients over processes is the same as without both. Features (N, D), normalised, of float32,
-    float64, bfloat16 or float16, of one shape in all processes; the loss has shape () and their
-    dtype, under autocast float32.
+    float64, bfloat16 or float16; the loss has shape () and their dtype, under autocast float32.
 
     Raises RuntimeError where world_size > 1 and there is no process group, ValueError where rank or
     world_size are not those of it, NotImplementedError for use_horovod.
@@ -130,7 +129,8 @@ class ClipLoss(_OverProcesses):
             _against_constants(query, keys, scale, ranks.first)
             for query, keys in ((image, all_text), (text, all_image))
         ]
-        loss = torch.stack(losses).mean()
+        # The mean over processes is that of all rows, of which each may have another number.
+        loss = torch.stack(losses).sum() / 2 * (ranks.world / ranks.total)
         if isinstance(bias, Tensor):  # a gradient of 0, for which DistributedDataParallel waits
             loss = loss + 0 * number(bias, image).nan_to_num(0, 0, 0)
         return reduce_and_cast(loss, "none", image)
