@@ -16,6 +16,8 @@ from torch.nn.modules.loss import _WeightedLoss
 
 from neglog.checks import check_flags, to_count
 from neglog.checks_of_pairs import check_groups
+from neglog.distributed.exchange import gather_rows
+from neglog.distributed.groups import check_group, meet
 from neglog.losses._result import LossStats
 from neglog.losses.clip import clip_loss, siglip_loss
 from neglog.losses.cross_entropy import cross_entropy, masked_cross_entropy
@@ -23,6 +25,9 @@ from neglog.losses.info_nce import info_nce
 from neglog.losses.linear_cross_entropy import linear_cross_entropy
 from neglog.losses.nt_xent import dcl, nt_xent
 from neglog.losses.sup_con import sup_con
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "CLIPLoss", "CrossEntropyLoss", "DCLLoss", "InfoNCELoss", "LinearCrossEntropyLoss",
@@ -352,10 +357,16 @@ class Queue(torch.nn.Module):
         return self.ids[: self._position()[0]].clone()
 
     @torch.no_grad()
-    def push(self, keys: Tensor, ids: Tensor | None = None) -> None:
+    def push(
+        self, keys: Tensor, ids: Tensor | None = None, *, group: ProcessGroup | None = None
+    ) -> None:  # fmt: skip
         """Take (N, D), and with `with_ids` their (N,) integers, in, in place of the oldest.
 
-        Raises RuntimeError for another number of features, or of ids.
+        group: a torch.distributed process group: those of all processes, by rank, of which each may
+        have another number. So the queues of all stay alike, and no loss needs to gather them.
+
+        Raises RuntimeError for another number of features, or of ids, and for queues that are not
+        alike in the group.
         """
         size, dim = self.keys.shape
         if not isinstance(keys, Tensor):
@@ -370,6 +381,10 @@ class Queue(torch.nn.Module):
         filled, start = self._position()
         if self.ids is not None:
             check_groups("ids", ids, keys)
+        if group is not None:
+            check_group(group)
+            keys, ids = _of_all(group, keys, ids, size=size, filled=filled, position=start)
+        if self.ids is not None:
             _put(self.ids, ids, start)
         _put(self.keys, keys, start)
         rows = min(size, keys.shape[0])
@@ -385,6 +400,15 @@ class Queue(torch.nn.Module):
     def extra_repr(self) -> str:
         ids = "" if self.ids is None else ", with_ids=True"
         return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}{ids}"
+
+
+def _of_all(
+    group: Any, keys: Tensor, ids: Tensor | None, **queue: int
+) -> tuple[Tensor, Tensor | None]:
+    """What is pushed by all processes, to queues that are alike."""
+    ranks = meet("Queue.push", group, keys, keys.shape[0], features=keys.shape[1], **queue)
+    keys = gather_rows(keys.detach(), ranks.rows, ranks.name)
+    return keys, None if ids is None else gather_rows(ids.long(), ranks.rows, ranks.name)
 
 
 def _put(held: Tensor, new: Any, start: int) -> None:
