@@ -525,7 +525,11 @@ struct Group {
             for (int i = 0; i < lanes; ++i) maximum[i] = -std::numeric_limits<T>::infinity();
             for (int i = 0; i < lanes; i += kWidth<T>) add_to_maximum(Classes{0, p.vocab}, i);
         }
-        shift = maximum;
+        // Of -inf alone e^(z - shift) would be NaN. The lse is finite then where the row goes on in
+        // another process.
+        constexpr T lowest = -std::numeric_limits<T>::infinity();
+        for (int i = 0; i < lanes; ++i)
+            shift[i] = maximum[i] == lowest && high[i] != lowest ? 0 : maximum[i];
     }
 
     // A capped score does not tell its slope.

@@ -14,6 +14,12 @@ from neglog.losses.nt_xent import dcl as dcl
 from neglog.losses.nt_xent import nt_xent as nt_xent
 from neglog.losses.similarity import similarity_logsumexp as similarity_logsumexp
 from neglog.losses.sup_con import sup_con as sup_con
+from neglog.losses.vocab_parallel import (
+    vocab_parallel_cross_entropy as vocab_parallel_cross_entropy,
+)
+from neglog.losses.vocab_parallel import (
+    vocab_parallel_linear_cross_entropy as vocab_parallel_linear_cross_entropy,
+)
 from neglog.patch import patch_torch as patch_torch
 from neglog.route import Route as Route
 from neglog.route import explain as explain

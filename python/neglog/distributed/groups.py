@@ -72,13 +72,13 @@ def group_named(name: str) -> Any:
     return resolve(name)
 
 
-def meet(call: str, group: Any, x: Tensor, rows: int, **terms: Any) -> Ranks:
+def meet(call: str, group: Any, x: Tensor, rows: int, /, **terms: Any) -> Ranks:
     """The processes that make this call, of which each has `rows` rows. As `meet_with`."""
     return meet_with(call, group, x, [rows], **terms)[0]
 
 
 def meet_with(
-    call: str, group: Any, x: Tensor, counts: Sequence[int], **terms: Any
+    call: str, group: Any, x: Tensor, counts: Sequence[int], /, **terms: Any
 ) -> list[Ranks]:  # fmt: skip
     """The processes that make this call, for each of several kinds of rows that each has some of.
 

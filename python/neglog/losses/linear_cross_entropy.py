@@ -141,7 +141,7 @@ def linear_cross_entropy(
     check_flags(return_stats=return_stats)
     check_extensions(input, reduction, logit_scale, softcap, z_loss, num_items)
     check_loss_dtype(loss_dtype, input)
-    workspace, filter_eps = _tile_options(options, input)
+    workspace, filter_eps = tile_options(options, input)
     row_options = RowOptions(
         reduction, ignored, label_smoothing, logit_scale, softcap, z_loss, num_items, False,
         return_stats, loss_dtype,
@@ -153,7 +153,7 @@ def linear_cross_entropy(
         check_no_ignore_index(ignore_index)
         result = _of_probabilities(head, target, mask, shift, weight, row_options, backend)
     else:
-        labels = _labels(target, mask, shift, ignored)
+        labels = labels_of(target, mask, shift, ignored)
         tiles = (workspace, filter_eps)
         result = _of_labels(head, labels, weight, row_options, tiles, backend)
         if shift:
@@ -161,7 +161,7 @@ def linear_cross_entropy(
     return public(result, return_stats)
 
 
-def _tile_options(options: Any, input: Tensor) -> tuple[int, float]:
+def tile_options(options: Any, input: Tensor) -> tuple[int, float]:
     """Bytes of the workspace, and filter_eps."""
     if options is None or isinstance(options, TORCH_OPTIONS):
         options = {}
@@ -179,7 +179,7 @@ def _tile_options(options: Any, input: Tensor) -> tuple[int, float]:
     return plan.workspace_bytes(options.get("workspace_mb"), default), float(filter_eps)
 
 
-def _labels(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> Tensor:
+def labels_of(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) -> Tensor:
     """The class that each position is held against; `ignored` where there is none."""
     target = target.long()  # a byte cannot hold `ignored`
     if mask is not None:

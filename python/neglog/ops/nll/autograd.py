@@ -153,16 +153,17 @@ def late_divisor(total_weight: Tensor, dtype: torch.dtype, reduction: int) -> Te
     return torch.where(total_weight == 0, 1, total_weight)
 
 
-def _gradient_in_place(ctx: Any) -> Tensor:
+def gradient_in_place(ctx: Any) -> tuple[Tensor, ...]:
+    """What was saved after the gradient was written."""
     try:
-        (grad,) = ctx.saved_tensors
+        kept: tuple[Tensor, ...] = ctx.saved_tensors
     except RuntimeError as error:
         raise RuntimeError(
             "inplace_backward: the gradient that lies in the input's memory was handed over to an "
             "earlier backward, or overwritten since: expected one backward, and one loss of each "
             f"input. {error}"
         ) from None
-    return grad
+    return kept
 
 
 class InPlaceNLL(Function):
@@ -193,7 +194,7 @@ class InPlaceNLL(Function):
             )
         if grad_loss is None:
             return (None,) * ARGUMENTS
-        grad = _gradient_in_place(ctx)
+        (grad,) = gradient_in_place(ctx)
         if ctx.counted is not None:
             grad_loss = torch.where(ctx.counted, grad_loss, 1)
         scale_in_place(grad, grad_loss if ctx.divisor is None else grad_loss / ctx.divisor)
