@@ -182,12 +182,3 @@ def capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
-
-
-def loss_parallel() -> bool:
-    """Whether torch's loss_parallel() is on, in which the gradients of log-softmax and nll_loss are
-    those of the two together alone."""
-    from torch.distributed.tensor import DTensor
-
-    handlers = DTensor._op_dispatcher._custom_op_handlers
-    return torch.ops.aten._log_softmax.default in handlers

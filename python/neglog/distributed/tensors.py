@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from neglog import torch_state
 from neglog.torch_state import PLAIN
 
 _COMMON = frozenset((*PLAIN, type(None), int, float))
-_OF_TORCH = (
-    "input", "target", "weight", "ignore_index", "reduction", "label_smoothing", "backend",
-)  # fmt: skip
 
 
 def any_distributed(*arguments: Any) -> bool:
@@ -57,27 +52,3 @@ def on_whole_tensors(function: Callable[..., Any], arguments: dict[str, Any]) ->
     return (
         replicated(result) if isinstance(result, Tensor) else type(result)(*map(replicated, result))
     )
-
-
-def torch_serves(function: Callable[..., Any], arguments: dict[str, Any]) -> bool:
-    """Whether torch's own cross-entropy is right for these arguments of `function`, by shards.
-
-    Under loss_parallel(), where the class axis is sharded and no option there silently ignored; or
-    where rows are, and no mean is taken, which would be that of the shards' means.
-    """
-    if arguments["backend"] not in (None, "torch"):
-        return False
-    for name, parameter in signature(function).parameters.items():
-        if name not in _OF_TORCH and arguments[name] is not parameter.default:
-            return False
-    input, target, weight = (arguments[name] for name in ("input", "target", "weight"))
-    if not (is_distributed(input) and isinstance(target, Tensor) and target.dim() < input.dim()):
-        return False
-    classes = 0 if input.dim() == 1 else 1
-    sharded = [x.is_shard(classes) for x in input.placements]
-    summed = arguments["reduction"] in ("none", "sum")
-    if torch_state.loss_parallel():  # on a mesh of two dimensions not before torch 2.13
-        return sharded == [True] and weight is None and not arguments["label_smoothing"]
-    rows = summed and not any(sharded) and any(x.is_shard() for x in input.placements)
-    others: list[Any] = [x for x in (target, weight) if x is not None]
-    return rows and all(is_distributed(x) and x.device_mesh == input.device_mesh for x in others)

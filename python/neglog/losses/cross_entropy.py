@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from neglog.checks import (
     check_loss_dtype,
     check_masked,
     check_weight,
+    class_dim,
     is_probabilities,
     row_shape,
     rows_of_last_axis,
@@ -24,7 +25,7 @@ from neglog.checks import (
     to_positions,
     to_rows,
 )
-from neglog.distributed.tensors import any_distributed, on_whole_tensors, torch_serves
+from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._result import LossStats, change_rows, public, without_stats
 from neglog.losses._rows import (
     RowOptions,
@@ -124,9 +125,7 @@ def cross_entropy(
         TypeError: input or target is not a tensor, an option not of its type.
     """
     if any_distributed(input, target, weight, logit_scale, num_items):
-        arguments = locals()
-        if not torch_serves(cross_entropy, arguments):
-            return on_whole_tensors(cross_entropy, arguments)
+        return _of_tensors(locals())
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
             cross_entropy, (input, target, weight), input, target, weight, size_average,
@@ -246,7 +245,7 @@ def masked_cross_entropy(
         As `cross_entropy`, and RuntimeError for a mask of another dtype, device or shape.
     """
     if any_distributed(input, target, mask, weight, logit_scale, num_items):
-        return on_whole_tensors(masked_cross_entropy, locals())
+        return _masked_of_tensors(locals())
     check_masked(input, target, mask)
     _, label_smoothing = to_options(MASKED, reduction, label_smoothing)
     check_flags(inplace_backward=inplace_backward, return_stats=return_stats)
@@ -329,3 +328,49 @@ def _masked_by_zeros(
 def _zero_stats(loss: Tensor, stats: LossStats, counted: Tensor) -> LossStats:
     """Statistics that are 0 where the mask is False."""
     return LossStats(loss, *(x.masked_fill(~counted, 0) for x in stats[1:]))
+
+
+# DTensors
+
+
+def _of_tensors(arguments: dict[str, Any]) -> Any:
+    from neglog.losses._sharded import sharded_logits
+    from neglog.losses.vocab_parallel import vocab_parallel_cross_entropy
+
+    legacy = {name: arguments[name] for name in ("size_average", "reduce")}
+    if all(x is None for x in legacy.values()) and isinstance(arguments["input"], Tensor):
+        given = {name: x for name, x in arguments.items() if name not in legacy}
+        axis = class_dim(given["input"])
+        found = sharded_logits(given, axis, cross_entropy, vocab_parallel_cross_entropy)
+        if found is not None:
+            return found
+    return on_whole_tensors(cross_entropy, arguments)
+
+
+def _masked_of_tensors(arguments: dict[str, Any]) -> Any:
+    from neglog.losses._sharded import sharded_logits
+
+    if isinstance(arguments["input"], Tensor):
+        axis = arguments["input"].dim() - 1
+        found = sharded_logits(arguments, axis, masked_cross_entropy, _masked_of_classes)
+        if found is not None:
+            return found
+    return on_whole_tensors(masked_cross_entropy, arguments)
+
+
+def _masked_of_classes(
+    input: Tensor, *, target: Tensor, mask: Tensor, return_stats: bool, **options: Any
+) -> Any:
+    """Logits (..., C) of which each process of a group has some classes."""
+    from neglog.losses.vocab_parallel import vocab_parallel_cross_entropy
+
+    positions, counted = input.shape[:-1], mask.flatten()
+    index = to_indices(target).clamp(min=MASKED + 1)
+    result = vocab_parallel_cross_entropy(
+        rows_of_last_axis(input), torch.where(counted, index, MASKED), ignore_index=MASKED,
+        return_stats=return_stats, **options,
+    )  # fmt: skip
+    if not return_stats:
+        return result.view(positions) if result.dim() else result
+    result = _zero_stats(result.loss, result, counted)
+    return change_rows(result, lambda x: x.view(positions), options["reduction"])

@@ -125,7 +125,7 @@ def linear_cross_entropy(
     if any_distributed(
         input, linear_weight, target, linear_bias, weight, mask, logit_scale, num_items
     ):
-        return on_whole_tensors(linear_cross_entropy, locals())
+        return _of_tensors(locals())
     if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
         return handle_torch_function(
             linear_cross_entropy, (input, linear_weight, target, linear_bias, weight), input,
@@ -303,3 +303,12 @@ def _of_many_dimensions(
         result = loss_of_rows(where, to_rows(logits), index, weight, options)
         result = _stats_of(index != options.ignore_index, result)
     return change_rows(result, lambda x: x.view(positions), options.reduction)
+
+
+def _of_tensors(arguments: dict[str, Any]) -> Any:
+    """Of DTensors."""
+    from neglog.losses._sharded import sharded_head
+    from neglog.losses.vocab_parallel import vocab_parallel_linear_cross_entropy as parallel
+
+    found = sharded_head(arguments, labels_of, linear_cross_entropy, parallel)
+    return on_whole_tensors(linear_cross_entropy, arguments) if found is None else found
