@@ -41,6 +41,10 @@ reveal_type(neglog.similarity_logsumexp(x, x, 0.2, excluded=target))  # shows Te
 
 # Losses with one result
 reveal_type(neglog.clip_loss(x, x, 10.0, options={"workspace_mb": 1}))  # shows Tensor
+reveal_type(neglog.vocab_parallel_cross_entropy(x, x, label_smoothing=0.1))  # shows Tensor
+reveal_type(neglog.vocab_parallel_linear_cross_entropy(x, x, x))  # shows Tensor
+reveal_type(neglog.vocab_parallel_cross_entropy(x, x, return_stats=True))  # shows LossStats
+neglog.clip_loss(x, x, 10.0, exchange="round")  # error arg-type
 reveal_type(neglog.siglip_loss(x, x, 10.0, -10.0))  # shows Tensor
 reveal_type(neglog.nt_xent(x, x, 0.5, "none"))  # shows Tensor
 reveal_type(neglog.dcl(x, x, normalize=False))  # shows Tensor
@@ -157,7 +161,8 @@ def test_the_program_uses_every_public_name():
 NAMES = {
     neglog: """LossStats Route __version__ cached_step clip_loss cross_entropy dcl dispatch explain
         info_nce kernels linear_cross_entropy masked_cross_entropy nn nt_xent options patch_torch
-        reference siglip_loss similarity_logsumexp sup_con""",
+        reference siglip_loss similarity_logsumexp sup_con
+        vocab_parallel_cross_entropy vocab_parallel_linear_cross_entropy""",
     nn: """CLIPLoss CrossEntropyLoss DCLLoss InfoNCELoss LinearCrossEntropyLoss
         MaskedCrossEntropyLoss NTXentLoss Queue SigLIPLoss SupConLoss""",
     kernels: """BACKENDS Build ISA_LEVELS NLL Pairs available isa_builds isa_level load nll_backward

@@ -366,7 +366,7 @@ def _masked_of_classes(
 
     positions, counted = input.shape[:-1], mask.flatten()
     index = to_indices(target).clamp(min=MASKED + 1)
-    result = vocab_parallel_cross_entropy(
+    result: Any = vocab_parallel_cross_entropy(
         rows_of_last_axis(input), torch.where(counted, index, MASKED), ignore_index=MASKED,
         return_stats=return_stats, **options,
     )  # fmt: skip

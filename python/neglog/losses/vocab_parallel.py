@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, distributed
@@ -41,6 +41,33 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@overload
+def vocab_parallel_cross_entropy(
+    input: Tensor, target: Tensor, group: ProcessGroup | None = None, *,
+    vocab_size: int | None = None, weight: Tensor | None = None, reduction: Reduction = "mean",
+    ignore_index: int = -100, label_smoothing: float = 0.0, logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
+    inplace_backward: bool = False, return_stats: Literal[False] = False,
+    loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def vocab_parallel_cross_entropy(
+    input: Tensor, target: Tensor, group: ProcessGroup | None = None, *,
+    vocab_size: int | None = None, weight: Tensor | None = None, reduction: Reduction = "mean",
+    ignore_index: int = -100, label_smoothing: float = 0.0, logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
+    inplace_backward: bool = False, return_stats: Literal[True],
+    loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
+) -> LossStats: ...  # fmt: skip
+@overload
+def vocab_parallel_cross_entropy(
+    input: Tensor, target: Tensor, group: ProcessGroup | None = None, *,
+    vocab_size: int | None = None, weight: Tensor | None = None, reduction: Reduction = "mean",
+    ignore_index: int = -100, label_smoothing: float = 0.0, logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
+    inplace_backward: bool = False, return_stats: bool,
+    loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
+) -> Tensor | LossStats: ...  # fmt: skip
 def vocab_parallel_cross_entropy(
     input: Tensor, target: Tensor, group: ProcessGroup | None = None, *,
     vocab_size: int | None = None, weight: Tensor | None = None, reduction: Reduction = "mean",
@@ -48,7 +75,7 @@ def vocab_parallel_cross_entropy(
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
     inplace_backward: bool = False, return_stats: bool = False,
     loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
-) -> Any:  # fmt: skip
+) -> Tensor | LossStats:  # fmt: skip
     """`cross_entropy` of logits whose class axis is shared out to the processes of a group.
 
     Each process has the logits of its own classes, and gets the loss of all and the gradient of its
@@ -255,6 +282,39 @@ def _reduced(rows: Tensor, options: Options, divisor: Tensor) -> Tensor:
 # Of a head
 
 
+@overload
+def vocab_parallel_linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, group: ProcessGroup | None = None, *,
+    reduce_hidden_grad: bool = True, vocab_size: int | None = None,
+    linear_bias: Tensor | None = None, weight: Tensor | None = None,
+    reduction: Reduction = "mean", ignore_index: int | None = None, label_smoothing: float = 0.0,
+    options: TileOptions | None = None, mask: Tensor | None = None, shift: bool = False,
+    logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
+    num_items: int | Tensor | None = None, return_stats: Literal[False] = False,
+    loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def vocab_parallel_linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, group: ProcessGroup | None = None, *,
+    reduce_hidden_grad: bool = True, vocab_size: int | None = None,
+    linear_bias: Tensor | None = None, weight: Tensor | None = None,
+    reduction: Reduction = "mean", ignore_index: int | None = None, label_smoothing: float = 0.0,
+    options: TileOptions | None = None, mask: Tensor | None = None, shift: bool = False,
+    logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
+    num_items: int | Tensor | None = None, return_stats: Literal[True],
+    loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
+) -> LossStats: ...  # fmt: skip
+@overload
+def vocab_parallel_linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, group: ProcessGroup | None = None, *,
+    reduce_hidden_grad: bool = True, vocab_size: int | None = None,
+    linear_bias: Tensor | None = None, weight: Tensor | None = None,
+    reduction: Reduction = "mean", ignore_index: int | None = None, label_smoothing: float = 0.0,
+    options: TileOptions | None = None, mask: Tensor | None = None, shift: bool = False,
+    logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
+    num_items: int | Tensor | None = None, return_stats: bool,
+    loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
+) -> Tensor | LossStats: ...  # fmt: skip
 def vocab_parallel_linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, group: ProcessGroup | None = None, *,
     reduce_hidden_grad: bool = True, vocab_size: int | None = None,
@@ -264,7 +324,7 @@ def vocab_parallel_linear_cross_entropy(
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
     num_items: int | Tensor | None = None, return_stats: bool = False,
     loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
-) -> Any:  # fmt: skip
+) -> Tensor | LossStats:  # fmt: skip
     """`linear_cross_entropy` with a head whose classes are shared out to the processes of a group.
 
     Each process has the hidden states of all rows and the weights of its own classes. One
@@ -340,6 +400,9 @@ def _by_tiles(
     dtype = autocast_dtype(given)
     if weight is not None:
         check_weight(weight, vocab, given.to(dtype))
+    where = route.choose(
+        given.to(dtype), linear_weight, backend=backend, weight=weight, workspace=workspace
+    )
     call = "vocab_parallel_linear_cross_entropy"
     _meet(call, group, given, labels, vocab, weight, options, *head, features=given.shape[1])
     _check_range(labels, vocab, options.ignore_index)
@@ -355,7 +418,6 @@ def _by_tiles(
     if reduces:
         given = shared(given, name)
     rows, *projection = cast((given, linear_weight, linear_bias), dtype)
-    where = route.choose(rows, linear_weight, backend=backend, weight=weight, workspace=workspace)
     if where.backend == "torch":
         counted = labels != options.ignore_index
         logits = F.linear(zero_unless(counted, rows, -1), *projection)

@@ -1,0 +1,1 @@
+"""Training over processes by torchrun, beside one process with the whole batch."""
