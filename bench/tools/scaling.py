@@ -4,9 +4,9 @@
     python bench/tools/scaling.py --predict
 
 Processes on this machine, a thread each, on gloo. Bytes: what the loopback device sent in a step,
-by process. Memory: the peak of a step beyond inputs and gradients, which are there before it.
-Seconds: the median of the steps. --predict prints what the same model says of GPUs, from the rates
-that stand below; none of it is measured.
+by process. Memory: the peak of a step beyond inputs and gradients. Seconds: the median of the
+steps. --predict prints what the same model says of GPUs, from the rates that stand below; none of
+it is measured.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 import neglog
 from neglog.bench import terminal
 from neglog.bench.machine import PeakMemory, processor
+from neglog.distributed.blocks import RING_TILE_BYTES
 from neglog.distributed.exchange import PIECE_BYTES
 from neglog.ops.pairs.schedule import TILE_BYTES
 
@@ -74,12 +75,11 @@ def contrastive(s: Shape, exchange: str, both: bool) -> Cost:
     states = (16 + 12) * s.rows * others if both else 0
     if exchange == "gather":
         sent = others * (s.block + s.block_gradient) + states
-        memory = s.world * (s.block + s.block_gradient) + 3 * s.block_gradient + TILE_BYTES
+        memory = s.world * (s.block + s.block_gradient) + s.block_gradient + TILE_BYTES
         return Cost(flops, sent, memory, False)
     sent = 2 * others * s.block + s.world * s.block_gradient + states
-    piece = min(PIECE_BYTES, s.block_gradient)
-    # Of both towers the new gradients, before they are added to those of the step before.
-    return Cost(flops, sent, 6 * piece + 2 * s.block_gradient + TILE_BYTES, True)
+    memory = 6 * min(PIECE_BYTES, s.block_gradient) + RING_TILE_BYTES
+    return Cost(flops, sent, memory, True)
 
 
 def vocabulary_parallel(s: Shape, reduces: bool = True) -> Cost:
@@ -89,8 +89,8 @@ def vocabulary_parallel(s: Shape, reduces: bool = True) -> Cost:
     others = s.world - 1
     gradient = 2 * others / s.world * s.rows * s.features * s.itemsize if reduces else 0
     classes = -(-s.vocab // s.world)
-    # The logits, and the head's gradient: as it is formed, and times the upstream.
-    memory = s.itemsize * classes * (s.rows + 2 * s.features)
+    # The logits, and the head's gradient as it is formed, before it is multiplied by the upstream.
+    memory = s.itemsize * classes * (s.rows + s.features)
     return Cost(flops, 3 * 4 * s.rows * others + gradient, memory, False)
 
 
@@ -217,18 +217,21 @@ def work(name: str, s: Shape, steps: int, rank: int, folder: str, sender: Any) -
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=s.world
     )
     make, exchange = CASES[name]
-    _, run = make(s, rank, exchange)
+    learned, run = make(s, rank, exchange)
 
     def step() -> None:
         run().backward()
 
-    step()  # gradients are there from then on
+    step()
+    for x in learned:
+        x.grad = None
     dist.barrier()
     before = bytes_sent()
     with PeakMemory() as memory:
         step()
     dist.barrier()
     sent = (bytes_sent() - before) / s.world
+    gradients = sum(x.grad.nbytes for x in learned)
     times = []
     for _ in range(steps):
         dist.barrier()
@@ -236,7 +239,7 @@ def work(name: str, s: Shape, steps: int, rank: int, folder: str, sender: Any) -
         step()
         dist.barrier()
         times.append(perf_counter() - start)
-    sender.send((memory.extra, sent, median(times)))
+    sender.send((memory.extra - gradients, sent, median(times)))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -276,6 +279,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8192, metavar="N", help="of each (8192)")
     parser.add_argument("--features", type=int, default=512, metavar="N", help="(512)")
     parser.add_argument("--vocab", type=int, default=32000, metavar="N", help="(32000)")
+    parser.add_argument("--only", default="", metavar="NAME", help="losses with this in their name")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="timed (3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--predict", action="store_true", help="of GPUs, from the model alone")
@@ -291,7 +295,7 @@ def main() -> None:
     s = Shape(options.rows, options.features, options.world, 4, options.vocab)
     report: dict[str, Any] = {"shape": s._asdict(), "processor": processor(), "flops": rate}
     rows = []
-    for name in CASES:
+    for name in (name for name in CASES if options.only in name):
         of = s._replace(rows=s.rows // 4) if name.startswith("vocab") else s
         cost = model_of(name, of)
         held, sent, took = measured(name, of, options.steps)

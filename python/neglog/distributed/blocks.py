@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from neglog.distributed.exchange import all_rows, pieces, ranks_of, rotate, to_owners
@@ -22,6 +21,8 @@ PAIRS = (
 LEARNED = ("query", "key", "scale")
 OTHERS = ("bias", "positive", "excluded", "query_group", "key_group")
 FLAGS = ("columns", "workspace", "tile_dtype", "backend", "rows", "exchange", "group")
+# Of similarities on a CPU. A ring is for memory; half of what a tile has elsewhere costs no time.
+RING_TILE_BYTES = 8 << 20
 Visit = Callable[[slice, Tensor], Any]
 Merge = Callable[[Tensor, Tensor], Tensor]
 
@@ -34,6 +35,9 @@ class Blocks:
         self.op = op
         self.ranks: Ranks = ranks_of(a)
         self.pairs = pairs_of(a).ready()
+        if a.exchange == "ring" and not self.pairs.query.is_cuda:
+            tile = min(self.pairs.workspace, RING_TILE_BYTES)
+            self.pairs = self.pairs._replace(workspace=tile)
         self.kind = TILES[self.pairs.query.device.type]
         self.gathers = a.exchange == "gather"
 
@@ -79,7 +83,8 @@ def visit_blocks(
         keys = all_rows(own, ranks) if keys is None else keys
         found = visit(slice(0, ranks.total), keys)
         return None if merge is None else to_owners(found, ranks, merge)
-    starts, home = ranks.starts, []
+    starts = ranks.starts
+    home: Tensor | None = None
     for of_ranks in pieces(ranks, row_bytes):
 
         def at(owner: int, block: Tensor, of_ranks: list[slice] = of_ranks) -> Any:
@@ -87,5 +92,9 @@ def visit_blocks(
             return visit(slice(starts[owner] + part.start, starts[owner] + part.stop), block)
 
         mine = own[of_ranks[ranks.rank]]
-        home.append(rotate(mine, of_ranks, ranks, at, merge))
-    return None if merge is None else torch.cat([x for x in home if x is not None])
+        found = rotate(mine, of_ranks, ranks, at, merge)
+        if found is not None:
+            if home is None:
+                home = found.new_empty(own.shape[0], *found.shape[1:])
+            home[of_ranks[ranks.rank]] = found
+    return home

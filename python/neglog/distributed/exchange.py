@@ -26,7 +26,7 @@ from neglog.ops.dtypes import real_dtype
 gather_rows = Op("gather_rows(Tensor x, SymInt[] rows, str group) -> Tensor")
 sum_rows = Op("sum_rows(Tensor x, SymInt[] rows, str group) -> Tensor")
 # Of what is sent round at once. Half a dozen buffers have this size: it bounds a ring's memory.
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 2 << 20
 
 
 def ranks_of(a: Any) -> Ranks:
