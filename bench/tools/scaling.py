@@ -29,8 +29,8 @@ import neglog
 from neglog.bench import terminal
 from neglog.bench.machine import PeakMemory, processor
 from neglog.distributed.blocks import RING_TILE_BYTES
-from neglog.distributed.exchange import PIECE_BYTES
-from neglog.ops.pairs.schedule import TILE_BYTES
+from neglog.distributed.exchange import CUDA_PIECE_BYTES, PIECE_BYTES
+from neglog.ops.pairs.schedule import CUDA_TILE_BYTES, TILE_BYTES
 
 LOOPBACK = Path("/proc/net/dev")
 
@@ -46,6 +46,7 @@ class Shape(NamedTuple):
     world: int
     itemsize: int = 4
     vocab: int = 0
+    cuda: bool = False
 
     @property
     def block(self) -> int:
@@ -75,10 +76,13 @@ def contrastive(s: Shape, exchange: str, both: bool) -> Cost:
     states = (16 + 12) * s.rows * others if both else 0
     if exchange == "gather":
         sent = others * (s.block + s.block_gradient) + states
-        memory = s.world * (s.block + s.block_gradient) + s.block_gradient + TILE_BYTES
+        # All keys and the sums of their gradients; two parts of these that arrive.
+        memory = s.world * (s.block + s.block_gradient) + 2 * s.block_gradient
+        memory += CUDA_TILE_BYTES if s.cuda else TILE_BYTES
         return Cost(flops, sent, memory, False)
     sent = 2 * others * s.block + s.world * s.block_gradient + states
-    memory = 6 * min(PIECE_BYTES, s.block_gradient) + RING_TILE_BYTES
+    piece, tile = (CUDA_PIECE_BYTES, CUDA_TILE_BYTES) if s.cuda else (PIECE_BYTES, RING_TILE_BYTES)
+    memory = 6 * min(piece, s.block_gradient) + tile
     return Cost(flops, sent, memory, True)
 
 
@@ -121,9 +125,9 @@ def predict(screen: Any) -> None:
     rows = []
     for world, machine in GPUS.items():
         for count, features in ((512, 512), (4096, 512), (4096, 1024)):
-            s = Shape(count, features, world, 2)
+            s = Shape(count, features, world, 2, cuda=True)
             gather, ring = (contrastive(s, kind, True) for kind in ("gather", "ring"))
-            steps = 3 * world * max(1, -(-s.block_gradient // PIECE_BYTES))
+            steps = 3 * world * max(1, -(-s.block_gradient // CUDA_PIECE_BYTES))
             times = (seconds(gather, s, machine, 8), seconds(ring, s, machine, steps))
             rows.append(
                 (
@@ -136,7 +140,7 @@ def predict(screen: Any) -> None:
     columns = ("GPUs", "rows", "features", "vocabulary", "products", "sent", "logits here")
     rows = []
     for world in (2, 4, 8):
-        s = Shape(8192, 4096, world, 2, 128256)
+        s = Shape(8192, 4096, world, 2, 128256, cuda=True)
         cost, machine = vocabulary_parallel(s), GPUS[8]
         rows.append(
             (

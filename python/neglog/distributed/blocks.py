@@ -85,7 +85,7 @@ def visit_blocks(
         return None if merge is None else to_owners(found, ranks, merge)
     starts = ranks.starts
     home: Tensor | None = None
-    for of_ranks in pieces(ranks, row_bytes):
+    for of_ranks in pieces(ranks, row_bytes, own.is_cuda):
 
         def at(owner: int, block: Tensor, of_ranks: list[slice] = of_ranks) -> Any:
             part = of_ranks[owner]

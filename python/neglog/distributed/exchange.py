@@ -25,8 +25,9 @@ from neglog.ops.dtypes import real_dtype
 
 gather_rows = Op("gather_rows(Tensor x, SymInt[] rows, str group) -> Tensor")
 sum_rows = Op("sum_rows(Tensor x, SymInt[] rows, str group) -> Tensor")
-# Of what is sent round at once. Half a dozen buffers have this size: it bounds a ring's memory.
-PIECE_BYTES = 2 << 20
+# Of what is sent round at once. Half a dozen buffers have this size: it bounds a ring's memory. On
+# CUDA, not measured yet: small pieces would leave the device idle, and each costs two messages.
+PIECE_BYTES, CUDA_PIECE_BYTES = 2 << 20, 16 << 20
 
 
 def ranks_of(a: Any) -> Ranks:
@@ -133,9 +134,10 @@ class Exchange:
 # Round
 
 
-def pieces(ranks: Ranks, row_bytes: int) -> Iterator[list[slice]]:
+def pieces(ranks: Ranks, row_bytes: int, cuda: bool) -> Iterator[list[slice]]:
     """The rows of each process in some pieces, as many for all: by rank, its rows of a piece."""
-    number = max(1, -(-max(ranks.rows) * row_bytes // PIECE_BYTES))
+    size = CUDA_PIECE_BYTES if cuda else PIECE_BYTES
+    number = max(1, -(-max(ranks.rows) * row_bytes // size))
     for piece in range(number):
         yield [slice(rows * piece // number, rows * (piece + 1) // number) for rows in ranks.rows]
 
