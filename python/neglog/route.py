@@ -51,6 +51,12 @@ class Route(NamedTuple):
         """The arguments workspace, tile_dtype and backend of an op."""
         return self.workspace, self.tile_dtype, self.demanded
 
+    @property
+    def sends(self) -> str:
+        """What processes that compute together must have alike: kernels of any kind exchange the
+        same, torch's formula something else."""
+        return "torch" if self.backend == "torch" else "kernels"
+
     def __str__(self) -> str:
         how = "in memory"
         if self.tiled:

@@ -17,6 +17,7 @@ import neglog
 from neglog.distributed import exchange as exchanges
 from tests.support import ranks
 from tests.support.allocations import largest_allocation
+from tests.support.backends import BEST
 
 FEATURES = 6
 EXCHANGES = ("gather", "ring", "detached")
@@ -68,6 +69,7 @@ ALIKE: dict[str, Callable[[int, Tensor, Tensor, Any], object]] = {
     "requires_grad": lambda rank, x, y, g: neglog.clip_loss(
         x.requires_grad_(rank == 1), y, 1.0, group=g
     ),
+    "backend": lambda rank, x, y, g: neglog.dcl(x, y, group=g, backend=(BEST, "torch")[rank]),
     "function": lambda rank, x, y, g: (neglog.nt_xent, neglog.dcl)[rank](x, y, 0.1, group=g),
 }
 DTYPES = (torch.bfloat16, torch.float32)

@@ -418,6 +418,10 @@ def unlike(rank: int, world: int) -> None:
     for name, (input, labels, options) in cases.items():
         with pytest.raises(RuntimeError, match=f"group: expected one {name} in all"):
             neglog.vocab_parallel_cross_entropy(input, labels, **options)
+    with pytest.raises(RuntimeError, match="group: expected one workspace"):
+        neglog.vocab_parallel_linear_cross_entropy(
+            normal(ROWS, 3), normal(4, 3), target, options={"workspace_mb": 1 + rank}
+        )
     with pytest.raises(RuntimeError, match="in_features"):
         neglog.vocab_parallel_linear_cross_entropy(
             normal(ROWS, 3 + rank), normal(4, 3 + rank), target

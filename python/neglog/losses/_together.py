@@ -19,6 +19,7 @@ from neglog.distributed.exchange import gather_rows
 from neglog.distributed.groups import Ranks, check_group, meet_with
 from neglog.losses._result import LossStats, reduce_and_cast
 from neglog.losses._types import Exchange
+from neglog.route import Route
 from neglog.torch_state import under_autocast
 
 EXCHANGES = get_args(Exchange)
@@ -55,12 +56,13 @@ def check_exchange(group: Any, exchange: Any) -> None:
 
 
 def meet(
-    call: str, group: Any, exchange: str, query: Tensor, keys: int | None = None,
+    call: str, group: Any, exchange: str, where: Route, query: Tensor, keys: int | None = None,
     negatives: int = 0, *, learned: tuple[Any, ...] = (), **terms: Any,
 ) -> Together | None:  # fmt: skip
     """The processes of the group, once they agree; None without one.
 
-    keys: how many rows are compared with the queries, as many as these where None. learned: what
+    where: kernels of any kind send alike, torch's formula otherwise. keys: how many rows are
+    compared with the queries, as many as these where None. learned: what
     may have a gradient, which must be so in all processes: they wait for each other in the backward
     too.
     """
@@ -76,7 +78,7 @@ def meet(
     rows = query.shape[0]
     counts = (rows, rows if keys is None else keys, negatives)
     of_queries, of_keys, of_negatives = meet_with(
-        call, group, query, counts, exchange=exchange, features=query.shape[1],
+        call, group, query, counts, exchange=exchange, backend=where.sends, features=query.shape[1],
         **numbers, requires_grad=wanted,
     )  # fmt: skip
     return Together(of_queries, of_keys, of_negatives, exchange)

@@ -77,7 +77,7 @@ def clip_loss(
     image, text = (embeddings(x, False) for x in (image_features, text_features))
     where = route.choose(image, text, backend=backend, workspace=workspace_of(options))
     scale = number(logit_scale, image)
-    together = _meet("clip_loss", group, exchange, image, text, logit_scale, None, exclude)
+    together = _meet("clip_loss", group, exchange, where, image, text, logit_scale, None, exclude)
     ranks = None if together is None else together.keys
     own = None if exclude is None else exclude.long()
     compared = compare(
@@ -94,11 +94,11 @@ def clip_loss(
 
 
 def _meet(
-    call: str, group: Any, exchange: str, image: Tensor, text: Tensor, scale: Any, bias: Any,
-    exclude: Tensor | None,
+    call: str, group: Any, exchange: str, where: route.Route, image: Tensor, text: Tensor,
+    scale: Any, bias: Any, exclude: Tensor | None,
 ) -> Together | None:  # fmt: skip
     return meet(
-        call, group, exchange, image, learned=(text, scale, bias), logit_scale=scale,
+        call, group, exchange, where, image, learned=(text, scale, bias), logit_scale=scale,
         logit_bias=bias, exclude=exclude is not None,
     )  # fmt: skip
 
@@ -127,7 +127,9 @@ def siglip_loss(
         return on_constants(siglip_loss, group, given, BY_ROW, "image_features")
     image, text = (embeddings(x, False) for x in (image_features, text_features))
     where = route.choose(image, text, backend=backend, workspace=workspace_of(options))
-    together = _meet("siglip", group, exchange, image, text, logit_scale, logit_bias, exclude)
+    together = _meet(
+        "siglip_loss", group, exchange, where, image, text, logit_scale, logit_bias, exclude
+    )
     ranks = None if together is None else together.keys
     own = None if exclude is None else exclude.long()
     learned = (image, text, number(logit_scale, image), number(logit_bias, image))

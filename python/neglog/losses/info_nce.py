@@ -199,7 +199,7 @@ def info_nce(
     )  # fmt: skip
     scale = scale_of(temperature, z)
     together = meet(
-        "info_nce", group, exchange, z, key.shape[0] if negatives.in_batch else 0,
+        "info_nce", group, exchange, where, z, key.shape[0] if negatives.in_batch else 0,
         0 if negative_keys is None or negatives.paired else negatives.keys.shape[0],
         learned=(key, negative_keys, temperature), temperature=temperature, reduction=reduction,
         mode=negative_mode[:8], negative_keys=negative_keys is not None, positives=_kind(positives),

@@ -131,7 +131,7 @@ def _two_views(
     z = embeddings(torch.cat([z_i, z_j]), normalize)
     where = route.choose(z, backend=backend, workspace=workspace_of(options))
     together = meet(
-        call, group, exchange, z, learned=(temperature,), temperature=temperature,
+        call, group, exchange, where, z, learned=(temperature,), temperature=temperature,
         reduction=reduction, normalize=normalize, exclude=exclude is not None,
     )  # fmt: skip
     return _Views(where, z, None if together is None else Columns(together.keys, exchange))

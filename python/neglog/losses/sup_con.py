@@ -69,7 +69,7 @@ def sup_con(
     where = route.choose(z, backend=backend, workspace=workspace_of(options))
     scale = scale_of(temperature, z)
     together = meet(
-        "sup_con", group, exchange, z, learned=(temperature,), temperature=temperature,
+        "sup_con", group, exchange, where, z, learned=(temperature,), temperature=temperature,
         reduction=reduction, normalize=normalize, views=views or 1,
     )  # fmt: skip
     over = None if together is None else Columns(together.keys, exchange)

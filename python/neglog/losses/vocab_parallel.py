@@ -109,7 +109,7 @@ def vocab_parallel_cross_entropy(
         inplace_backward, return_stats, loss_dtype,
     )  # fmt: skip
     if group is None:
-        return cross_entropy(input, target, weight, backend=backend, **_of_one(options))
+        return cross_entropy(input, target, weight, backend=backend, **options._asdict())
     ignore_index, label_smoothing = to_options(ignore_index, reduction, label_smoothing)
     options = options._replace(ignore_index=ignore_index, label_smoothing=label_smoothing)
     probabilities = check_cross_entropy(input, target, None, ignore_index)
@@ -123,7 +123,7 @@ def vocab_parallel_cross_entropy(
         logits, target_rows = to_rows(input.to(common)), to_rows(target.to(common))
     else:
         logits, target_rows = to_rows(input), to_indices(target)
-    _meet("vocab_parallel_cross_entropy", group, logits, target_rows, vocab, weight, options, input)
+    _meet(where, group, logits, target_rows, vocab, weight, options, input)
     result = _of_rows(where, group, vocab, logits, target_rows, weight, options)
     shape = row_shape(input)
     return public(change_rows(result, lambda x: x.view(shape), reduction), return_stats)
@@ -135,10 +135,6 @@ def _group_of(group: Any) -> Any:
         return distributed.group.WORLD if ready else None
     check_group(group)
     return group
-
-
-def _of_one(options: RowOptions) -> dict[str, Any]:
-    return options._asdict()
 
 
 def _check_options(options: RowOptions, input: Tensor) -> None:
@@ -167,20 +163,21 @@ def _vocab_of(name: str, classes: Any, vocab_size: int | None, group: Any) -> An
 
 
 def _meet(
-    call: str, group: Any, x: Tensor, target: Tensor, vocab: Any, weight: Tensor | None,
-    options: RowOptions, *learned: Tensor | None, features: Any = None,
+    where: route.Route, group: Any, x: Tensor, target: Tensor, vocab: Any, weight: Tensor | None,
+    options: RowOptions, *learned: Tensor | None, features: Any = None, workspace: int = 0,
 ) -> None:  # fmt: skip
     """Raises where the processes do not agree; see groups.meet. On a device the targets are not
     compared: it would be waited for."""
     if torch_state.compiling():
         return
     terms: dict[str, Any] = {
-        "rows": x.shape[0], "in_features": features, "vocab_size": vocab,
+        "rows": x.shape[0], "in_features": features, "vocab_size": vocab, "workspace": workspace,
         "reduction": options.reduction, "ignore_index": options.ignore_index,
         "label_smoothing": float(options.label_smoothing), "softcap": _number(options.softcap),
         "logit_scale": _number(options.logit_scale), "z_loss": _number(options.z_loss),
         "num_items": _number(options.num_items), "weight": weight is not None,
         "return_stats": options.return_stats, "dtype of target": target.dtype,
+        "backend": where.sends,
     }  # fmt: skip
     grads = torch.is_grad_enabled()
     terms["requires_grad"] = sum(
@@ -188,7 +185,8 @@ def _meet(
     )
     if target.is_cpu and target.dim() == 1 and torch_state.readable(target):
         terms["target"] = _checksum(target)
-    meet(call, group, x, 0, **terms)
+    call = "cross_entropy" if features is None else "linear_cross_entropy"
+    meet(f"vocab_parallel_{call}", group, x, 0, **terms)
 
 
 def _number(value: Any) -> Any:
@@ -197,7 +195,7 @@ def _number(value: Any) -> Any:
 
 def _checksum(target: Tensor) -> int:
     """Another for other numbers, or another order of them, but by chance."""
-    places = torch.arange(1, len(target) + 1) * 2654435761 % (1 << 31)
+    places = torch.arange(1, len(target) + 1, device=target.device) * 2654435761 % (1 << 31)
     return int((target * places).sum() % (1 << 61))
 
 
@@ -403,8 +401,10 @@ def _by_tiles(
     where = route.choose(
         given.to(dtype), linear_weight, backend=backend, weight=weight, workspace=workspace
     )
-    call = "vocab_parallel_linear_cross_entropy"
-    _meet(call, group, given, labels, vocab, weight, options, *head, features=given.shape[1])
+    _meet(
+        where, group, given, labels, vocab, weight, options, *head, features=given.shape[1],
+        workspace=workspace,
+    )  # fmt: skip
     _check_range(labels, vocab, options.ignore_index)
     scale = options.scale_as_tensor()
     if scale is not None:
@@ -474,8 +474,7 @@ def _with_logits(
     if target.dim() == 2:
         common = common_dtype(logits, target, weight)
         logits, target = logits.to(common), target.to(common)
-    call = "vocab_parallel_linear_cross_entropy"
-    _meet(call, group, logits, target, vocab, weight, options, *head)
+    _meet(where, group, logits, target, vocab, weight, options, *head)
     if mask is None:
         result = _of_rows(where, group, vocab, logits, target, weight, options)
     else:

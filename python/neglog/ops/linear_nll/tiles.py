@@ -52,9 +52,9 @@ class Tiles:
         learns: bool, compact: bool = True, wide: bool = False, columns: int | None = None,
     ) -> None:  # fmt: skip
         """dtype: of the logits. learns: the weight's gradient is wanted; wide: in the accumulation
-        dtype. Not compact: rows that do not count stay, as 0. columns: what decides how high a tile
-        is, those of the weight where None; of a weight that is shared out to processes it is the
-        same in all of them.
+        dtype. Not compact: rows that do not count stay, as 0. columns: of a weight that is shared
+        out to processes, the most of any. Then a tile has as many rows in all of them: it depends
+        neither on this one's columns nor on `dtype`, which each finds out by itself.
 
         single: one tile, whose product is rounded to the weight's gradient, with no wider sum
         beside it.
@@ -66,15 +66,14 @@ class Tiles:
         if self.rows is not None and self.rows.shape == target.shape:
             self.rows = None
         self.target = target if self.rows is None else target[self.rows]
-        columns = head.vocab if columns is None else columns
-        row_bytes = plan.row_stride(columns, dtype.itemsize) * dtype.itemsize
+        itemsize = dtype.itemsize if columns is None else real_dtype(head.input.dtype).itemsize
+        row_bytes = plan.row_stride(head.vocab if columns is None else columns, itemsize) * itemsize
         rows = self.target.shape[0]
         self.height = plan.rows_per_tile(rows, row_bytes, workspace)
         self.single = dtype == head.weight.dtype and not divides_late(head.input.dtype) and not wide
         # A single tile may have the memory of the sum that it makes needless.
-        sum_bytes = columns * head.weight.shape[1] * real_dtype(dtype).itemsize
-        spared = sum_bytes if dtype.itemsize == 2 else 0
-        if self.single and learns and rows * row_bytes <= workspace + spared:
+        spared = head.weight.numel() * real_dtype(dtype).itemsize if dtype.itemsize == 2 else 0
+        if self.single and learns and columns is None and rows * row_bytes <= workspace + spared:
             self.height = rows
         self.single = self.single and rows <= self.height
         self.logits = new_rows(self.height, head.vocab, head.input, dtype)
