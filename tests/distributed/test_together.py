@@ -306,7 +306,9 @@ def checks(world: int) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
 def said(request, tmp_path_factory):
     world = request.param
-    return ranks.run(checks(world), world, tmp_path_factory.mktemp("ranks"), seconds=300)
+    return ranks.run(
+        checks(world), world, tmp_path_factory.mktemp("ranks"), seconds=300, one_group=True
+    )
 
 
 def test_the_whole_batch(said):

@@ -495,7 +495,9 @@ def checks(world: int) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
 def said(request: Any, tmp_path_factory: Any) -> dict[str, list[str]]:
     world = request.param
-    return ranks.run(checks(world), world, tmp_path_factory.mktemp("ranks"), seconds=240)
+    return ranks.run(
+        checks(world), world, tmp_path_factory.mktemp("ranks"), seconds=240, one_group=True
+    )
 
 
 def test_one_process_with_all_classes(said: dict[str, list[str]]) -> None:
