@@ -86,8 +86,7 @@ def said(processes: list[Popen], survivors: list[int]) -> None:
 
 
 CASES = [
-    ("clip", "gather", "dies"), ("clip", "ring", "hangs"),
-    ("nt_xent", "gather", "hangs"), ("siglip", "ring", "dies"),
+    ("nt_xent", "gather", "dies"), ("clip", "ring", "hangs"), ("siglip", "ring", "dies"),
 ]  # fmt: skip
 
 
@@ -152,12 +151,11 @@ def can_make_hosts() -> bool:
 
 
 @pytest.mark.skipif(not can_make_hosts(), reason="needs the right to make network namespaces")
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
-def test_a_link_is_cut(tmp_path: Path, exchange: str) -> None:
+def test_a_link_is_cut(tmp_path: Path) -> None:
     with hosts() as (bridge, *names):
         method = "tcp://10.77.0.1:29400"
         processes = [
-            start(rank, method, ("clip", exchange, "none"), tmp_path / "mark", names[rank])
+            start(rank, method, ("clip", "ring", "none"), tmp_path / "mark", names[rank])
             for rank in range(WORLD)
         ]
         end = time.monotonic() + 60
