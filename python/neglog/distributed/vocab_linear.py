@@ -25,17 +25,17 @@ from torch import Tensor
 from neglog import availability, torch_state
 from neglog.distributed import vocab_rows
 from neglog.distributed.vocab_parallel import by_formula
-from neglog.distributed.vocab_parallel import forward as of_logits
+from neglog.distributed.vocab_parallel import forward as on_logits
 from neglog.distributed.vocab_rows import Merged, Shards, Targets, all_find, find, merge, targets_of
-from neglog.ops.define import Op, save, saved, second_derivative
+from neglog.ops.define import Op, save, saved
 from neglog.ops.dtypes import divides_late, real_dtype
-from neglog.ops.linear_nll.schedule import nothing_formed
+from neglog.ops.linear_nll import schema
+from neglog.ops.linear_nll.autograd import HEAD, second_derivative_of_head
+from neglog.ops.linear_nll.schedule import nothing_formed, times_upstream
 from neglog.ops.linear_nll.tiles import Gradients, Head, Tile, Tiles
-from neglog.ops.memory import contiguous, new_gradient
-from neglog.ops.nll.autograd import late_divisor
+from neglog.ops.memory import contiguous
 from neglog.ops.nll.schema import MEAN, NONE, NUMBERS, OPTIONS
 
-HEAD = ("input", "linear_weight", "linear_bias")
 TILES = "int workspace, ScalarType tile_dtype, str backend"
 GROUP = "SymInt vocab, str group"
 forward = Op(
@@ -76,29 +76,26 @@ class _Rows:
         """As those of vocab_nll, for some rows."""
         options = (self.a.vocab, *(getattr(self.a, name) for name in KEPT[1:]))
         given = (logits, target, self.a.weight, *options, self.a.group, self.a.backend)
-        return of_logits.Arguments(*given)
+        return on_logits.Arguments(*given)
 
-    def targets(self, tile: Tile) -> Targets:
-        """Known again where they are needed again: they take less memory than to keep them."""
-        a = self.arguments(tile.logits, tile.target)
-        return targets_of(a, self.shards, tile.logits.shape[1], self.real)
-
-    def find(self, tile: Tile) -> Tensor:
-        a = self.arguments(tile.logits, tile.target)
-        return find(a, tile.logits, self.targets(tile), self.shards)
-
-    def merge(self, sent: Tensor, target: Tensor) -> Merged:
-        a = self.arguments(None, target)
+    def targets(self, target: Tensor) -> Targets:
         columns = self.a.linear_weight.shape[0]
-        return merge(a, sent, targets_of(a, self.shards, columns, self.real), self.shards)
+        return targets_of(self.arguments(None, target), self.shards, columns, self.real)
+
+    def find(self, tile: Tile, t: Targets) -> Tensor:
+        return find(self.arguments(tile.logits, tile.target), tile.logits, t, self.shards)
+
+    def merge(self, sent: Tensor, target: Tensor, t: Targets) -> Merged:
+        return merge(self.arguments(None, target), sent, t, self.shards)
 
     def gradient(
-        self, tile: Tile, lse: tuple[Tensor, Tensor], upstream: Tensor, grad_lse: Tensor | None
-    ) -> Tensor:
+        self, tile: Tile, t: Targets, lse: tuple[Tensor, Tensor], upstream: Tensor,
+        grad_lse: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Of the tile's logits, where they lay."""
         return vocab_rows.gradient(
-            self.arguments(tile.logits, tile.target), tile.logits, self.targets(tile), self.shards,
-            lse, upstream, grad_lse, lse[0].new_empty(0), in_place=True,
+            self.arguments(tile.logits, tile.target), tile.logits, t, self.shards, lse, upstream,
+            grad_lse, lse[0].new_empty(0), in_place=True,
         )  # fmt: skip
 
 
@@ -111,13 +108,14 @@ def _forward(a: Any) -> tuple[Tensor, ...]:
     upstream = one / a.divisor if a.reduction == MEAN and not late else one
     found: list[Any] = []
     for tile in rows.tiles:
-        numbers = rows.find(tile)
+        t = rows.targets(tile.target)
+        numbers = rows.find(tile, t)
         if gradients is None:
             found.append(numbers)
             continue
-        merged = rows.merge(all_find(numbers, a.group), tile.target)
+        merged = rows.merge(all_find(numbers, a.group), tile.target, t)
         found.append(merged)
-        s = rows.gradient(tile, (merged.lse, merged.lse_low), upstream, None)
+        s = rows.gradient(tile, t, (merged.lse, merged.lse_low), upstream, None)
         gradients.add(tile, s, upstream)
     of_rows = _joined(rows, found, gradients is None)
     among = rows.tiles.among_all
@@ -138,7 +136,7 @@ def _joined(rows: _Rows, found: list[Any], to_send: bool) -> Merged:
         width = len(vocab_rows.numbers_to_send(rows.arguments(None, rows.tiles.target)))
         nothing = rows.a.input.new_empty(0, width, dtype=rows.real)
         sent = all_find(torch.cat(found) if found else nothing, rows.a.group)
-        return rows.merge(sent, rows.tiles.target)
+        return rows.merge(sent, rows.tiles.target, rows.targets(rows.tiles.target))
     if not found:
         none = rows.a.input.new_empty(0, dtype=rows.real)
         return Merged(none, none, none, none.bool(), none.clone(), none.clone())
@@ -146,16 +144,9 @@ def _joined(rows: _Rows, found: list[Any], to_send: bool) -> Merged:
 
 
 def _backward(a: Any) -> tuple[Tensor, ...]:
-    formed = (a.grad_input, a.grad_weight, a.grad_bias)
-    made = all(not want or kept.numel() for want, kept in zip(a.wanted, formed, strict=True))
-    if a.grad_lse is None and a.reduction != NONE and made:
-        divisor = late_divisor(a.divisor, a.input.dtype, a.reduction)
-        factor = a.grad_loss if divisor is None else a.grad_loss / divisor
-        likes = (a.input, a.linear_weight, a.input)
-        return tuple(
-            _times(kept, factor, like.dtype) if want else like.new_empty(0)
-            for want, kept, like in zip(a.wanted, formed, likes, strict=True)
-        )
+    formed = times_upstream(a, a.divisor)
+    if formed is not None:
+        return formed
     rows = _Rows("vocab_linear_nll_backward", a)
     upstream = a.grad_loss / a.divisor if a.reduction == MEAN else a.grad_loss
     upstream = upstream.to(rows.real).expand(len(a.target))
@@ -163,16 +154,9 @@ def _backward(a: Any) -> tuple[Tensor, ...]:
     for tile in rows.tiles:
         lse = (a.lse[tile.rows], a.lse_low[tile.rows])
         through_lse = None if a.grad_lse is None else a.grad_lse[tile.rows]
-        gradients.add(tile, rows.gradient(tile, lse, upstream[tile.rows], through_lse), 1.0)
+        given = (tile, rows.targets(tile.target), lse, upstream[tile.rows], through_lse)
+        gradients.add(tile, rows.gradient(*given), 1.0)
     return gradients.finished(False)
-
-
-def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In new memory: the graph may be walked again. In 16 bits the factor would be rounded."""
-    factor = factor.to(real_dtype(kept.dtype)) if kept.is_cpu else factor.reshape(1)
-    if kept.dtype != dtype:
-        return (kept * factor).to(dtype)
-    return torch.mul(kept, factor, out=new_gradient(kept.shape, kept, dtype))
 
 
 def _set_up(ctx: Any, a: Any, results: Any) -> None:
@@ -213,51 +197,25 @@ def saved_names(ctx: Any) -> tuple[str, ...]:
 def _second(ctx: Any, grad: Any) -> dict[str, Any]:
     """By the formula, with the logits in memory."""
     kept, a = saved(ctx), ctx.a
-    inputs = {name: kept[name] for name in HEAD if kept[name] is not None}
-    counted = kept["target"] != a.ignore_index
 
-    def run(input: Tensor, *projection: Tensor) -> tuple[Tensor, ...]:
-        rows = torch.where(counted[:, None], input, 0)  # what does not count may be NaN
-        logits = torch.nn.functional.linear(rows, *projection)
+    def of_logits(logits: Tensor) -> tuple[Tensor, ...]:
         options = (a.vocab, *(getattr(a, name) for name in KEPT[1:]), a.group, a.backend)
-        given = of_logits.Arguments(logits, kept["target"], kept["weight"], *options)
+        given = on_logits.Arguments(logits, kept["target"], kept["weight"], *options)
         loss, lse = by_formula(given)
         if a.reduction != NONE:
             loss = loss.sum()
-        if a.reduction == MEAN:
-            loss = loss / kept["divisor"]
-        lse = torch.where(counted, lse, 0)
-        return (loss,) if kept["grad_lse"] is None else (loss, lse)
+        return (loss / kept["divisor"] if a.reduction == MEAN else loss), lse
 
-    upstream = {"grad_loss": kept["grad_loss"]}
-    if kept["grad_lse"] is not None:
-        upstream["grad_lse"] = kept["grad_lse"]
-    arrived = {name: g for name, g in grad._asdict().items() if name in inputs}
-    return second_derivative(run, upstream, inputs, arrived)
+    return second_derivative_of_head(of_logits, kept, a.ignore_index, grad)
 
 
-def _gradients(a: Any, dtype: Any) -> tuple[Tensor, ...]:
-    shapes = (a.input.shape, a.linear_weight.shape, a.linear_weight.shape[:1])
-    dtypes = (a.input.dtype, dtype, dtype)
-    return tuple(
-        a.input.new_empty(shape if want else 0, dtype=kept if want else a.input.dtype)
-        for shape, want, kept in zip(shapes, a.wanted, dtypes, strict=True)
-    )
+def _shapes(a: Any) -> tuple[Tensor, ...]:
+    loss, lse, _, *others = schema.forward_shapes(a)
+    return loss, lse, torch.empty_like(lse), *others
 
 
-def _forward_shapes(a: Any) -> tuple[Tensor, ...]:
-    new, real, rows = a.input.new_empty, real_dtype(a.input.dtype), a.input.shape[0]
-    loss = new((rows,) if a.reduction == NONE else (), dtype=real)
-    of_stats = rows if a.stats else 0
-    kept = real if any(a.wanted) and divides_late(a.input.dtype) else a.input.dtype
-    return (
-        loss, new(rows, dtype=real), new(rows, dtype=real), new(of_stats, dtype=torch.bool),
-        new(of_stats, dtype=real), *_gradients(a, kept),
-    )  # fmt: skip
-
-
-forward.shapes(_forward_shapes)
-backward.shapes(lambda a: _gradients(a, a.input.dtype))
+forward.shapes(_shapes)
+backward.shapes(lambda a: schema.gradient_shapes(a, a.input.dtype))
 forward.differentiable(_set_up, _derivative)
 backward.differentiable(_set_up_backward, _second)
 for _device in ("cpu", "cuda"):

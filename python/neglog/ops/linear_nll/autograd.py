@@ -5,7 +5,7 @@ eager      gives the gradients formed in the forward away, where the registered 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,17 +80,27 @@ def _setup_backward(ctx: Any, a: Any, results: Any) -> None:
 
 def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
     """By the formula, with the logits in memory."""
-    kept = saved(ctx)
-    grad_lse, target, options = kept["grad_lse"], kept["target"], ctx.options
+    kept, options = saved(ctx), ctx.options
+
+    def of_logits(logits: Tensor) -> tuple[Tensor, ...]:
+        given = (kept["target"], kept["weight"], kept["total_weight"])
+        return formula.nll(logits, *given, options, False)[:2]
+
+    return second_derivative_of_head(of_logits, kept, options.ignore_index, grad)
+
+
+def second_derivative_of_head(
+    of_logits: Callable[[Tensor], tuple[Tensor, ...]], kept: dict[str, Any], ignore_index: int,
+    grad: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Of a loss and log-sum-exps that `of_logits` gives. kept: HEAD, target, and the upstream
+    grad_loss and grad_lse. grad: what arrives for the gradients of HEAD."""
+    grad_lse, counted = kept["grad_lse"], kept["target"] != ignore_index
     inputs = {name: kept[name] for name in HEAD if kept[name] is not None}
-    counted = target != options.ignore_index
 
     def forward(input: Tensor, *projection: Tensor) -> tuple[Tensor, ...]:
         rows = torch.where(counted[:, None], input, 0)  # what does not count may be NaN
-        logits = torch.nn.functional.linear(rows, *projection)
-        loss, lse, *_ = formula.nll(
-            logits, target, kept["weight"], kept["total_weight"], options, False
-        )
+        loss, lse = of_logits(torch.nn.functional.linear(rows, *projection))
         # The op computes no log-sum-exp of ignored rows.
         lse = torch.where(counted, lse, 0)
         return (loss,) if grad_lse is None else (loss, lse)

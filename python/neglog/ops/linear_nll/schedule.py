@@ -69,14 +69,9 @@ def forward(kind: Any, a: Any, wide: Sequence[bool] = NARROW) -> tuple[Tensor, .
 
 def backward(kind: Any, a: Any) -> tuple[Tensor, ...]:
     """As the op: what the forward formed, times the upstream, or formed anew."""
-    formed = (a.grad_input, a.grad_weight, a.grad_bias)
-    if a.grad_lse is None and _was_formed(formed, a.reduction, a.wanted):
-        factor = _factor(a.grad_loss, a.total_weight, a.reduction, a.input.dtype)
-        likes = (a.input, a.linear_weight, a.input)
-        return tuple(
-            _times(kept, factor, like.dtype) if want else like.new_empty(0)
-            for want, kept, like in zip(a.wanted, formed, likes, strict=True)
-        )
+    formed = times_upstream(a, a.total_weight)
+    if formed is not None:
+        return formed
     tiles, rows = _prepare(kind, "linear_nll_backward", a, False)
     upstream = aligned(a.grad_loss, "grad_loss")
     upstream = upstream / a.total_weight if a.reduction == MEAN else upstream
@@ -86,6 +81,20 @@ def backward(kind: Any, a: Any) -> tuple[Tensor, ...]:
     for tile in tiles:
         gradients.add(tile, rows.backward(tile, upstream, a.grad_lse), largest)
     return gradients.finished(False)
+
+
+def times_upstream(a: Any, divisor: Tensor) -> tuple[Tensor, ...] | None:
+    """What the forward formed, times the upstream, in new memory; None where that must be formed
+    anew. divisor: of the mean."""
+    formed = (a.grad_input, a.grad_weight, a.grad_bias)
+    if a.grad_lse is not None or not _was_formed(formed, a.reduction, a.wanted):
+        return None
+    factor = _factor(a.grad_loss, divisor, a.reduction, a.input.dtype)
+    likes = (a.input, a.linear_weight, a.input)
+    return tuple(
+        _times(kept, factor, like.dtype) if want else like.new_empty(0)
+        for want, kept, like in zip(a.wanted, formed, likes, strict=True)
+    )
 
 
 def scaled_in_place(

@@ -41,7 +41,7 @@ backward = Op(
 )
 
 
-def _gradients(a: Any, dtype: Any) -> tuple[Tensor, ...]:
+def gradient_shapes(a: Any, dtype: Any) -> tuple[Tensor, ...]:
     """Those of the parameters in `dtype`, or (0,) where not wanted."""
     shapes = (a.input.shape, a.linear_weight.shape, a.linear_weight.shape[:1])
     dtypes = (a.input.dtype, dtype, dtype)
@@ -51,14 +51,14 @@ def _gradients(a: Any, dtype: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _forward_shapes(a: Any) -> tuple[Tensor, ...]:
+def forward_shapes(a: Any) -> tuple[Tensor, ...]:
     new, real, rows = a.input.new_empty, real_dtype(a.input.dtype), a.input.shape[0]
     loss = new((rows,) if a.reduction == NONE else (), dtype=real)
     correct, entropy = (new(rows if a.stats else 0, dtype=d) for d in (torch.bool, real))
     kept = real if any(a.wanted) and divides_late(a.input.dtype) else a.input.dtype
     numbers = (loss, new(rows, dtype=real), new((), dtype=real), correct, entropy)
-    return *numbers, *_gradients(a, kept)
+    return *numbers, *gradient_shapes(a, kept)
 
 
-forward.shapes(_forward_shapes)
-backward.shapes(lambda a: _gradients(a, a.input.dtype))
+forward.shapes(forward_shapes)
+backward.shapes(lambda a: gradient_shapes(a, a.input.dtype))
