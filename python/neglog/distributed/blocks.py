@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
 
 from neglog.distributed.exchange import all_rows, pieces, ranks_of, rotate, to_owners
 from neglog.distributed.groups import Ranks
-from neglog.ops.pairs.schedule import TILES
+from neglog.ops.pairs.schedule import TILES, Workspace, tiles_of
 from neglog.ops.pairs.schema import Pairs
 
 # The arguments with which the schemas begin.
@@ -18,8 +18,6 @@ PAIRS = (
     "Tensor? query_group, Tensor? key_group, bool columns, int workspace, ScalarType tile_dtype, "
     "str backend, SymInt[] rows, str exchange, str group"
 )
-LEARNED = ("query", "key", "scale")
-OTHERS = ("bias", "positive", "excluded", "query_group", "key_group")
 FLAGS = ("columns", "workspace", "tile_dtype", "backend", "rows", "exchange", "group")
 # Of similarities on a CPU. A ring is for memory; half of what a tile has elsewhere costs no time.
 RING_TILE_BYTES = 8 << 20
@@ -61,6 +59,15 @@ class Blocks:
             key=keys, bias=of_columns(pairs.bias), positive=moved(pairs.positive),
             excluded=moved(pairs.excluded), key_group=of_columns(pairs.key_group),
         )  # fmt: skip
+
+    def tiles(
+        self, part: Pairs, bounded: bool | None = None
+    ) -> Iterator[tuple[Any, Tensor, slice, slice]]:
+        """The tiles of a part: their kernels, their similarities until the next, rows, columns."""
+        kernels, workspace = self.kind(self.op, part, bounded), Workspace(part, None)
+        if part.query.numel() and part.key.numel():
+            for down, across in tiles_of(part):
+                yield kernels, workspace.filled(down, across), down, across
 
 
 def pairs_of(a: Any) -> Pairs:

@@ -73,7 +73,7 @@ def sum_of_own(x: Tensor, ranks: Ranks) -> Tensor:
         parts = list(x.to(real).contiguous().split(ranks.rows))
         distributed.reduce_scatter(total, parts, group=ranks.group)
         return total.to(x.dtype)
-    return to_owners(x, ranks, lambda total, part: total.add_(part), real).to(x.dtype)
+    return to_owners(x, ranks, Tensor.add_, real).to(x.dtype)
 
 
 def to_owners(

@@ -29,22 +29,15 @@ import torch
 from torch import Tensor, distributed
 
 from neglog.distributed import exchange
-from neglog.distributed.blocks import FLAGS, LEARNED, OTHERS, PAIRS, Blocks, pairs_of
+from neglog.distributed.blocks import FLAGS, PAIRS, Blocks, pairs_of
 from neglog.distributed.exchange import gather_rows, ranks_of
 from neglog.ops.define import Op, save, saved, second_derivative
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.memory import contiguous
-from neglog.ops.pairs import formula
-from neglog.ops.pairs.schedule import (
-    TILES,
-    Sums,
-    Workspace,
-    dot_rows,
-    largest_of,
-    tiles_of,
-    total_of,
-)
-from neglog.ops.pairs.schema import UPSTREAM, Marginal, Pairs, Upstream
+from neglog.ops.pairs import formula, schema
+from neglog.ops.pairs.autograd import LEARNED, OTHERS, named
+from neglog.ops.pairs.schedule import TILES, Sums, dot_rows, largest_of, total_of
+from neglog.ops.pairs.schema import UPSTREAM, Marginal, Upstream
 from neglog.ops.pairs.states import States
 
 forward = Op(
@@ -72,14 +65,11 @@ def _forward(a: Any) -> tuple[Tensor, ...]:
     def visit(columns: slice, keys: Tensor) -> Tensor | None:
         part = blocks.part(columns, keys)
         of_columns = _new_states(keys, keys.shape[0]) if pairs.columns else None
-        if part.query.numel() and keys.numel():
-            tiles, workspace = blocks.kind(blocks.op, part, False), Workspace(part, None)
-            for down, across in tiles_of(part):
-                similarity = workspace.filled(down, across)
-                tiles.forward(
-                    similarity, down, across, rows, of_columns,
-                    None if pairs.positive is None else score,
-                )  # fmt: skip
+        for kernels, similarity, down, across in blocks.tiles(part, False):
+            kernels.forward(
+                similarity, down, across, rows, of_columns,
+                None if pairs.positive is None else score,
+            )  # fmt: skip
         return None if of_columns is None else _packed(of_columns)
 
     keys = exchange.all_rows(pairs.key, ranks) if blocks.gathers else None
@@ -139,23 +129,17 @@ def _backward(a: Any) -> tuple[Tensor, ...]:
     def visit(columns: slice, keys: Tensor) -> Tensor | None:
         part = blocks.part(columns, keys)
         sums = Sums(part, by_rows, wanted[1], onto)
-        if part.query.numel() and keys.numel():
-            up = Upstream(row, _of_columns(weights, columns), score, 1.0)
-            tiles, workspace = blocks.kind(blocks.op, part), Workspace(part, None)
-            for down, across in tiles_of(part):
-                gradient = workspace.filled(down, across)
-                tiles.backward(gradient, down, across, up, gradient)
-                sums.add(gradient, down, across)
+        up = Upstream(row, _of_columns(weights, columns), score, 1.0)
+        for kernels, gradient, down, across in blocks.tiles(part):
+            kernels.backward(gradient, down, across, up, gradient)
+            sums.add(gradient, down, across)
         if not wanted[1]:
             return None
         # With this process's own scale, before it is added to what others found.
         return sums.by_column if pairs.scale.dim() else sums.by_column.mul_(pairs.scale)
 
-    def add(found: Tensor, part: Tensor) -> Tensor:
-        return found.add_(part)
-
     kept = a.keys if blocks.gathers else None
-    of_keys = blocks.visit(kept, visit, add if wanted[1] else None)
+    of_keys = blocks.visit(kept, visit, Tensor.add_ if wanted[1] else None)
     query, key, scale = (_nothing(row.lse) for _ in range(3))
     if wanted[2]:
         scale = dot_rows(pairs.query, onto).mul_(size)
@@ -231,21 +215,12 @@ def by_formula(a: Any) -> tuple[Tensor, ...]:
     def own(x: Tensor | None) -> Tensor | None:
         return x[ranks.own] if x is not None and x.dim() else x
 
-    columns = Pairs(
-        gather_rows(scaled, rows, name),
-        a.key.to(real),
-        a.scale.new_ones(()),
-        own(a.bias),
-        of_all(a.positive, ranks.first),
-        of_all(a.excluded, ranks.first),
-        of_all(a.query_group),
-        own(a.key_group),
-        True,
-        False,
-        a.workspace,
-        a.tile_dtype,
-        a.backend,
-    )
+    columns = pairs._replace(
+        query=gather_rows(scaled, rows, name), key=a.key.to(real), scale=a.scale.new_ones(()),
+        bias=own(a.bias), positive=of_all(a.positive, ranks.first),
+        excluded=of_all(a.excluded, ranks.first), query_group=of_all(a.query_group),
+        key_group=own(a.key_group),
+    )  # fmt: skip
     column_lse = formula.log_sum_exp(formula.scores(columns)[1], 0)
     row_loss, column_loss, row_lse, _, score = of_rows
     if a.positive is not None:
@@ -253,18 +228,14 @@ def by_formula(a: Any) -> tuple[Tensor, ...]:
     return row_loss, column_loss, row_lse, column_lse, score
 
 
-def _named(a: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(a, name) for name in names}
-
-
 def _set_up(ctx: Any, a: Any, results: Any) -> None:
     ctx.mark_non_differentiable(results.row_low, results.column_low, results.keys)
-    save(ctx, **_named(a, LEARNED + OTHERS), **_named(results, STATE))
-    ctx.flags = _named(a, FLAGS)
+    save(ctx, **named(a, LEARNED + OTHERS), **named(results, STATE))
+    ctx.flags = named(a, FLAGS)
 
 
 def _derivative(ctx: Any, grad: Any) -> dict[str, Any]:
-    wanted = _named(ctx.wanted, LEARNED)
+    wanted = named(ctx.wanted, LEARNED)
     kept = saved(ctx)
     pairs = [kept.pop(name) for name in LEARNED + OTHERS]
     made = backward(
@@ -274,8 +245,8 @@ def _derivative(ctx: Any, grad: Any) -> dict[str, Any]:
 
 
 def _set_up_backward(ctx: Any, a: Any, results: Any) -> None:
-    save(ctx, **_named(a, UPSTREAM + LEARNED + OTHERS))
-    ctx.flags = _named(a, FLAGS)
+    save(ctx, **named(a, UPSTREAM + LEARNED + OTHERS))
+    ctx.flags = named(a, FLAGS)
 
 
 def _second(ctx: Any, grad: Any) -> dict[str, Any]:
@@ -287,34 +258,17 @@ def _second(ctx: Any, grad: Any) -> dict[str, Any]:
         given = dict(zip(inputs, learned, strict=True))
         return by_formula(forward.Arguments(**given, **others))
 
-    return second_derivative(run, upstream, inputs, _named(grad, LEARNED))
+    return second_derivative(run, upstream, inputs, named(grad, LEARNED))
 
 
 def _shapes(a: Any) -> tuple[Tensor, ...]:
-    rows, columns = a.query.shape[0], a.key.shape[0]
-    new, real = a.query.new_empty, real_dtype(a.query.dtype)
-    of_positive = rows if a.positive is not None else 0
-    of_columns = columns if a.columns else 0
-    counts = (
-        of_positive, of_positive if a.columns else 0, rows, of_columns, of_positive, rows,
-        of_columns,
-    )  # fmt: skip
     gathers = a.exchange == "gather"
-    keys = new((sum(a.rows), a.key.shape[1]) if gathers else 0)
-    return *(new(count, dtype=real) for count in counts), keys
-
-
-def _backward_shapes(a: Any) -> tuple[Tensor, ...]:
-    likes = (a.query, a.key, a.scale)
-    dtypes = (a.query.dtype, a.query.dtype, real_dtype(a.query.dtype))
-    return tuple(
-        a.query.new_empty(like.shape if want else 0, dtype=dtype)
-        for like, want, dtype in zip(likes, a.wanted, dtypes, strict=True)
-    )
+    keys = a.query.new_empty((sum(a.rows), a.key.shape[1]) if gathers else 0)
+    return *schema.by_row_and_column(a), keys
 
 
 forward.shapes(_shapes)
-backward.shapes(_backward_shapes)
+backward.shapes(schema.backward_shapes)
 forward.differentiable(_set_up, _derivative)
 backward.differentiable(_set_up_backward, _second)
 for _device in TILES:

@@ -11,6 +11,7 @@ key_group (total,) is theirs.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,36 +21,26 @@ from neglog.distributed.blocks import Blocks
 from neglog.distributed.exchange import gather_rows
 from neglog.ops.define import Op, save, saved, second_derivative
 from neglog.ops.dtypes import real_dtype
-from neglog.ops.pairs import formula
-from neglog.ops.pairs.schedule import TILES, Sums, Workspace, dot_rows, tiles_of
+from neglog.ops.pairs import formula, schema
+from neglog.ops.pairs.autograd import SIGMOID, SIGMOID_OTHERS, named
+from neglog.ops.pairs.schedule import TILES, Sums, dot_rows
 from neglog.ops.pairs.schema import Pairs
 
-SIGMOID = (
+ARGUMENTS = (
     "Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor positive, Tensor? query_group, "
     "Tensor? key_group, int workspace, ScalarType tile_dtype, str backend, SymInt[] rows, str group"
 )
-forward = Op(f"group_sigmoid({SIGMOID}) -> Tensor")
+forward = Op(f"group_sigmoid({ARGUMENTS}) -> Tensor")
 backward = Op(
-    f"group_sigmoid_backward(Tensor grad, {SIGMOID}, int[4] wanted) -> "
+    f"group_sigmoid_backward(Tensor grad, {ARGUMENTS}, int[4] wanted) -> "
     "(Tensor query, Tensor key, Tensor scale, Tensor bias)"
 )
-LEARNED = ("query", "key", "scale", "bias")
-OTHERS = ("positive", "query_group", "key_group")
 FLAGS = ("workspace", "tile_dtype", "backend", "rows", "group")
 
 
 def _blocks(op: str, a: Any) -> Blocks:
-    return Blocks(op, _AsPairs(a))
-
-
-class _AsPairs:
-    """The arguments as those of group_pairs."""
-
-    excluded, columns, exchange = None, False, "ring"
-
-    def __init__(self, a: Any) -> None:
-        for name in (*LEARNED, *OTHERS, *FLAGS):
-            setattr(self, name, getattr(a, name))
+    """With what group_pairs has besides."""
+    return Blocks(op, SimpleNamespace(**a._asdict(), excluded=None, columns=False, exchange="ring"))
 
 
 def _forward(a: Any) -> Tensor:
@@ -58,9 +49,8 @@ def _forward(a: Any) -> Tensor:
 
     def visit(columns: slice, keys: Tensor) -> None:
         part = blocks.part(columns, keys)
-        tiles, workspace = blocks.kind(blocks.op, part, False), Workspace(part, None)
-        for down, across in tiles_of(part) if part.query.numel() and keys.numel() else ():
-            tiles.sigmoid(workspace.filled(down, across), down, across, loss, slopes)
+        for kernels, similarity, down, across in blocks.tiles(part, False):
+            kernels.sigmoid(similarity, down, across, loss, slopes)
 
     blocks.visit(None, visit, None)
     return loss.sum().to(blocks.pairs.real)
@@ -82,17 +72,12 @@ def _backward(a: Any) -> tuple[Tensor, ...]:
     def visit(columns: slice, keys: Tensor) -> Tensor | None:
         part = blocks.part(columns, keys)
         sums = Sums(part, by_rows, wanted[1], onto)
-        tiles, workspace = blocks.kind(blocks.op, part, False), Workspace(part, None)
-        for down, across in tiles_of(part) if part.query.numel() and keys.numel() else ():
-            gradient = workspace.filled(down, across)
-            tiles.sigmoid(gradient, down, across, loss, slopes)
+        for kernels, gradient, down, across in blocks.tiles(part, False):
+            kernels.sigmoid(gradient, down, across, loss, slopes)
             sums.add(gradient, down, across)
         return sums.by_column.mul_(pairs.scale * grad) if wanted[1] else None
 
-    def add(found: Tensor, part: Tensor) -> Tensor:
-        return found.add_(part)
-
-    of_keys = blocks.visit(None, visit, add if wanted[1] else None)
+    of_keys = blocks.visit(None, visit, Tensor.add_ if wanted[1] else None)
     query, key, scale, bias = (grad.new_empty(0) for _ in range(4))
     if wanted[2]:
         scale = (dot_rows(pairs.query, onto).sum() * grad).reshape(a.scale.shape)
@@ -105,17 +90,13 @@ def _backward(a: Any) -> tuple[Tensor, ...]:
     return query.to(pairs.query.dtype), key.to(pairs.query.dtype), scale, bias
 
 
-def _named(a: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(a, name) for name in names}
-
-
 def _set_up(ctx: Any, a: Any, results: Any) -> None:
-    save(ctx, **_named(a, LEARNED + OTHERS))
-    ctx.flags = _named(a, FLAGS)
+    save(ctx, **named(a, SIGMOID + SIGMOID_OTHERS))
+    ctx.flags = named(a, FLAGS)
 
 
 def _derivative(ctx: Any, grad: Any) -> dict[str, Any]:
-    wanted = _named(ctx.wanted, LEARNED)
+    wanted = named(ctx.wanted, SIGMOID)
     made = backward(
         grad.result, *saved(ctx).values(), *ctx.flags.values(), list(wanted.values())
     )  # fmt: skip
@@ -123,13 +104,13 @@ def _derivative(ctx: Any, grad: Any) -> dict[str, Any]:
 
 
 def _set_up_backward(ctx: Any, a: Any, results: Any) -> None:
-    save(ctx, **_named(a, ("grad", *LEARNED, *OTHERS)))
-    ctx.flags = _named(a, FLAGS)
+    save(ctx, **named(a, ("grad", *SIGMOID, *SIGMOID_OTHERS)))
+    ctx.flags = named(a, FLAGS)
 
 
 def _second(ctx: Any, grad: Any) -> dict[str, Any]:
     kept = saved(ctx)
-    inputs, others = _named_of(kept, LEARNED), _named_of(kept, OTHERS)
+    inputs, others = ({name: kept[name] for name in names} for names in (SIGMOID, SIGMOID_OTHERS))
 
     def run(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         keys = gather_rows(key, ctx.flags["rows"], ctx.flags["group"])
@@ -138,17 +119,8 @@ def _second(ctx: Any, grad: Any) -> dict[str, Any]:
     return second_derivative(run, {"grad": kept["grad"]}, inputs, grad._asdict())
 
 
-def _named_of(kept: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: kept[name] for name in names}
-
-
 forward.shapes(lambda a: a.query.new_empty((), dtype=real_dtype(a.query.dtype)))
-backward.shapes(
-    lambda a: tuple(
-        x.new_empty(x.shape if want else 0)
-        for x, want in zip((a.query, a.key, a.scale, a.bias), a.wanted, strict=True)
-    )
-)
+backward.shapes(schema.sigmoid_backward_shapes)
 forward.differentiable(_set_up, _derivative)
 backward.differentiable(_set_up_backward, _second)
 for _device in TILES:

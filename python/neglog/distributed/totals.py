@@ -70,10 +70,8 @@ def _transposed(a: Any) -> Tensor:
         return sums_by_id(a.key_ids[columns], a.query_ids, grad)
 
     nothing = grad.new_empty(ranks.rows[ranks.rank], 0)
-    found = visit_blocks(
-        ranks, a.exchange == "gather", nothing, grad.shape[1] * 8, None, visit,
-        lambda total, part: total.add_(part),
-    )  # fmt: skip
+    gathers, row_bytes = a.exchange == "gather", grad.shape[1] * grad.itemsize
+    found = visit_blocks(ranks, gathers, nothing, row_bytes, None, visit, Tensor.add_)
     assert found is not None
     return found
 

@@ -21,19 +21,19 @@ OTHERS = ("bias", "positive", "excluded", "query_group", "key_group")
 FLAGS = ("columns", "symmetric", "workspace", "tile_dtype", "backend")
 
 
-def _named(a: Any, names: tuple[str, ...]) -> dict[str, Any]:
+def named(a: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(a, name) for name in names}
 
 
 def _setup(ctx: Any, a: Any, results: Any) -> None:
     ctx.mark_non_differentiable(results.row_low, results.column_low, results.kept)
     kept = ("row_lse", "column_lse", "row_low", "column_low", "kept")
-    save(ctx, **_named(a, LEARNED + OTHERS), **_named(results, kept))
-    ctx.flags = _named(a, FLAGS)
+    save(ctx, **named(a, LEARNED + OTHERS), **named(results, kept))
+    ctx.flags = named(a, FLAGS)
 
 
 def _backward(ctx: Any, grad: Any) -> dict[str, Any]:
-    wanted = _named(ctx.wanted, LEARNED)
+    wanted = named(ctx.wanted, LEARNED)
     if ctx.flags["symmetric"]:  # key is query, which takes the gradient of both
         wanted |= {"query": wanted["query"] or wanted["key"], "key": False}
     kept, pairs = saved(ctx), {}
@@ -47,8 +47,8 @@ def _backward(ctx: Any, grad: Any) -> dict[str, Any]:
 
 
 def _setup_backward(ctx: Any, a: Any, results: Any) -> None:
-    save(ctx, **_named(a, UPSTREAM + LEARNED + OTHERS))
-    ctx.flags = _named(a, FLAGS)
+    save(ctx, **named(a, UPSTREAM + LEARNED + OTHERS))
+    ctx.flags = named(a, FLAGS)
 
 
 def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
         given = dict(zip(inputs, learned, strict=True))
         return formula.pairs(Pairs(**{"key": given["query"]} | given | others))
 
-    return second_derivative(forward, upstream, inputs, _named(grad, tuple(inputs)))
+    return second_derivative(forward, upstream, inputs, named(grad, tuple(inputs)))
 
 
 schema.forward.differentiable(_setup, _backward)
@@ -87,12 +87,12 @@ def _setup_sigmoid(ctx: Any, a: Any, results: Any) -> None:
     ctx.mark_non_differentiable(*results[1:])
     formed = results._asdict()
     del formed["loss"]
-    save(ctx, **_named(a, SIGMOID + SIGMOID_OTHERS), **formed)
+    save(ctx, **named(a, SIGMOID + SIGMOID_OTHERS), **formed)
     ctx.tiles = (a.workspace, a.tile_dtype, a.backend)
 
 
 def _sigmoid_backward(ctx: Any, grad: Any) -> dict[str, Any]:
-    wanted = _named(ctx.wanted, SIGMOID)
+    wanted = named(ctx.wanted, SIGMOID)
     made = schema.sigmoid_backward(
         grad.loss, *saved(ctx).values(), *ctx.tiles, list(wanted.values())
     )
@@ -100,7 +100,7 @@ def _sigmoid_backward(ctx: Any, grad: Any) -> dict[str, Any]:
 
 
 def _setup_sigmoid_backward(ctx: Any, a: Any, results: Any) -> None:
-    save(ctx, **_named(a, ("grad", *SIGMOID, *SIGMOID_OTHERS)))
+    save(ctx, **named(a, ("grad", *SIGMOID, *SIGMOID_OTHERS)))
 
 
 def _sigmoid_double_backward(ctx: Any, grad: Any) -> dict[str, Any]:

@@ -210,23 +210,29 @@ class Upstream(NamedTuple):
 # Shapes of results
 
 
-def _forward_shapes(a: Any) -> tuple[Tensor, ...]:
+def by_row_and_column(a: Any) -> tuple[Tensor, ...]:
+    """Room for the results of the forward that have a number for each row or column."""
     rows, columns = a.query.shape[0], a.key.shape[0]
-    new, real = a.query.new_empty, real_dtype(a.query.dtype)
-    kept = new(0, dtype=a.tile_dtype)
-    if a.keep:
-        strides = (plan.row_stride(columns, a.tile_dtype.itemsize), 1)
-        kept = a.query.new_empty_strided((rows, columns), strides, dtype=a.tile_dtype)
     of_positive = rows if a.positive is not None else 0
     of_columns = columns if a.columns else 0
     counts = (
         of_positive, of_positive if a.columns else 0, rows, of_columns, of_positive, rows,
         of_columns,
     )  # fmt: skip
-    return *(new(count, dtype=real) for count in counts), kept
+    real = real_dtype(a.query.dtype)
+    return tuple(a.query.new_empty(count, dtype=real) for count in counts)
 
 
-def _backward_shapes(a: Any) -> tuple[Tensor, ...]:
+def _forward_shapes(a: Any) -> tuple[Tensor, ...]:
+    rows, columns = a.query.shape[0], a.key.shape[0]
+    kept = a.query.new_empty(0, dtype=a.tile_dtype)
+    if a.keep:
+        strides = (plan.row_stride(columns, a.tile_dtype.itemsize), 1)
+        kept = a.query.new_empty_strided((rows, columns), strides, dtype=a.tile_dtype)
+    return *by_row_and_column(a), kept
+
+
+def backward_shapes(a: Any) -> tuple[Tensor, ...]:
     likes = (a.query, a.key, a.scale)
     dtypes = (a.query.dtype, a.query.dtype, real_dtype(a.query.dtype))
     return tuple(
@@ -245,7 +251,7 @@ def _sigmoid_shapes(a: Any) -> tuple[Tensor, ...]:
     return new((), dtype=real), *formed
 
 
-def _sigmoid_backward_shapes(a: Any) -> tuple[Tensor, ...]:
+def sigmoid_backward_shapes(a: Any) -> tuple[Tensor, ...]:
     likes = (a.query, a.key, a.scale, a.bias)
     return tuple(
         x.new_empty(x.shape if want else 0) for x, want in zip(likes, a.wanted, strict=True)
@@ -253,9 +259,9 @@ def _sigmoid_backward_shapes(a: Any) -> tuple[Tensor, ...]:
 
 
 forward.shapes(_forward_shapes)
-backward.shapes(_backward_shapes)
+backward.shapes(backward_shapes)
 sigmoid.shapes(_sigmoid_shapes)
-sigmoid_backward.shapes(_sigmoid_backward_shapes)
+sigmoid_backward.shapes(sigmoid_backward_shapes)
 statistics.shapes(
     lambda a: (
         a.positive_score.new_empty(a.query.shape[0], dtype=torch.bool),
