@@ -342,8 +342,12 @@ def check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
     """Raise IndexError, naming value and row, for the first index outside the classes."""
     if is_probabilities(input, target) or target.device.type != "cpu":
         return
-    classes = input.shape[class_dim(input)]
     index = target.reshape(-1).long()  # uint8 is compared modulo 256
+    check_classes(index, input.shape[class_dim(input)], ignore_index)
+
+
+def check_classes(index: Tensor, classes: Any, ignore_index: int) -> None:
+    """The same of int64 indices (N,), whose values may be read."""
     bad = (index != ignore_index) & ((index < 0) | (index >= classes))
     if bool(bad.any()):
         row = int(bad.nonzero()[0])

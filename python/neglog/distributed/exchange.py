@@ -39,6 +39,13 @@ def ranks_of(a: Any) -> Ranks:
 # To all, and to the owners
 
 
+def with_others(x: Tensor, ranks: Ranks) -> Tensor:
+    """Rows of all processes, of which this one's own have their gradient; the others' have none."""
+    parts = list(gather_rows(x.detach(), ranks.rows, ranks.name).split(list(ranks.rows)))
+    parts[ranks.rank] = x
+    return torch.cat(parts)
+
+
 def _gather(a: Any) -> Tensor:
     return all_rows(a.x, ranks_of(a))
 

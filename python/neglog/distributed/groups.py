@@ -111,6 +111,23 @@ def meet_with(
     return [Ranks(group, rank, rows) for rows in columns[: len(counts)]]
 
 
+def as_term(value: Any) -> Any:
+    """A number as a float, whether it was given as one or not; what else may be a term as it is."""
+    if isinstance(value, bool | str | Tensor) or value is None:
+        return value
+    return float(value)
+
+
+def learning(*tensors: Any) -> int:
+    """As a term: which of these may have a gradient. They must be the same in all processes, which
+    wait for each other in the backward too."""
+    return sum(
+        1 << place
+        for place, x in enumerate(tensors)
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
+    )
+
+
 def _all_say(mine: list[int], group: Any, x: Tensor) -> list[list[int]]:
     """What each process says."""
     assert len(mine) <= LENGTH

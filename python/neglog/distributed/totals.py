@@ -41,13 +41,17 @@ def sums_by_id(query_ids: Tensor, key_ids: Tensor, keys: Tensor) -> Tensor:
         return keys.new_zeros(query_ids.shape[0], *keys.shape[1:])
     found = key_ids.sort(stable=True)[0]
     place = torch.searchsorted(found, key_ids.contiguous())
-    of_ids = torch.zeros_like(keys)
-    if keys.is_cuda:  # where threads race in index_add
-        of_ids = of_ids.index_put((place,), keys, accumulate=True)
-    else:
-        of_ids = of_ids.index_add(0, place, keys)
+    of_ids = add_rows(torch.zeros_like(keys), place, keys)
     place = torch.searchsorted(found, query_ids.contiguous()).clamp(max=found.shape[0] - 1)
     return torch.where((found[place] == query_ids)[:, None], of_ids[place], 0)
+
+
+def add_rows(total: Tensor, index: Tensor, x: Tensor) -> Tensor:
+    """`total` with x_i added to its row index_i, in one order: on CUDA threads race in
+    index_add."""
+    if x.is_cuda:
+        return total.index_put((index,), x, accumulate=True)
+    return total.index_add(0, index, x)
 
 
 def _sums(a: Any) -> Tensor:
@@ -123,7 +127,7 @@ def _statistics(a: Any) -> tuple[Tensor, ...]:
         for rows in plan.row_tiles(count, height):
             some = part.rows(rows)
             plain, z = formula.scores(some)
-            entropy[rows] += _entropy(z - shift[rows, None]).sum(1)
+            entropy[rows] += formula.entropy_terms(z - shift[rows, None]).sum(1)
             largest, place = z.max(1)
             # A NaN is the highest, as torch.max has it.
             above = (largest > highest[rows]) | (largest.isnan() & ~highest[rows].isnan())
@@ -137,15 +141,10 @@ def _statistics(a: Any) -> tuple[Tensor, ...]:
 
     blocks.visit(None, visit, None)
     if not among:
-        entropy += _entropy(own - shift)
+        entropy += formula.entropy_terms(own - shift)
         best = torch.where(own >= highest, -1, best)
         highest = torch.where(highest > own, highest, own)
     return own >= highest, entropy, best, highest
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    """-p log p of each."""
-    return -torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p)
 
 
 def _statistics_shapes(a: Any) -> tuple[Tensor, ...]:

@@ -28,7 +28,7 @@ from neglog.distributed.vocab_rows import Shards, all_find, find, merge, targets
 from neglog.ops.define import Op, save, saved, second_derivative
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.nll import formula
-from neglog.ops.nll.autograd import gradient_in_place, scale_in_place
+from neglog.ops.nll.autograd import gradient_in_place, refuse_create_graph, scale_in_place
 from neglog.ops.nll.schema import NUMBERS
 
 SHARD = f"SymInt vocab, SymInt ignore_index, {NUMBERS}"
@@ -159,11 +159,7 @@ class InPlace(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Any, *undefined: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "inplace_backward: the gradient has no derivative of its own: expected "
-                "inplace_backward=False with create_graph=True"
-            )
+        refuse_create_graph()
         if grad_loss is None:
             return None, None, None
         grad, counted = gradient_in_place(ctx)

@@ -94,11 +94,8 @@ def targets_of(a: Any, shards: Shards, columns: int, real: torch.dtype) -> Targe
     place = target - shards.own.start
     owned = counted & (place >= 0) & (place < columns)
     local = torch.where(owned, place, 0)
-    if a.weight is None:
-        row_weight = counted.to(real)
-    else:
-        row_weight = torch.where(counted, a.weight[torch.where(counted, target, 0)], 0)
-    return Targets(counted, owned, local, row_weight.to(real))
+    row_weight = formula.row_weights(target, counted, a.weight, real)
+    return Targets(counted, owned, local, row_weight)
 
 
 # What a process finds, (N, NUMBERS)

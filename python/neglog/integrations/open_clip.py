@@ -16,11 +16,11 @@ from torch import Tensor, distributed, nn
 
 from neglog import route
 from neglog.checks_of_pairs import check_embeddings, check_finite, check_scalar
-from neglog.distributed.exchange import gather_rows
+from neglog.distributed.exchange import gather_rows, with_others
 from neglog.distributed.groups import Ranks, meet
 from neglog.losses._pairs import compare, embeddings, number, workspace_of
 from neglog.losses._result import reduce_and_cast
-from neglog.losses.clip import clip_loss, siglip_loss
+from neglog.losses.clip import beside_bias, clip_loss, siglip_loss
 from neglog.losses.cross_entropy import cross_entropy
 
 __all__ = ["ClipLoss", "CoCaLoss", "SigLipLoss"]
@@ -131,23 +131,15 @@ class ClipLoss(_OverProcesses):
         ]
         # The mean over processes is that of all rows, of which each may have another number.
         loss = torch.stack(losses).sum() / 2 * (ranks.world / ranks.total)
-        if isinstance(bias, Tensor):  # a gradient of 0, for which DistributedDataParallel waits
-            loss = loss + 0 * number(bias, image).nan_to_num(0, 0, 0)
-        return reduce_and_cast(loss, "none", image)
+        return reduce_and_cast(beside_bias(loss, bias, image), "none", image)
 
     def _gather(self, ranks: Ranks, image: Tensor, text: Tensor) -> list[Tensor]:
         """Both features of all processes, (world_size * N, D), with the gradients that the options
         ask for."""
-        found = []
-        for x in (image, text):
-            sent = x if self.gather_with_grad else x.detach()
-            of_all = gather_rows(sent, ranks.rows, ranks.name)
-            if not (self.gather_with_grad or self.local_loss):
-                parts = list(of_all.split(list(ranks.rows)))
-                parts[ranks.rank] = x
-                of_all = torch.cat(parts)
-            found.append(of_all)
-        return found
+        if not (self.gather_with_grad or self.local_loss):
+            return [with_others(x, ranks) for x in (image, text)]
+        sent = (x if self.gather_with_grad else x.detach() for x in (image, text))
+        return [gather_rows(x, ranks.rows, ranks.name) for x in sent]
 
     def get_logits(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor,

@@ -18,9 +18,10 @@ from neglog.checks_of_pairs import check_groups, check_integers
 from neglog.distributed import totals
 from neglog.distributed.exchange import gather_rows
 from neglog.distributed.groups import Ranks
+from neglog.distributed.totals import add_rows
 from neglog.losses._pairs import Columns
 from neglog.losses._result import reduce
-from neglog.losses._together import Together, of_all, sum_of_all
+from neglog.losses._together import Together, mean_of, of_all
 from neglog.ops.dtypes import real_dtype
 
 UNKNOWN = 1 << 62  # a number of keys that no row reaches
@@ -51,13 +52,10 @@ class PositiveKeys(ABC):
 
     def reduced(self, loss: Tensor, reduction: str, together: Together | None) -> Tensor:
         """Over the queries that have a positive: the others' losses are 0."""
-        if together is None:
-            of_mean = reduction == "mean"
-            return mean_of(loss, self.number > 0) if of_mean else reduce(loss, reduction)
-        if reduction == "none":
-            return loss
-        counted = sum_of_all((self.number > 0).sum(), together).clamp(min=1)
-        return loss.sum() * together.world / (counted if reduction == "mean" else 1)
+        if reduction == "mean":
+            return mean_of(loss, self.number > 0, together)
+        value = reduce(loss, reduction)
+        return value if together is None or reduction == "none" else value * together.world
 
 
 class _OfMask(PositiveKeys):
@@ -231,19 +229,19 @@ def _of_tensor(given: Tensor, keys: int) -> PositiveKeys:
 def _positives_over(given: Any, together: Together) -> PositiveKeys:
     queries, keys, exchange = together.queries, together.keys, together.exchange
     if not isinstance(given, Tensor):
-        of_queries, of_keys = (x.long() for x in given)
-        all_queries, all_keys = of_all(of_queries, queries), of_all(of_keys, keys)
+        query_ids, key_ids = (x.long() for x in given)
+        all_queries, all_keys = of_all(query_ids, queries), of_all(key_ids, keys)
         assert all_queries is not None
         assert all_keys is not None
         beside = (Columns(queries, exchange), all_queries)
-        return OfIds(of_queries, all_keys, Columns(keys, exchange), beside)
+        return OfIds(query_ids, all_keys, Columns(keys, exchange), beside)
 
     def transpose() -> PositiveKeys:
         whole = _of_tensor(gather_rows(given, queries.rows, queries.name), keys.total)
-        part = _Part(whole.transposed(), keys.own)
-        return _OverGathered(part, queries, lambda: _of_tensor(given, keys.total))
+        return _OverGathered(_Part(whole.transposed(), keys.own), queries, lambda: of_queries)
 
-    return _OverGathered(_of_tensor(given, keys.total), keys, transpose)
+    of_queries = _OverGathered(_of_tensor(given, keys.total), keys, transpose)
+    return of_queries
 
 
 def check_positives(given: Any, query: Tensor, key: Tensor, exchange: str | None = None) -> None:
@@ -297,11 +295,6 @@ def _check_rows(given: Tensor, query: Tensor, keys: Any) -> None:
 # Sums over rows that indices name
 
 
-def mean_of(loss: Tensor, counted: Tensor) -> Tensor:
-    """Over what counts, the rest being 0; 0 where nothing does."""
-    return loss.sum() / counted.sum().clamp(min=1)
-
-
 def widened(x: Tensor) -> Tensor:
     """In double where there is one: many numbers may be added up."""
     return x.double() if x.device.type in ("cpu", "cuda") else x.to(real_dtype(x.dtype))
@@ -311,14 +304,6 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """x[index], whose derivative adds up in one order: on CUDA threads race in the backward of
     index_select, on the CPU in that of indexing."""
     return x[index] if x.is_cuda else x.index_select(0, index)
-
-
-def add_rows(total: Tensor, index: Tensor, x: Tensor) -> Tensor:
-    """`total` with x_i added to its row index_i, in one order: on CUDA threads race in
-    index_add."""
-    if x.is_cuda:
-        return total.index_put((index,), x, accumulate=True)
-    return total.index_add(0, index, x)
 
 
 def numbered(ids: Tensor) -> Tensor:

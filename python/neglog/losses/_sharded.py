@@ -23,6 +23,7 @@ from neglog.distributed.tensors import is_distributed
 from neglog.distributed.vocab_parallel import shared, total
 from neglog.losses._result import LossStats
 from neglog.ops.dtypes import real_dtype
+from neglog.ops.nll.formula import total_weight
 from neglog.torch_state import autocast_dtype, under_autocast
 
 
@@ -150,7 +151,9 @@ def sharded_logits(
         run = parallel
         given |= {"group": layout.mesh.get_group(layout.classes), "vocab_size": vocab}
     divisor = _local_divisor(local, target, given, probabilities)
-    return _reduced(layout, run, local, target, given, divisor, by_row, of_rows)
+    if divisor is not None:
+        given["num_items"] = layout.whole(divisor)
+    return _reduced(layout, run, local, target, given, by_row, of_rows)
 
 
 def _of_classes(layout: Layout, placements: list[Any], class_axis: int) -> list[Any]:
@@ -185,14 +188,12 @@ def _local_divisor(
         counted = given["mask"]
     else:
         counted = target != to_ignore_index(given["ignore_index"])
-    if weight is None:
-        return counted.sum().to(real)
-    return torch.where(counted, weight.to(real)[torch.where(counted, target, 0).long()], 0).sum()
+    return total_weight(target, counted, weight, real)
 
 
 def _reduced(
     layout: Layout, run: Callable[..., Any], local: Tensor, target: Tensor, given: dict[str, Any],
-    divisor: Tensor | None, by_row: list[Any], of_rows: tuple[int, ...],
+    by_row: list[Any], of_rows: tuple[int, ...],
 ) -> Any:  # fmt: skip
     """The loss of all rows, of what `run` gives for those here."""
     wanted = given["loss_dtype"]
@@ -201,16 +202,14 @@ def _reduced(
     reduces = given["reduction"] != "none"
     if reduces and local.itemsize == 2 and local.is_floating_point():
         given["loss_dtype"] = torch.float32  # a part is not rounded before it is added up
-    if divisor is not None:
-        given["num_items"] = layout.whole(divisor)
     given["logit_scale"] = layout.parts(given["logit_scale"])
     if "inplace_backward" in given:  # of a replicated one it would be the argument's own memory
         given["inplace_backward"] = False
     result = run(local, target=target, **given)
     loss = result if isinstance(result, Tensor) else result.loss
-    nowhere = [type(p)() if p.is_replicate() else _replicate() for p in by_row]
     if reduces:
-        loss = layout.distributed(layout.whole(loss).to(wanted), nowhere, ())
+        everywhere = [_replicate()] * layout.mesh.ndim
+        loss = layout.distributed(layout.whole(loss).to(wanted), everywhere, ())
     else:
         loss = layout.distributed(loss, by_row, of_rows)
     if isinstance(result, Tensor):
@@ -262,9 +261,9 @@ def sharded_head(
         if name not in ("input", "linear_weight", "linear_bias", "target", "mask", "shift")
     }  # fmt: skip
     by_row = layout.placements(lambda axis: axis)
-    divisor = None
     if given["reduction"] == "mean" and given["num_items"] is None:
-        given["num_items"] = _whole_divisor(hidden, labels, given["weight"], ignored)
+        real = real_dtype(autocast_dtype(hidden))
+        given["num_items"] = total_weight(labels, labels != ignored, given["weight"], real)
     given |= {
         "ignore_index": ignored, "linear_weight": _local_weight(layout, weight),
         "linear_bias": None if bias is None else _local_weight(layout, bias),
@@ -275,9 +274,8 @@ def sharded_head(
         given |= {"group": layout.mesh.get_group(layout.classes), "vocab_size": weight.shape[0]}
         given["reduce_hidden_grad"] = not sequence
     local = _local_hidden(layout, hidden, by_row, sequence)
-    return _reduced(
-        layout, run, local, layout.local(labels, by_row), given, divisor, by_row, positions
-    )
+    target = layout.local(labels, by_row)
+    return _reduced(layout, run, local, target, given, by_row, positions)
 
 
 def _layout_of_head(mesh: Any, hidden: Any, weight: Any) -> tuple[Layout | None, bool]:
@@ -324,10 +322,3 @@ def _local_hidden(layout: Layout, x: Tensor, by_row: list[Any], sequence: bool) 
     given: Any = x
     back = [Partial() if d == layout.classes else p for d, p in enumerate(by_row)]
     return given.redistribute(layout.mesh, by_row).to_local(grad_placements=back)
-
-
-def _whole_divisor(hidden: Tensor, labels: Tensor, weight: Tensor | None, ignored: int) -> Tensor:
-    real, counted = real_dtype(autocast_dtype(hidden)), labels != ignored
-    if weight is None:
-        return counted.sum().to(real)
-    return torch.where(counted, weight.to(real)[torch.where(counted, labels, 0)], 0).sum()

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from neglog.distributed.exchange import gather_rows
-from neglog.distributed.groups import Ranks, check_group, meet_with
+from neglog.distributed.exchange import gather_rows, with_others
+from neglog.distributed.groups import Ranks, as_term, check_group, learning, meet_with
 from neglog.losses._result import LossStats, reduce_and_cast
 from neglog.losses._types import Exchange
 from neglog.route import Route
@@ -62,33 +62,18 @@ def meet(
     """The processes of the group, once they agree; None without one.
 
     where: kernels of any kind send alike, torch's formula otherwise. keys: how many rows are
-    compared with the queries, as many as these where None. learned: what
-    may have a gradient, which must be so in all processes: they wait for each other in the backward
-    too.
+    compared with the queries, as many as these where None. learned: what may have a gradient.
     """
     if group is None:
         return None
-    grads = torch.is_grad_enabled()
-    wanted = sum(
-        1 << place
-        for place, x in enumerate((query, *learned))
-        if grads and isinstance(x, Tensor) and x.requires_grad
-    )
-    numbers = {name: _as_term(term) for name, term in terms.items()}
+    numbers = {name: as_term(term) for name, term in terms.items()}
     rows = query.shape[0]
     counts = (rows, rows if keys is None else keys, negatives)
     of_queries, of_keys, of_negatives = meet_with(
         call, group, query, counts, exchange=exchange, backend=where.sends, features=query.shape[1],
-        **numbers, requires_grad=wanted,
+        **numbers, requires_grad=learning(query, *learned),
     )  # fmt: skip
     return Together(of_queries, of_keys, of_negatives, exchange)
-
-
-def _as_term(term: Any) -> Any:
-    """A number as a float, whether it was given as one or not; a bool, None or string as it is."""
-    if isinstance(term, bool | str | Tensor) or term is None:
-        return term
-    return float(term)
 
 
 def own_columns(x: Tensor, ranks: Ranks | None) -> Tensor:
@@ -110,6 +95,13 @@ def sum_of_all(x: Tensor, together: Together | None) -> Tensor:
         return x
     ranks = together.queries
     return gather_rows(x[None], (1,) * ranks.world, ranks.name).sum(0)
+
+
+def mean_of(loss: Tensor, counted: Tensor, together: Together | None) -> Tensor:
+    """Over what counts, the rest being 0; 0 where nothing does. The mean of it over processes is
+    that of what counts in all."""
+    total = loss.sum() if together is None else loss.sum() * together.world
+    return total / sum_of_all(counted.sum(), together).clamp(min=1)
 
 
 def reduced(loss: Tensor, reduction: str, like: Tensor, ranks: Ranks | None) -> Tensor:
@@ -165,6 +157,4 @@ def _with_others(x: Tensor, group: Any) -> Tensor:
     """Those of all processes: this one's own with its gradient, the others' without."""
     terms = {f"size of dimension {d}": size for d, size in enumerate(x.shape[1:], start=1)}
     ranks = meet_with("detached", group, x, [x.shape[0]], dimensions=x.dim(), **terms)[0]
-    parts = list(gather_rows(x.detach(), ranks.rows, ranks.name).split(list(ranks.rows)))
-    parts[ranks.rank] = x
-    return torch.cat(parts)
+    return with_others(x, ranks)

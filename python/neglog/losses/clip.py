@@ -86,11 +86,15 @@ def clip_loss(
         over=None if together is None else Columns(together.keys, exchange),
     )  # fmt: skip
     loss = (compared.row_loss + compared.column_loss) / 2
-    if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
-        # A gradient of 0, as torch's formula has it: DistributedDataParallel waits for one. inf * 0
-        # would be NaN.
-        loss = loss + 0 * number(logit_bias, image).nan_to_num(0, 0, 0)
-    return reduced(loss, "mean", image_features, ranks)
+    return reduced(beside_bias(loss, logit_bias, image), "mean", image_features, ranks)
+
+
+def beside_bias(loss: Tensor, bias: Any, like: Tensor) -> Tensor:
+    """The loss, with a gradient of 0 to the bias, as torch's formula has it:
+    DistributedDataParallel waits for one. inf * 0 would be NaN."""
+    if isinstance(bias, Tensor) and bias.requires_grad:
+        return loss + 0 * number(bias, like).nan_to_num(0, 0, 0)
+    return loss
 
 
 def _meet(

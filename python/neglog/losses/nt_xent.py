@@ -20,6 +20,7 @@ from neglog.losses._together import (
     meet,
     of_all,
     on_constants,
+    own_columns,
     reduced,
 )
 from neglog.losses._types import Backend, Exchange, Reduction, WorkspaceOptions
@@ -57,11 +58,11 @@ def nt_xent(
         return _on_constants(nt_xent, group, arguments_of(nt_xent, locals()))
     views = _two_views("nt_xent", *given, group, exchange, options, backend)
     z, ranks = views.z, views.ranks
-    rows, first = torch.arange(z.shape[0], device=z.device), 0 if ranks is None else ranks.first
+    rows = own_columns(z, ranks)
     own = None if exclude is None else exclude.long().repeat(2)
     compared = compare(
-        views.where, z, z, scale_of(temperature, z), positive=rows.roll(z_i.shape[0]) + first,
-        excluded=rows + first, query_group=own, key_group=of_all(own, ranks), symmetric=True,
+        views.where, z, z, scale_of(temperature, z), positive=rows.roll(z_i.shape[0]),
+        excluded=rows, query_group=own, key_group=of_all(own, ranks), symmetric=True,
         over=views.over,
     )  # fmt: skip
     return reduced(compared.row_loss, reduction, z_i, ranks)

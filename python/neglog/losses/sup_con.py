@@ -17,12 +17,12 @@ from neglog.losses._result import reduce_and_cast
 from neglog.losses._together import (
     arguments_of,
     check_exchange,
+    mean_of,
     meet,
     of_all,
     on_constants,
     own_columns,
     reduced,
-    sum_of_all,
 )
 from neglog.losses._types import Backend, Exchange, Reduction, WorkspaceOptions
 from neglog.ops.dtypes import real_dtype
@@ -89,8 +89,7 @@ def sup_con(
     of_many = compared.row_lse - scale * mates.mean_score(z)
     loss = torch.where(only, compared.row_loss, torch.where(mates.number > 0, of_many, 0))
     if reduction == "mean":
-        counted = sum_of_all((mates.number > 0).sum(), together).clamp(min=1)
-        loss, reduction = loss.sum() / counted * (1 if ranks is None else ranks.world), "none"
+        loss, reduction = mean_of(loss, mates.number > 0, together), "none"
     elif reduction == "sum":
         return reduced(loss, reduction, flat, ranks)
     elif views is not None:

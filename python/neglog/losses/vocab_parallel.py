@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from neglog import availability, route, torch_state
 from neglog.checks import (
+    check_classes,
     check_cross_entropy,
     check_extensions,
     check_flags,
@@ -24,7 +25,7 @@ from neglog.checks import (
     to_rows,
 )
 from neglog.distributed import vocab_linear, vocab_parallel
-from neglog.distributed.groups import check_group, meet
+from neglog.distributed.groups import as_term, check_group, learning, meet
 from neglog.distributed.vocab_parallel import shared
 from neglog.distributed.vocab_rows import shard_of
 from neglog.losses._result import LossStats, change_rows, public, without_stats
@@ -32,8 +33,9 @@ from neglog.losses._rows import RowOptions, common_dtype, may_overwrite, times_s
 from neglog.losses._types import Backend, Reduction, TileOptions
 from neglog.losses.cross_entropy import cross_entropy, to_indices
 from neglog.losses.linear_cross_entropy import labels_of, linear_cross_entropy, tile_options
-from neglog.ops.dtypes import real_dtype
+from neglog.ops.dtypes import divides_late, real_dtype
 from neglog.ops.linear_nll.autograd import cast
+from neglog.ops.nll.formula import total_weight
 from neglog.ops.nll.schema import MEAN, NONE, Options
 from neglog.torch_state import autocast_dtype
 
@@ -173,24 +175,16 @@ def _meet(
     terms: dict[str, Any] = {
         "rows": x.shape[0], "in_features": features, "vocab_size": vocab, "workspace": workspace,
         "reduction": options.reduction, "ignore_index": options.ignore_index,
-        "label_smoothing": float(options.label_smoothing), "softcap": _number(options.softcap),
-        "logit_scale": _number(options.logit_scale), "z_loss": _number(options.z_loss),
-        "num_items": _number(options.num_items), "weight": weight is not None,
+        "label_smoothing": as_term(options.label_smoothing), "softcap": as_term(options.softcap),
+        "logit_scale": as_term(options.logit_scale), "z_loss": as_term(options.z_loss),
+        "num_items": as_term(options.num_items), "weight": weight is not None,
         "return_stats": options.return_stats, "dtype of target": target.dtype,
-        "backend": where.sends,
+        "backend": where.sends, "requires_grad": learning(*learned),
     }  # fmt: skip
-    grads = torch.is_grad_enabled()
-    terms["requires_grad"] = sum(
-        1 << at for at, x in enumerate(learned) if grads and x is not None and x.requires_grad
-    )
     if target.is_cpu and target.dim() == 1 and torch_state.readable(target):
         terms["target"] = _checksum(target)
     call = "cross_entropy" if features is None else "linear_cross_entropy"
     meet(f"vocab_parallel_{call}", group, x, 0, **terms)
-
-
-def _number(value: Any) -> Any:
-    return value if value is None or isinstance(value, Tensor) else float(value)
 
 
 def _checksum(target: Tensor) -> int:
@@ -201,15 +195,8 @@ def _checksum(target: Tensor) -> int:
 
 def _check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
     """As the kernels say it, which see a process's own classes alone."""
-    if target.dim() != 1 or not torch_state.readable(target):
-        return
-    bad = (target != ignore_index) & ((target < 0) | (target >= vocab))
-    if bool(bad.any()):
-        row = int(bad.to(torch.uint8).argmax())
-        raise IndexError(
-            f"target {int(target[row])} at row {row} is out of range: "
-            f"expected 0 <= target < {vocab}"
-        )
+    if target.dim() == 1 and torch_state.readable(target):
+        check_classes(target, vocab, ignore_index)
 
 
 def _divisor(
@@ -222,10 +209,7 @@ def _divisor(
         return given
     if target.dim() == 2:
         return torch.full((), target.shape[0], dtype=real, device=target.device)
-    counted = target != options.ignore_index
-    if weight is None:
-        return counted.sum().to(real)
-    return torch.where(counted, weight.to(real)[torch.where(counted, target, 0)], 0).sum()
+    return total_weight(target, target != options.ignore_index, weight, real)
 
 
 def _of_rows(
@@ -259,7 +243,7 @@ def _of_rows(
     elif options.inplace_backward and for_op.known() and may_overwrite(logits, target):
         a = vocab_parallel.forward.Arguments(*given)
         upstream = divisor.new_ones(())
-        if for_op.reduction == MEAN:
+        if for_op.reduction == MEAN and not divides_late(logits.dtype):
             upstream = torch.where(divisor == 0, 1, 1 / divisor)
         rows, lse, correct, entropy = vocab_parallel.InPlace.apply(logits, a, upstream)
     else:

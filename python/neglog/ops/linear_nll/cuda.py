@@ -15,6 +15,7 @@ from torch import Tensor
 from neglog import availability, torch_state
 from neglog.ops.dtypes import divides_late, real_dtype
 from neglog.ops.linear_nll.tiles import Tile, Tiles
+from neglog.ops.nll import formula
 from neglog.ops.nll.schema import MEAN, NONE, Options
 
 ops = torch.ops.neglog
@@ -35,17 +36,12 @@ class CudaRows:
 
     def begin(self) -> None:
         a = self.a
-        self._divisor = self._total_weight() if a.num_items is None else a.num_items
+        counted = a.target != a.ignore_index
+        self._divisor = a.num_items
+        if self._divisor is None:
+            self._divisor = formula.total_weight(a.target, counted, self.weight, self.real)
         late = divides_late(a.input.dtype)
         self.largest = 1 / self._divisor if a.reduction == MEAN and not late else 1.0
-
-    def _total_weight(self) -> Tensor:
-        """The sum of the counted targets' weights."""
-        target = self.a.target
-        counted = target != self.a.ignore_index
-        if self.weight is None:
-            return counted.sum().to(self.real)
-        return torch.where(counted, self.weight[torch.where(counted, target, 0)], 0).sum()
 
     def forward(self, tile: Tile) -> None:
         loss, lse, _, _, correct, entropy = ops.nll(*self._given(tile))

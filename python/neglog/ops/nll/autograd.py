@@ -153,6 +153,15 @@ def late_divisor(total_weight: Tensor, dtype: torch.dtype, reduction: int) -> Te
     return torch.where(total_weight == 0, 1, total_weight)
 
 
+def refuse_create_graph() -> None:
+    """The logits are gone, and a graph without them would be silently wrong."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "inplace_backward: the gradient has no derivative of its own: expected "
+            "inplace_backward=False with create_graph=True"
+        )
+
+
 def gradient_in_place(ctx: Any) -> tuple[Tensor, ...]:
     """What was saved after the gradient was written."""
     try:
@@ -186,12 +195,7 @@ class InPlaceNLL(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Any, *undefined: Any) -> Any:
-        if torch.is_grad_enabled():
-            # create_graph: the logits are gone, and a graph without them would be silently wrong.
-            raise RuntimeError(
-                "inplace_backward: the gradient has no derivative of its own: expected "
-                "inplace_backward=False with create_graph=True"
-            )
+        refuse_create_graph()
         if grad_loss is None:
             return (None,) * ARGUMENTS
         (grad,) = gradient_in_place(ctx)

@@ -82,6 +82,24 @@ def _mass(
     return mass, row_weight, counted
 
 
+def row_weights(
+    target: Tensor, counted: Tensor, weight: Tensor | None, real: torch.dtype
+) -> Tensor:
+    """(N,): the class weight of each target, 0 where it does not count."""
+    if weight is None:
+        return counted.to(real)
+    return torch.where(counted, weight.to(real)[torch.where(counted, target, 0).long()], 0)
+
+
+def total_weight(
+    target: Tensor, counted: Tensor, weight: Tensor | None, real: torch.dtype
+) -> Tensor:
+    """Their sum (), which a mean is over; without weights exactly."""
+    if weight is None:
+        return counted.sum().to(real)
+    return row_weights(target, counted, weight, real).sum()
+
+
 def nll(
     logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
     options: Options, stats: bool,

@@ -121,7 +121,11 @@ def statistics_of(score: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor
     """Whether no score is above the positive's, -sum p log p, and the place of the highest; (N,),
     without gradient."""
     score, scores = score.detach(), scores.detach()
-    log_p = torch.log_softmax(scores, 1)
-    entropy = -torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1)
+    entropy = entropy_terms(torch.log_softmax(scores, 1)).sum(1)
     highest, best = scores.max(1)
     return score >= highest, entropy, best
+
+
+def entropy_terms(log_p: Tensor) -> Tensor:
+    """-p log p of each, in nats."""
+    return -torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p)
