@@ -39,6 +39,12 @@ neglog.info_nce(x, x, positives=(target, target), return_stats=True)
 neglog.info_nce(x, x, positives=[1, 2])  # error call-overload
 reveal_type(neglog.similarity_logsumexp(x, x, 0.2, excluded=target))  # shows Tensor
 
+found: neglog.TokenLogprobs = neglog.token_logprobs(x, target, temperature=0.7)
+reveal_type(found)  # shows TokenLogprobs
+reveal_type(found.entropy)  # shows Tensor
+reveal_type(neglog.linear_token_logprobs(x, head, target, shift=True))  # shows TokenLogprobs
+neglog.token_logprobs(x, target, reduction="mean")  # error call-arg
+
 # Losses with one result
 reveal_type(neglog.clip_loss(x, x, 10.0, options={"workspace_mb": 1}))  # shows Tensor
 reveal_type(neglog.vocab_parallel_cross_entropy(x, x, label_smoothing=0.1))  # shows Tensor
@@ -159,9 +165,11 @@ def test_the_program_uses_every_public_name():
 
 
 NAMES = {
-    neglog: """LossStats Route __version__ cached_step clip_loss cross_entropy dcl dispatch explain
-        info_nce kernels linear_cross_entropy masked_cross_entropy nn nt_xent options patch_torch
-        reference siglip_loss similarity_logsumexp sup_con
+    neglog: """LossStats Route TokenLogprobs __version__ cached_step clip_loss cross_entropy dcl
+        dispatch explain
+        info_nce kernels linear_cross_entropy linear_token_logprobs masked_cross_entropy nn
+        nt_xent options patch_torch reference siglip_loss similarity_logsumexp sup_con
+        token_logprobs
         vocab_parallel_cross_entropy vocab_parallel_linear_cross_entropy""",
     nn: """CLIPLoss CrossEntropyLoss DCLLoss InfoNCELoss LinearCrossEntropyLoss
         MaskedCrossEntropyLoss NTXentLoss Queue SigLIPLoss SupConLoss""",

@@ -70,6 +70,13 @@ OPS = {
             "small": shapes(HEAD, (8, 16, 10), (64, 64, 1000), (512, 64, 1000)),
         },
     ),
+    "linear_token_logprobs": Op(
+        {"rows": 2048, "features": 768, "vocab": 32000},
+        {
+            "large": shapes(HEAD, (2048, 768, 32000), (4096, 256, 65536)),
+            "small": shapes(HEAD, (8, 16, 10), (64, 64, 1000), (512, 64, 1000)),
+        },
+    ),
     "masked_cross_entropy": Op(
         {"rows": 4096, "vocab": 30522},
         {
@@ -88,6 +95,13 @@ OPS = {
     "sup_con": Op(
         {"rows": 4096, "features": 128},
         {"large": shapes(PAIRS, (4096, 128), (2048, 256)), "small": _SMALL_VIEWS},
+    ),
+    "token_logprobs": Op(
+        {"rows": 2048, "vocab": 32000},
+        {
+            "large": shapes(ROWS, (8192, 8192), (2048, 32000), (1024, 128256)),
+            "small": shapes(ROWS, (8, 10), (64, 1000), (512, 1000)),
+        },
     ),
 }
 

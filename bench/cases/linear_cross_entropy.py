@@ -35,12 +35,7 @@ def problem(
 ) -> Problem:
     """Random input, weight and target, of which a share counts; some gradients are checked."""
     rows, features, vocab = shape["rows"], shape["features"], shape["vocab"]
-    kind = getattr(torch, dtype)
-    generator = torch.Generator(device).manual_seed(seed)
-    hidden = torch.randn(rows, features, generator=generator, device=device).to(kind)
-    weight = torch.randn(vocab, features, generator=generator, device=device)
-    weight = weight.div_(features**0.5).to(kind)
-    target = torch.randint(vocab, (rows,), generator=generator, device=device)
+    hidden, weight, target = head_and_target(shape, dtype, seed, device)
     target[max(1, round(rows * counted)) :] = IGNORED
     count = int((target != IGNORED).sum())
     picked = checked_rows(count, device)
@@ -65,6 +60,19 @@ def problem(
         yardstick=three_matmuls(hidden[:count], weight),
         by_norm=True,
     )  # fmt: skip
+
+
+def head_and_target(
+    shape: Shape, dtype: str, seed: int, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, a weight whose logits have a standard deviation of 1, and targets."""
+    rows, features, vocab = shape["rows"], shape["features"], shape["vocab"]
+    kind = getattr(torch, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    hidden = torch.randn(rows, features, generator=generator, device=device).to(kind)
+    weight = torch.randn(vocab, features, generator=generator, device=device)
+    weight = weight.div_(features**0.5).to(kind)
+    return hidden, weight, torch.randint(vocab, (rows,), generator=generator, device=device)
 
 
 def _truth(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Truth, Tensor]:

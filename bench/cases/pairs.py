@@ -77,9 +77,9 @@ def through_normalisation(gradient: Tensor, rows: Tensor) -> Tensor:
     return gradient - rows * (gradient * rows).sum(1, keepdim=True)
 
 
-def three_matmuls(left: Tensor, right: Tensor) -> Callable[[], object]:
-    """What any implementation multiplies, by torch.mm: the scores left @ right^T, and such a matrix
-    with `right` and, transposed, with `left`."""
+def three_matmuls(left: Tensor, right: Tensor, scores_again: bool = False) -> Callable[[], object]:
+    """What any implementation multiplies, by torch.mm: the scores left @ right^T, or these twice,
+    and such a matrix with `right` and, transposed, with `left`."""
     left, right = left.detach(), right.detach()
     height = max(1, SCORE_BYTES // max(1, len(right) * left.itemsize))
     scores = left.new_empty(min(height, len(left)), len(right))
@@ -89,7 +89,8 @@ def three_matmuls(left: Tensor, right: Tensor) -> Callable[[], object]:
         for start in range(0, len(left), height):
             part, out = left[start : start + height], by_left[start : start + height]
             s = scores[: len(part)]
-            torch.mm(part, right.t(), out=s)
+            for _ in range(1 + scores_again):
+                torch.mm(part, right.t(), out=s)
             torch.mm(s, right, out=out)
             torch.addmm(by_right, s.t(), part, beta=int(start > 0), out=by_right)
 

@@ -127,6 +127,10 @@ __device__ inline double shuffle_down(double x, int offset) {
     return __shfl_down_sync(kFullMask, x, offset);
 }
 
+__device__ inline int64_t shuffle_down(int64_t x, int offset) {
+    return __shfl_down_sync(kFullMask, x, offset);
+}
+
 template <class T>
 __device__ SoftmaxState<T> shuffle_down(const SoftmaxState<T>& state, int offset) {
     return {__shfl_down_sync(kFullMask, state.maximum, offset),

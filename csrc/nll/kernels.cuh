@@ -53,24 +53,27 @@ struct Formed {
 // Nearly every call finds that `out` was formed for its upstream, and returns at once.
 template <class S, Scoring scoring>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks<S>)
-    backward_rows(Problem<S, scoring> p, Upstream<compute_t<S>> up, PerRow<compute_t<S>> lse,
-                  PerRow<compute_t<S>> lse_low, Formed<compute_t<S>> formed, S* out) {
+    backward_rows(Problem<S, scoring> p, Upstream<compute_t<S>> up, Saved<compute_t<S>> kept,
+                  Formed<compute_t<S>> formed, S* out) {
     if (formed.remembered && blockIdx.x == 0 && threadIdx.x == 0)
         remember(up.loss[0], *formed.remembered);
     if (formed.upstream && *formed.upstream == up.loss[0]) return;
     const double scale = up.divisor ? 1 / double(*up.divisor) : 1;
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        const double grad_lse = up.lse.first ? up.lse[row] : 0;
+        const RowUpstream u = {up.loss[row] * scale, up.lse.first ? up.lse[row] : 0,
+                               up.entropy.first ? up.entropy[row] : 0,
+                               up.entropy.first ? kept.entropy[row] : 0};
         S* const out_row = out + row * p.vocab;
         // Exactly zero, even where the logits are NaN.
-        if (is_ignored(p, row) && (grad_lse == 0 || !isfinite(lse[row]))) {
+        const bool unused = u.grad_lse == 0 && u.grad_entropy == 0;
+        if (is_ignored(p, row) && (unused || !isfinite(kept.lse[row]))) {
             zero_row(out_row, p.vocab);
             continue;
         }
-        const Lse<compute_t<S>> saved = {lse[row], lse_low[row]};
+        const Lse<compute_t<S>> lse = {kept.lse[row], kept.lse_low[row]};
         const auto z = target_score_or_0(p, row);
-        const auto f = gradient_factors(p, row, saved, z, up.loss[row] * scale, grad_lse);
-        row_gradient<kLoadsInFlight<S>>(p, row, saved, f, out_row);
+        const auto f = gradient_factors(p, row, lse, z, u);
+        row_gradient<kLoadsInFlight<S>>(p, row, lse, f, out_row);
     }
 }
 
@@ -96,7 +99,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
         const auto lse = row_forward(p, o, row);
         if (!forms) continue;
         const auto z = target_score_or_0(p, row);
-        const auto f = gradient_factors(p, row, lse, z, upstream, 0);
+        const auto f = gradient_factors(p, row, lse, z, {upstream, 0, 0, 0});
         __syncthreads();  // all threads have read row and target, which may now be overwritten
         S* const out_row = g.first + row * g.stride;
         if (is_ignored(p, row)) zero_row(out_row, p.vocab);
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocksForwardBackward)
             lse = finish(cluster_reduce(state, states + slot));
             slot = 1 - slot;
             loss = row_loss(p, row, lse, z);
-            const auto f = gradient_factors(p, row, lse, z, upstream, 0);
+            const auto f = gradient_factors(p, row, lse, z, {upstream, 0, 0, 0});
             copying = row + step < p.rows && !is_ignored(p, row + step);
             const S* const next = copying ? logits_row(p, row + step) : row_logits;
             const RowSlice next_slice = copying ? slice_of<S>(next, p.vocab) : RowSlice{};

@@ -43,12 +43,17 @@ struct Inputs {
 };
 
 struct Results {
-    Tensor row_loss, lse, lse_low, total_weight, correct, entropy, loss;
+    Tensor row_loss, lse, lse_low, total_weight, correct, entropy, argmax, loss;
 };
 
 template <class T>
 PerRow<T> per_row(const Tensor& tensor) {
     return {pointer<const T>(tensor), tensor.dim() == 0 ? 0 : tensor.stride(0)};
+}
+
+template <class T>
+PerRow<T> per_row_or_none(const MaybeTensor& tensor) {
+    return tensor ? per_row<T>(*tensor) : PerRow<T>{nullptr, 0};
 }
 
 // 0 for none. Beyond the range of what is computed in a cap is none: as inf it would make inf * 0.
@@ -122,6 +127,7 @@ Results new_results(const Tensor& logits, bool stats) {
             new_compute_tensor(logits, {}),
             torch::stable::new_empty(logits, counted, ScalarType::Bool),
             new_compute_tensor(logits, counted),
+            torch::stable::new_empty(logits, counted, ScalarType::Long),
             new_compute_tensor(logits, {})};
 }
 
@@ -130,7 +136,8 @@ Output<compute_t<S>> output(const Results& r) {
     using T = compute_t<S>;
     const bool stats = r.correct.numel() > 0;
     return {pointer<T>(r.row_loss), pointer<T>(r.lse), pointer<T>(r.lse_low),
-            stats ? pointer<bool>(r.correct) : nullptr, stats ? pointer<T>(r.entropy) : nullptr};
+            stats ? pointer<bool>(r.correct) : nullptr, stats ? pointer<T>(r.entropy) : nullptr,
+            stats ? pointer<int64_t>(r.argmax) : nullptr};
 }
 
 // Where a forward writes.
@@ -232,15 +239,15 @@ Kept<T> kept_numbers(const Tensor& kept, int64_t rows) {
 //     SymInt ignore_index, float label_smoothing, float logit_scale, float softcap, float z_loss,
 //     bool stats, str backend)
 //     -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor total_weight, Tensor correct,
-//         Tensor entropy)
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nll(
+//         Tensor entropy, Tensor argmax)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nll(
     const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
     const MaybeTensor& num_items, int64_t reduction, int64_t ignore_index, double label_smoothing,
     double logit_scale, double softcap, double z_loss, bool stats, const std::string&) {
     const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
                                logit_scale, softcap, z_loss});
     const Results r = forward(in, num_items, stats, false);
-    return {r.loss, r.lse, r.lse_low, r.total_weight, r.correct, r.entropy};
+    return {r.loss, r.lse, r.lse_low, r.total_weight, r.correct, r.entropy, r.argmax};
 }
 
 // nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, int reduction,
@@ -259,13 +266,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nll_(
     return {r.loss, r.lse, r.total_weight, r.correct, r.entropy};
 }
 
-// nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight,
-//              Tensor lse, Tensor lse_low, Tensor total_weight, int reduction, SymInt ignore_index,
-//              float label_smoothing, float logit_scale, float softcap, float z_loss, str backend)
+// nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor logits,
+//              Tensor target, Tensor? weight, Tensor lse, Tensor lse_low, Tensor? entropy,
+//              Tensor total_weight, int reduction, SymInt ignore_index, float label_smoothing,
+//              float logit_scale, float softcap, float z_loss, str backend)
 //     -> Tensor
-Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const Tensor& logits,
-                    const Tensor& target, const MaybeTensor& weight, const Tensor& lse,
-                    const Tensor& lse_low, const Tensor& total_weight, int64_t reduction,
+Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse,
+                    const MaybeTensor& grad_entropy, const Tensor& logits, const Tensor& target,
+                    const MaybeTensor& weight, const Tensor& lse, const Tensor& lse_low,
+                    const MaybeTensor& entropy, const Tensor& total_weight, int64_t reduction,
                     int64_t ignore_index, double label_smoothing, double logit_scale,
                     double softcap, double z_loss, const std::string&) {
     const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
@@ -276,6 +285,11 @@ Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const 
     check_numbers("lse", lse, logits, rows);
     check_numbers("lse_low", lse_low, logits, rows);
     check_numbers("total_weight", total_weight, logits, 1);
+    check_numbers("grad_entropy", grad_entropy, logits, rows);
+    if (grad_entropy) {
+        STD_TORCH_CHECK(entropy.has_value(), "entropy: expected what nll returned with stats");
+        check_numbers("entropy", entropy, logits, rows);
+    }
     const DeviceContext context(logits);
     const Tensor out = torch::stable::new_empty(logits, logits.sizes(), logits.scalar_type());
     // Without classes there is nothing to write. A target distribution then has a null pointer, by
@@ -285,10 +299,13 @@ Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse, const 
         using T = compute_t<S>;
         const auto weight_sum = add_weight_sum(context, in, p);
         const Upstream<T> up = {
-            per_row<T>(grad_loss), grad_lse ? per_row<T>(*grad_lse) : PerRow<T>{nullptr, 0},
+            per_row<T>(grad_loss), per_row_or_none<T>(grad_lse), per_row_or_none<T>(grad_entropy),
             reduction == kReductionMean ? pointer<const T>(total_weight) : nullptr};
-        launch_rows(backward_rows<S, scoring>, context, p, up, per_row<T>(lse), per_row<T>(lse_low),
-                    Formed<T>{nullptr, nullptr}, pointer<S>(out));
+        const Saved<T> kept = {
+            per_row<T>(lse), per_row<T>(lse_low),
+            grad_entropy ? per_row<T>(*entropy) : PerRow<T>{nullptr, 0}};
+        launch_rows(backward_rows<S, scoring>, context, p, up, kept, Formed<T>{nullptr, nullptr},
+                    pointer<S>(out));
     });
     return out;
 }
@@ -326,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor> nll_with_gradient(const Tensor& logits, const
     dispatch_problem(in, [&]<class S, Scoring scoring>(Problem<S, scoring> p) {
         using T = compute_t<S>;
         const Kept<T> to = kept_numbers<T>(kept, rows);
-        const Output<T> out = {to.row_loss, to.lse, to.lse_low, nullptr, nullptr};
+        const Output<T> out = {to.row_loss, to.lse, to.lse_low, nullptr, nullptr, nullptr};
         const Destination<T> all = {out, to.total_weight, pointer<T>(loss)};
         Gradient<S> g = {};
         MaybeTensor weight_sum;
@@ -378,11 +395,12 @@ void nll_gradient_for_(const Tensor& gradient, const Tensor& grad_loss, const Te
         const Kept<T> from = kept_numbers<T>(kept, rows);
         const Upstream<T> up = {{pointer<const T>(grad_loss), 0},
                                 {nullptr, 0},
+                                {nullptr, 0},
                                 reduction == kReductionMean ? from.total_weight : nullptr};
         // Few blocks, because they nearly always have nothing to do.
         launch_row_blocks(
             backward_rows<S, scoring>, context, max_blocks(context, block_size_for<S>(vocab)), p,
-            up, PerRow<T>{from.lse, 1}, PerRow<T>{from.lse_low, 1},
+            up, Saved<T>{{from.lse, 1}, {from.lse_low, 1}, {nullptr, 0}},
             Formed<T>{formed ? from.formed_for : nullptr, pointer<Remembered<T>>(remembered)},
             pointer<S>(gradient));
     });

@@ -111,6 +111,7 @@ struct Output {
     T *loss, *lse, *lse_low;  // lse + lse_low is the log-sum-exp
     bool* correct;            // null without statistics
     T* entropy;               // likewise
+    int64_t* argmax;          // likewise
 };
 
 // A number for each row, or with stride 0 one number for all.
@@ -123,8 +124,19 @@ struct PerRow {
 
 template <class T>
 struct Upstream {
-    PerRow<T> loss, lse;  // lse.first is null where nothing depends on the lse
-    const T* divisor;     // of the loss's; null for 1
+    PerRow<T> loss, lse, entropy;  // first is null where nothing depends on the lse, the entropy
+    const T* divisor;              // of the loss's; null for 1
+};
+
+// What a backward knows of a row from the forward.
+template <class T>
+struct Saved {
+    PerRow<T> lse, lse_low, entropy;  // entropy.first is null where nothing depends on it
+};
+
+// The upstream of one row, and its entropy.
+struct RowUpstream {
+    double grad, grad_lse, grad_entropy, entropy;
 };
 
 // The gradient that a forward forms, for one upstream of all rows: in new memory, or in place.
@@ -139,6 +151,7 @@ struct Gradient {
 // The gradient of a row by its scores is, with [c = t] 1 at the target and 0 elsewhere,
 //
 //   dz_c = softmax_weight p_c + target_weight (p_c - [c = t]) - uniform_weight a_c
+//          - grad_entropy p_c (log p_c + entropy)
 //
 // where a_c are the coefficients of the log-probabilities in the loss, w_c or w_c q'_c (see
 // coefficients below). The gradient by the logits is that times dz / dlogit.
@@ -148,7 +161,14 @@ struct GradientFactors {
     T target_gradient;  // by the target's logit, complete
     T of_exp;  // of exp(z - lse.high): (softmax_weight + target_weight) exp(-lse.low) logit_scale
     T of_coefficient;  // of a_c: uniform_weight logit_scale
+    // With an upstream of the entropy, of exp(z - lse.high) there is besides
+    // of_entropy (z - lse.high + entropy_offset).
+    T of_entropy, entropy_offset;
 };
+
+// Below it exp is 0 in double too. The log-probability of a score of -inf, cut off here, makes 0 of
+// what would be 0 * inf.
+constexpr double kLogOfZero = -1000;
 
 // Reading
 
@@ -232,23 +252,31 @@ __device__ double row_cross_entropy(const Problem<S, scoring>& p, int64_t row,
     return block_sum(sum);
 }
 
-// Whether the target's score is the row's maximum. Then argmax finds it unless an earlier column
-// has the same score.
+// The first column with a NaN, or else with the maximum, as torch's argmax: a column of NaN counts
+// as kNanFirst before its place.
+constexpr int64_t kNanFirst = int64_t(1) << 62, kNoColumn = INT64_MAX;
+
+struct Smaller {
+    __device__ int64_t operator()(int64_t a, int64_t b) const { return a < b ? a : b; }
+};
+
 template <class S, Scoring scoring>
-__device__ bool target_reaches_maximum(const Problem<S, scoring>& p, int64_t row,
-                                       compute_t<S> maximum, Lse<compute_t<S>> lse) {
+__device__ void write_argmax(const Problem<S, scoring>& p, const Output<compute_t<S>>& o,
+                             int64_t row, int64_t first, compute_t<S> maximum,
+                             Lse<compute_t<S>> lse) {
+    if (first < 0) first += kNanFirst;
+    if (first == kNoColumn) first = 0;
     const bool nan_among_finite = isnan(lse.high) && maximum < INFINITY;
-    if (!p.target || is_ignored(p, row) || nan_among_finite) return false;
-    return target_score(p, row) == maximum;
+    const bool counts = p.target && !is_ignored(p, row) && !nan_among_finite;
+    o.correct[row] = counts && target_of(p, row) == first;
+    if (o.argmax) o.argmax[row] = first;
 }
 
 template <class S, Scoring scoring>
 __device__ void row_statistics(const Problem<S, scoring>& p, const Output<compute_t<S>>& o,
                                int64_t row, compute_t<S> maximum, Lse<compute_t<S>> lse) {
     using T = compute_t<S>;
-    const bool candidate = target_reaches_maximum(p, row, maximum, lse);
-    const int64_t target = candidate ? target_of(p, row) : 0;
-    bool earlier = false;
+    int64_t first = kNoColumn;
     T sum = 0;
     const auto add = [&]<int n>(int64_t column, const Elements<S, n>& x) {
         T z[n];
@@ -258,14 +286,15 @@ __device__ void row_statistics(const Problem<S, scoring>& p, const Output<comput
             const T log_p = log_probability(z[i], lse);
             const T probability = exp(log_p);
             sum += probability == 0 ? 0 : probability * log_p;  // 0 * -inf would be NaN
-            earlier |= column + i < target && z[i] == maximum;
+            if (isnan(z[i])) first = Smaller{}(first, column + i - kNanFirst);
+            else if (z[i] == maximum) first = Smaller{}(first, column + i);
         }
     };
     for_each_in_row<kLoadsInFlightSecondPass>(logits_row(p, row), p.vocab, add);
     const double entropy = -block_sum(sum);
-    earlier = __syncthreads_or(earlier);
+    first = block_reduce(first, Smaller{});
     if (threadIdx.x == 0) {
-        o.correct[row] = candidate && !earlier;
+        write_argmax(p, o, row, first, maximum, lse);
         o.entropy[row] = T(entropy);
     }
 }
@@ -326,36 +355,45 @@ __device__ double row_coefficient_sum(const Problem<S, scoring>& p, int64_t row)
     return block_sum(sum);
 }
 
-// `grad` and `grad_lse` are the upstream gradients of the row's loss and lse. Products that are added
-// are rounded, as they are in gradient_at: with an fma in one kernel and none in another a gradient
+// Products that are added are rounded, as they are in gradient_at: with an fma in one kernel and none in another a gradient
 // would have other bits where it is formed again.
 template <class S, Scoring scoring>
 __device__ GradientFactors<compute_t<S>> gradient_factors(const Problem<S, scoring>& p, int64_t row,
                                                           Lse<compute_t<S>> lse,
-                                                          compute_t<S> target_z, double grad,
-                                                          double grad_lse) {
+                                                          compute_t<S> target_z,
+                                                          const RowUpstream& u) {
     using T = compute_t<S>;
-    const double scale = p.to_score.logit_scale, exp_scale = scale * exp(-lse.low);
-    if (is_ignored(p, row)) return {-1, T(0), T(exp_scale * grad_lse), T(0)};
+    const double grad = u.grad, scale = p.to_score.logit_scale, exp_scale = scale * exp(-lse.low);
+    const T of_entropy = T(-exp_scale * u.grad_entropy), entropy_offset = T(u.entropy - lse.low);
+    if (is_ignored(p, row))
+        return {-1, T(0), T(exp_scale * u.grad_lse), T(0), of_entropy, entropy_offset};
     const double w = target_class_weight(p, row);
     const double uniform_weight = p.probs                  ? grad
                                   : p.label_smoothing != 0 ? grad * p.smoothing_per_class
                                                            : 0;
-    double softmax_weight = grad_lse + rounded_product(uniform_weight, row_coefficient_sum(p, row));
+    double softmax_weight = u.grad_lse + rounded_product(uniform_weight, row_coefficient_sum(p, row));
     if (p.z_loss != 0) softmax_weight += rounded_product(grad * 2 * p.z_loss * w, double(lse.high));
-    if (p.probs) return {-1, T(0), T(exp_scale * softmax_weight), T(scale * uniform_weight)};
+    if (p.probs)
+        return {-1,         T(0),          T(exp_scale * softmax_weight), T(scale * uniform_weight),
+                of_entropy, entropy_offset};
     const double target_weight = rounded_product(grad * (1 - p.label_smoothing), w);
     const T log_p = log_probability(target_z, lse);
-    const double target_gradient = (rounded_product(softmax_weight, double(exp(log_p))) +
-                                    rounded_product(target_weight, double(expm1(log_p))) -
-                                    rounded_product(uniform_weight, w)) *
-                                   p.to_score.slope(target_z);
-    return {target_of(p, row), T(scale * target_gradient),
-            T(exp_scale * (target_weight + softmax_weight)), T(scale * uniform_weight)};
+    const double probability = exp(log_p);
+    double by_score = rounded_product(softmax_weight, probability) +
+                      rounded_product(target_weight, double(expm1(log_p))) -
+                      rounded_product(uniform_weight, w);
+    if (u.grad_entropy != 0 && probability != 0)
+        by_score -= u.grad_entropy * probability * (log_p + u.entropy);
+    return {target_of(p, row),
+            T(scale * by_score * p.to_score.slope(target_z)),
+            T(exp_scale * (target_weight + softmax_weight)),
+            T(scale * uniform_weight),
+            of_entropy,
+            entropy_offset};
 }
 
 // The gradient of n logits, except that of the target, which write_target_gradient writes over it.
-template <bool has_uniform, class S, Scoring scoring, int n>
+template <bool has_uniform, bool through_entropy = false, class S, Scoring scoring, int n>
 __device__ Elements<S, n> gradient_at(const Problem<S, scoring>& p, int64_t row, int64_t column,
                                       const Elements<S, n>& x, Lse<compute_t<S>> lse,
                                       const GradientFactors<compute_t<S>>& f) {
@@ -363,7 +401,13 @@ __device__ Elements<S, n> gradient_at(const Problem<S, scoring>& p, int64_t row,
     T z[n], grad[n];
     to_scores(p.to_score, x, z);
 #pragma unroll
-    for (int i = 0; i < n; ++i) grad[i] = rounded_product(f.of_exp, exp_of<S>(z[i] - lse.high));
+    for (int i = 0; i < n; ++i) {
+        const T x = z[i] - lse.high;
+        T of_exp = f.of_exp;
+        if constexpr (through_entropy)
+            of_exp += rounded_product(f.of_entropy, fmax(x, T(kLogOfZero)) + f.entropy_offset);
+        grad[i] = rounded_product(of_exp, exp_of<S>(x));
+    }
     if constexpr (has_uniform) {
         T a[n];
         coefficients(p, row, column, a);
@@ -382,11 +426,12 @@ __device__ void write_target_gradient(const GradientFactors<compute_t<S>>& f, in
     if (uint64_t(f.target - column) < n) narrow(f.target_gradient, out[f.target]);
 }
 
-template <int in_flight, bool has_uniform, class S, Scoring scoring>
+template <int in_flight, bool has_uniform, bool through_entropy = false, class S, Scoring scoring>
 __device__ void write_gradient(const Problem<S, scoring>& p, int64_t row, Lse<compute_t<S>> lse,
                                const GradientFactors<compute_t<S>>& f, S* out, bool aligned) {
     const auto write = [&]<int n>(int64_t column, const Elements<S, n>& x) {
-        store(out + column, gradient_at<has_uniform>(p, row, column, x, lse, f), aligned);
+        const auto gradient = gradient_at<has_uniform, through_entropy>(p, row, column, x, lse, f);
+        store(out + column, gradient, aligned);
         write_target_gradient<S, n>(f, column, out);
     };
     for_each_in_row<in_flight>(logits_row(p, row), p.vocab, write);
@@ -397,7 +442,9 @@ template <int in_flight, class S, Scoring scoring>
 __device__ void row_gradient(const Problem<S, scoring>& p, int64_t row, Lse<compute_t<S>> lse,
                              const GradientFactors<compute_t<S>>& f, S* out) {
     const bool aligned = same_alignment<S>(out, logits_row(p, row));
-    if (f.of_coefficient != 0) write_gradient<in_flight, true>(p, row, lse, f, out, aligned);
+    if (f.of_entropy != 0)
+        write_gradient<kLoadsInFlightSecondPass, true, true>(p, row, lse, f, out, aligned);
+    else if (f.of_coefficient != 0) write_gradient<in_flight, true>(p, row, lse, f, out, aligned);
     else if (aligned) write_gradient<in_flight, false>(p, row, lse, f, out, true);
     else write_gradient<kLoadsInFlightSecondPass, false>(p, row, lse, f, out, false);
 }

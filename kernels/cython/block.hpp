@@ -197,12 +197,21 @@ inline double block_negative_entropy(const T* z, ptrdiff_t n, Lse<T> lse) {
     });
 }
 
-template <class T>
-inline bool block_contains(const T* z, ptrdiff_t n, T value) {
-    int found = 0;
+// The first j with is(z[j]), n if there is none; a part at a time, as no `for` with a break is
+// vectorised.
+template <class T, class Is>
+inline ptrdiff_t block_find(const T* z, ptrdiff_t n, Is is) {
+    constexpr ptrdiff_t part = 256;
+    for (ptrdiff_t start = 0; start < n; start += part) {
+        const ptrdiff_t end = std::min(start + part, n);
+        int found = 0;
 #pragma omp simd reduction(| : found)
-    for (ptrdiff_t j = 0; j < n; ++j) found |= z[j] == value;
-    return found;
+        for (ptrdiff_t j = start; j < end; ++j) found |= is(z[j]);
+        if (!found) continue;
+        for (ptrdiff_t j = start; j < end; ++j)
+            if (is(z[j])) return j;
+    }
+    return n;
 }
 
 // Elementwise maps of a block
@@ -278,6 +287,47 @@ inline void block_softmax(const M* z, ptrdiff_t n, Lse<RealOf<M>> lse, RealOf<M>
 template <class T>
 inline void block_softmax(const T* z, ptrdiff_t n, Lse<T> lse, T scale, T* out) {
     block_softmax(z, n, lse, scale, T(0), Destination<T>::in_cache(out));
+}
+
+// Below it e^x is 0 in double too. The log-probability of a score of -inf, cut off here, makes 0 of
+// what would be 0 * inf.
+constexpr double kLogOfZero = -1000;
+
+// scale + slope * (log p + entropy), which multiplies p in the gradient of a row's entropy, by the
+// distance x = z - lse.high of a score.
+template <class T>
+struct EntropyScale {
+    T scale, slope, offset;
+
+    template <class X>
+    X operator()(X x) const {
+        return scale + slope * (larger(x, X{} + T(kLogOfZero)) + offset);
+    }
+};
+
+// out = (scale + slope * (log p + entropy)) * softmax(z) - offset. `out` may be `z`.
+template <class M>
+inline void block_entropy_gradient(const M* z, ptrdiff_t n, Lse<RealOf<M>> lse, RealOf<M> scale,
+                                   RealOf<M> slope, double entropy, RealOf<M> offset,
+                                   Destination<M> to) {
+    using T = RealOf<M>;
+    const T of_low = std::exp(-lse.low);
+    const EntropyScale<T> scales = {scale * of_low, slope * of_low, T(entropy - lse.low)};
+    constexpr T largest = std::numeric_limits<T>::max() / T(1 << 20);
+    if (!(std::fabs(scales.scale) < largest && std::fabs(scales.slope) < largest)) {
+        for (ptrdiff_t j = 0; j < n; ++j) {
+            const T x = widen(z[j]) - lse.high;
+            narrow(scales(x) * exp_nonpositive(x) - offset, to.out[j]);
+        }
+        return;
+    }
+    store_gradient(to, n, [=](ptrdiff_t j, ptrdiff_t left) {
+        return Memory<M>::narrow(
+            of_each(Memory<M>::widen(load_some(z + j, left, M())), [=](Lanes<T> z) {
+                const Lanes<T> x = z - lse.high;
+                return scaled_exp<ExpOfGradient<M>>(x, scales(x)) - offset;
+            }));
+    });
 }
 
 // out = x, rounded to the type in memory. No plain loop converts float16 by its instructions.

@@ -213,13 +213,13 @@ def forward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
             Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs, Py_ssize_t probs_stride,
             uintptr_t weight, int64_t ignore_index, double label_smoothing, double logit_scale,
             double softcap, double z_loss, uintptr_t loss, uintptr_t lse, uintptr_t lse_low,
-            uintptr_t correct, uintptr_t entropy, int threads, tuple layout=None):
+            uintptr_t correct, uintptr_t entropy, uintptr_t argmax, int threads, tuple layout=None):
     """Write each row's loss and statistics; return the sum of the losses."""
     cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
                                   probs_stride, weight, ignore_index, label_smoothing, logit_scale,
                                   softcap, z_loss, layout)
     cdef Output o = Output(<void*>loss, <void*>lse, <void*>lse_low, <uint8_t*>correct,
-                           <void*>entropy)
+                           <void*>entropy, <int64_t*>argmax)
     cdef double total
     with nogil:
         total = forward_rows(p, o, threads)
@@ -230,15 +230,18 @@ def backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
              Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs, Py_ssize_t probs_stride,
              uintptr_t weight, int64_t ignore_index, double label_smoothing, double logit_scale,
              double softcap, double z_loss, uintptr_t lse, uintptr_t lse_low, uintptr_t grad,
-             Py_ssize_t grad_stride, double grad_scale, uintptr_t grad_lse, uintptr_t out,
-             Py_ssize_t out_stride, int threads, tuple layout=None):
-    """Write the gradient of the logits for upstream `grad * grad_scale` and `grad_lse`."""
+             Py_ssize_t grad_stride, double grad_scale, uintptr_t grad_lse,
+             uintptr_t grad_entropy, uintptr_t entropy, uintptr_t out, Py_ssize_t out_stride,
+             int threads, tuple layout=None):
+    """Write the gradient of the logits for upstream `grad * grad_scale`, `grad_lse` and
+    `grad_entropy` of the `entropy` that a forward wrote."""
     cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
                                   probs_stride, weight, ignore_index, label_smoothing, logit_scale,
                                   softcap, z_loss, layout)
     cdef Gradient g = make_gradient(p, out, out_stride, layout)
     cdef Upstream u = Upstream(<const void*>lse, <const void*>lse_low, <const void*>grad,
-                               grad_stride, grad_scale, <const void*>grad_lse)
+                               grad_stride, grad_scale, <const void*>grad_lse,
+                               <const void*>grad_entropy, <const void*>entropy)
     with nogil:
         backward_rows(p, g, u, threads)
 
@@ -248,9 +251,9 @@ cpdef double forward_backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uint
                               Py_ssize_t probs_stride, uintptr_t weight, int64_t ignore_index,
                               double label_smoothing, double logit_scale, double softcap,
                               double z_loss, uintptr_t loss, uintptr_t lse, uintptr_t lse_low,
-                              uintptr_t correct, uintptr_t entropy, double grad_scale,
-                              uintptr_t out, Py_ssize_t out_stride, int threads,
-                              tuple layout=None) except? -1:
+                              uintptr_t correct, uintptr_t entropy, uintptr_t argmax,
+                              double grad_scale, uintptr_t out, Py_ssize_t out_stride,
+                              int threads, tuple layout=None) except? -1:
     """forward, and while each row is in cache its gradient, for upstream `grad_scale`.
 
     `out` may be the address of the logits.
@@ -259,7 +262,7 @@ cpdef double forward_backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uint
                                   probs_stride, weight, ignore_index, label_smoothing, logit_scale,
                                   softcap, z_loss, layout)
     cdef Output o = Output(<void*>loss, <void*>lse, <void*>lse_low, <uint8_t*>correct,
-                           <void*>entropy)
+                           <void*>entropy, <int64_t*>argmax)
     cdef Gradient g = make_gradient(p, out, out_stride, layout)
     cdef double total
     with nogil:
@@ -271,8 +274,8 @@ def loss_and_gradient(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t lo
                       Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs,
                       Py_ssize_t probs_stride, uintptr_t weight, int64_t ignore_index,
                       double label_smoothing, double logit_scale, double softcap, double z_loss,
-                      bytearray of_rows, uintptr_t correct, uintptr_t entropy, bint mean,
-                      object num_items, double upstream, uintptr_t loss, uintptr_t out,
+                      bytearray of_rows, uintptr_t correct, uintptr_t entropy, uintptr_t argmax,
+                      bint mean, object num_items, double upstream, uintptr_t loss, uintptr_t out,
                       Py_ssize_t out_stride, int threads, tuple layout=None):
     """total_weight and forward_backward of a loss that is one number, which is written to `loss`.
 
@@ -295,7 +298,7 @@ def loss_and_gradient(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t lo
     total = forward_backward(
         dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
         ignore_index, label_smoothing, logit_scale, softcap, z_loss,
-        <uintptr_t>(lse + 2 * size), <uintptr_t>lse, <uintptr_t>(lse + size), correct, entropy,
+        <uintptr_t>(lse + 2 * size), <uintptr_t>lse, <uintptr_t>(lse + size), correct, entropy, argmax,
         upstream * (1 / divisor) if mean else upstream, out, out_stride, threads, layout)
     if mean:
         total /= divisor

@@ -42,7 +42,11 @@ struct Group {
     Reals target_score, maximum, high, low, loss;
     Doubles sum;
     Doubles target_weight, softmax_weight, uniform_weight;  // as GradientWeights has them
+    Doubles entropy_weight, entropy;
+    bool through_entropy = false;         // it has an upstream
     Reals shift, scale, target_gradient;  // a gradient is scale * e^(z - shift)
+    // With an upstream of the entropy, (scale + slope * (z - high + offset)) e^(z - shift)
+    Reals entropy_slope, entropy_offset;
     Reals stage[stage_lines];
 
     Group(const Problem& problem, ptrdiff_t group)
@@ -280,7 +284,7 @@ struct Group {
         });
     }
 
-    void find_entropy(Reals& entropy) {
+    void find_entropy(Reals& of_rows) {
         Doubles total;
         sum_by_stages(total, [&](Classes classes, Doubles& part) {
             load_scores(classes);
@@ -293,37 +297,51 @@ struct Group {
                 }
             }
         });
-        for (int i = 0; i < lanes; ++i) entropy[i] = T(-total[i]);
+        for (int i = 0; i < lanes; ++i) of_rows[i] = T(-total[i]);
     }
 
-    // Whether the target is what argmax returns: the first class that has the maximum.
-    void find_correct(Line<uint8_t, lanes>& correct) {
-        Flags earlier;
-        for (int i = 0; i < lanes; ++i) earlier[i] = 0;
+    // As torch has it: the first class with a NaN, or else with the maximum.
+    void find_argmax(Line<int64_t, lanes>& argmax) {
+        Line<int64_t, lanes> with_nan;
+        for (int i = 0; i < lanes; ++i) argmax[i] = with_nan[i] = p.vocab;
         for_stages([&](Classes classes) {
             load_scores(classes);
-            for (ptrdiff_t c = 0; c < classes.count; ++c) {
+            for (ptrdiff_t c = classes.count - 1; c >= 0; --c) {
+                // From the last class to the first of a stage, none of which is before another's.
                 const Reals& z = stage[c];
-                for (int i = 0; i < lanes; ++i)
-                    earlier[i] |= z[i] == maximum[i] && classes.start + c < target[i];
+                const int64_t column = classes.start + c;
+                for (int i = 0; i < lanes; ++i) {
+                    if (z[i] == maximum[i] && !(argmax[i] < classes.start)) argmax[i] = column;
+                    if (z[i] != z[i] && !(with_nan[i] < classes.start)) with_nan[i] = column;
+                }
             }
         });
         for (int i = 0; i < lanes; ++i) {
+            if (with_nan[i] < p.vocab) argmax[i] = with_nan[i];
+            if (argmax[i] == p.vocab) argmax[i] = 0;
+        }
+    }
+
+    void find_correct(const Line<int64_t, lanes>& argmax, Line<uint8_t, lanes>& correct) const {
+        for (int i = 0; i < lanes; ++i) {
             const bool nan_among_finite =
                 std::isnan(high[i]) && maximum[i] < std::numeric_limits<T>::infinity();
-            correct[i] = target[i] >= 0 && target_score[i] == maximum[i] && !earlier[i] &&
-                         !nan_among_finite;
+            correct[i] = target[i] >= 0 && target[i] == argmax[i] && !nan_among_finite;
         }
     }
 
     // Whether nothing after the lse, in forward or backward, reads the scores of all classes.
     bool exps_suffice(const Output& o) const {
         return one_stage() && p.softcap == 0 && p.probs == nullptr && p.label_smoothing == 0 &&
-               o.correct == nullptr && o.entropy == nullptr;
+               !wants_stats(o);
+    }
+
+    static bool wants_stats(const Output& o) {
+        return o.correct != nullptr || o.entropy != nullptr || o.argmax != nullptr;
     }
 
     void forward(const Output& o) {
-        const bool stats = o.correct != nullptr || o.entropy != nullptr;
+        const bool stats = wants_stats(o);
         if (counted || stats) {
             find_target_scores();
             find_lse();
@@ -342,15 +360,18 @@ struct Group {
     }
 
     void write_stats(const Output& o) {
-        if (o.correct != nullptr) {
+        if (o.correct != nullptr || o.argmax != nullptr) {
+            Line<int64_t, lanes> argmax;
             Line<uint8_t, lanes> correct;
-            find_correct(correct);
+            find_argmax(argmax);
+            find_correct(argmax, correct);
+            write(argmax, o.argmax);
             write(correct, o.correct);
         }
         if (o.entropy != nullptr) {
-            Reals entropy;
-            find_entropy(entropy);
-            write(entropy, o.entropy);
+            Reals of_rows;
+            find_entropy(of_rows);
+            write(of_rows, o.entropy);
         }
     }
 
@@ -366,21 +387,29 @@ struct Group {
         Doubles grad, grad_lse;
         for (int i = 0; i < lanes; ++i) {
             grad[i] = grad_scale;
-            grad_lse[i] = 0;
+            grad_lse[i] = entropy_weight[i] = entropy[i] = 0;
         }
         backward(g, grad, grad_lse);
     }
 
     void backward(const Gradient& g, const Upstream& u) {
         Doubles grad, grad_lse;
-        for (int i = 0; i < lanes; ++i) grad[i] = grad_lse[i] = high[i] = low[i] = 0;
+        for (int i = 0; i < lanes; ++i) {
+            grad[i] = grad_lse[i] = high[i] = low[i] = 0;
+            entropy_weight[i] = entropy[i] = 0;
+        }
         read(u.lse, high);
         read(u.lse_low, low);
         auto of_loss = static_cast<const T*>(u.grad), of_lse = static_cast<const T*>(u.grad_lse);
+        auto of_entropy = static_cast<const T*>(u.grad_entropy);
+        through_entropy = of_entropy != nullptr;
         const ptrdiff_t first = memory.first;
         for (int i = 0; i < memory.count; ++i) {
             grad[i] = of_loss[(first + i) * u.grad_stride] * u.grad_scale;
             if (of_lse != nullptr) grad_lse[i] = of_lse[first + i];
+            if (!through_entropy) continue;
+            entropy_weight[i] = -of_entropy[first + i];
+            entropy[i] = static_cast<const T*>(u.entropy)[first + i];
         }
         backward(g, grad, grad_lse);
     }
@@ -420,6 +449,19 @@ struct Group {
             // e^(z - high - low) = e^(shift - high - low) e^(z - shift)
             const double log_factor = (double(shift[i]) - high[i]) - low[i];
             scale[i] = T((target_weight[i] + softmax_weight[i]) * exp_nonpositive(log_factor));
+        }
+        if (through_entropy) find_entropy_factors();
+    }
+
+    void find_entropy_factors() {
+        for (int i = 0; i < lanes; ++i) {
+            const double log = log_p(target_score[i], i), probability = exp_nonpositive(log);
+            if (probability != 0)
+                target_gradient[i] = T(target_gradient[i] +
+                                       entropy_weight[i] * probability * (log + entropy[i]));
+            const double log_factor = (double(shift[i]) - high[i]) - low[i];
+            entropy_slope[i] = T(entropy_weight[i] * exp_nonpositive(log_factor));
+            entropy_offset[i] = T(entropy[i] - low[i]);
         }
     }
 
@@ -474,9 +516,14 @@ struct Group {
     // Of a score, or of its exp.
     void to_softmax(Reals& line) const {
         for (int i = 0; i < lanes; i += kWidth<T>) {
-            Lanes<T> x = lanes_at(line, i);
-            if (!keeps_exps) x = exp_nonpositive(x - lanes_at(shift, i));
-            set_lanes(line, i, lanes_at(scale, i) * x);
+            const Lanes<T> z = lanes_at(line, i);
+            Lanes<T> factor = lanes_at(scale, i);
+            if (through_entropy)
+                factor += lanes_at(entropy_slope, i) *
+                          (larger(z - lanes_at(high, i), Lanes<T>{} + T(kLogOfZero)) +
+                           lanes_at(entropy_offset, i));
+            set_lanes(line, i,
+                      factor * (keeps_exps ? z : exp_nonpositive(z - lanes_at(shift, i))));
         }
     }
 
@@ -498,7 +545,8 @@ struct Group {
         for (int i = 0; i < lanes; ++i) {
             grad[i] = ignored[i] ? 0 : grad_loss[i];
             // Exactly zero, even where the logits are NaN. x - x is 0 of a finite x.
-            zero[i] = ignored[i] && (grad_lse[i] == 0 || !(high[i] - high[i] == 0));
+            const bool unused = grad_lse[i] == 0 && entropy_weight[i] == 0;
+            zero[i] = ignored[i] && (unused || !(high[i] - high[i] == 0));
             zeros += zero[i];
         }
         if (zeros == lanes) {

@@ -35,6 +35,7 @@ struct Output {
     void* lse_low;
     uint8_t* correct;
     void* entropy;
+    int64_t* argmax;
 };
 
 struct Gradient {
@@ -45,7 +46,7 @@ struct Gradient {
 };
 
 // The upstream of a backward: of row r's loss grad[r * grad_stride] * grad_scale, of its lse
-// grad_lse[r], or 0 without.
+// grad_lse[r], and of its entropy, which is entropy[r], grad_entropy[r]; 0 without.
 struct Upstream {
     const void* lse;
     const void* lse_low;
@@ -53,6 +54,8 @@ struct Upstream {
     ptrdiff_t grad_stride;
     double grad_scale;
     const void* grad_lse;
+    const void* grad_entropy;
+    const void* entropy;
 };
 
 }  // namespace neglog

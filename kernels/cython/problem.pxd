@@ -28,6 +28,7 @@ cdef extern from "problem.hpp" namespace "neglog" nogil:
         void* lse_low
         uint8_t* correct
         void* entropy
+        int64_t* argmax
 
     cdef struct Gradient:
         char* out
@@ -42,3 +43,5 @@ cdef extern from "problem.hpp" namespace "neglog" nogil:
         Py_ssize_t grad_stride
         double grad_scale
         const void* grad_lse
+        const void* grad_entropy
+        const void* entropy

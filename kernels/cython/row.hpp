@@ -33,19 +33,29 @@ struct Span {  // columns start to start + n of a row
 // The gradient of a row's scores, with p its probabilities and t the index of its target, is
 //
 //     softmax_weight p_c + target_weight (p_c - [c = t]) - uniform_weight b_c
+//         + entropy_weight p_c (log p_c + entropy)
 //
 // where b_c = w_c; for a target of probabilities b_c = w_c q'_c and target_weight = 0.
 struct GradientWeights {
     ptrdiff_t target;  // -1 if there is no index
     double target_weight, softmax_weight, uniform_weight;
+    double entropy_weight, entropy;
 };
 
-// softmax_weight p + target_weight (p - 1) of the target.
+// Of the target, without uniform_weight.
 template <class T>
 inline double target_gradient(const GradientWeights& weights, T log_p) {
-    return weights.softmax_weight * exp_nonpositive(log_p) +
-           weights.target_weight * std::expm1(double(log_p));
+    const T p = exp_nonpositive(log_p);
+    const double gradient =
+        weights.softmax_weight * p + weights.target_weight * std::expm1(double(log_p));
+    if (weights.entropy_weight == 0 || p == 0) return gradient;
+    return gradient + weights.entropy_weight * p * (log_p + weights.entropy);
 }
+
+// The upstream of one row.
+struct RowUpstream {
+    double grad, grad_lse, grad_entropy, entropy;
+};
 
 // M is the type in memory, T the type computed with.
 template <class M>
@@ -65,7 +75,7 @@ class Row {
     Lse<T> forward(const Output& o) {
         Lse<T> lse = {0, 0};
         T maximum = 0;
-        if (!ignored || o.correct || o.entropy) lse = log_sum_exp(maximum);
+        if (!ignored || o.correct || o.entropy || o.argmax) lse = log_sum_exp(maximum);
         double loss = 0;
         if (p.probs)
             loss = loss_of_probs(lse);
@@ -74,22 +84,22 @@ class Row {
         static_cast<T*>(o.loss)[row] = T(loss);
         if (o.lse) static_cast<T*>(o.lse)[row] = lse.high;
         if (o.lse_low) static_cast<T*>(o.lse_low)[row] = lse.low;
-        if (o.correct) o.correct[row] = is_correct(maximum, lse);
+        if (o.correct || o.argmax) write_argmax(o, argmax(maximum, lse), maximum, lse);
         if (o.entropy) static_cast<T*>(o.entropy)[row] = T(entropy(lse));
         return lse;
     }
 
-    // Writes the gradient for upstream `grad` of the loss and `grad_lse` of the lse. Meanwhile the
-    // logits from `ahead` on are brought into L2.
-    void backward(const Gradient& g, Lse<T> lse, double grad, double grad_lse, const M* ahead) {
+    // Writes the gradient. Meanwhile the logits from `ahead` on are brought into L2.
+    void backward(const Gradient& g, Lse<T> lse, const RowUpstream& u, const M* ahead) {
         M* out = reinterpret_cast<M*>(g.out) + row * g.stride;
         Destination<M> to = {out, g.bypass_cache, ahead};
-        if (ignored && (grad_lse == 0 || !std::isfinite(lse.high))) {
+        const bool unused = u.grad_lse == 0 && u.grad_entropy == 0;
+        if (ignored && (unused || !std::isfinite(lse.high))) {
             block_zero(p.vocab, to);  // even where the logits are NaN
             return;
         }
         to.bypass_cache &= p.vocab * ptrdiff_t(sizeof(M)) >= kStreamedRowBytes;
-        const GradientWeights weights = gradient_weights(lse, grad, grad_lse);
+        const GradientWeights weights = gradient_weights(lse, u);
         const bool uniform_is_constant = !p.probs && !p.weight;
         if (has_plain_scores && (weights.uniform_weight == 0 || uniform_is_constant))
             gradient_in_registers(to, lse, weights);
@@ -219,25 +229,40 @@ class Row {
             [&](Span span) { return block_negative_entropy(scores(span), span.n, lse); });
     }
 
-    // Whether the target is what argmax returns: the first column that has the maximum.
-    bool is_correct(T maximum, Lse<T> lse) {
+    // As torch has it: the first column with a NaN, or else with the maximum.
+    ptrdiff_t argmax(T maximum, Lse<T> lse) {
+        if (std::isnan(lse.high)) {
+            const ptrdiff_t column = find([](T z) { return z != z; });
+            if (column < p.vocab) return column;
+        }
+        const ptrdiff_t column = find([=](T z) { return z == maximum; });
+        return column < p.vocab ? column : 0;
+    }
+
+    // The first column whose score is such a one; V for none.
+    template <class Is>
+    ptrdiff_t find(Is is) {
+        for (ptrdiff_t block = 0; block < blocks(); ++block) {
+            const Span span = block_span(block);
+            const ptrdiff_t j = block_find(scores(span), span.n, is);
+            if (j < span.n) return span.start + j;
+        }
+        return p.vocab;
+    }
+
+    void write_argmax(const Output& o, ptrdiff_t column, T maximum, Lse<T> lse) const {
+        if (o.argmax) o.argmax[row] = column;
+        if (!o.correct) return;
         const bool nan_among_finite =
             std::isnan(lse.high) && maximum < std::numeric_limits<T>::infinity();
-        if (!p.target || ignored || nan_among_finite) return false;
-        const ptrdiff_t target = p.target[row];
-        if (!(score_at(target) == maximum)) return false;
-        for (ptrdiff_t block = 0; block <= target / kBlock; ++block) {
-            Span span = block_span(block);
-            span.n = std::min(span.n, target - span.start);
-            if (block_contains(scores(span), span.n, maximum)) return false;
-        }
-        return true;
+        o.correct[row] = p.target && !ignored && !nan_among_finite && p.target[row] == column;
     }
 
     // Backward
 
-    GradientWeights gradient_weights(Lse<T> lse, double grad, double grad_lse) {
-        GradientWeights weights = {-1, 0, grad_lse, 0};
+    GradientWeights gradient_weights(Lse<T> lse, const RowUpstream& u) {
+        const double grad = u.grad;
+        GradientWeights weights = {-1, 0, u.grad_lse, 0, -u.grad_entropy, u.entropy};
         if (ignored) return weights;
         const double eps = p.label_smoothing;
         double w = 1;
@@ -263,7 +288,11 @@ class Row {
         const T uniform = T(weights.uniform_weight);
         T log_p = 0;  // before the row is written: `to` may be where the logits are
         if (weights.target >= 0) log_p = log_probability(widen(logits[weights.target]), lse);
-        block_softmax(logits, p.vocab, lse, scale, uniform, to);
+        if (weights.entropy_weight == 0)
+            block_softmax(logits, p.vocab, lse, scale, uniform, to);
+        else
+            block_entropy_gradient(logits, p.vocab, lse, scale, T(weights.entropy_weight),
+                                   weights.entropy, uniform, to);
         if (weights.target >= 0)
             narrow(T(target_gradient(weights, log_p)) - uniform, to.out[weights.target]);
     }
@@ -279,7 +308,11 @@ class Row {
     void gradient_of_block(Span span, Lse<T> lse, const GradientWeights& weights) {
         const T* z = scores_and_slopes(span);
         const T scale = T(weights.target_weight + weights.softmax_weight);
-        block_softmax(z, span.n, lse, scale, gradient);
+        if (weights.entropy_weight == 0)
+            block_softmax(z, span.n, lse, scale, gradient);
+        else
+            block_entropy_gradient(z, span.n, lse, scale, T(weights.entropy_weight),
+                                   weights.entropy, T(0), Destination<T>::in_cache(gradient));
         const ptrdiff_t target = weights.target - span.start;
         if (0 <= target && target < span.n)
             gradient[target] = T(target_gradient(weights, log_probability(z[target], lse)));
@@ -310,17 +343,21 @@ inline Lse<RealOf<M>> saved_lse(const Upstream& u, ptrdiff_t row) {
 template <class M>
 inline void backward_of(const Problem& p, const Gradient& g, const Upstream& u, ptrdiff_t row) {
     using T = RealOf<M>;
+    const auto number = [row](const void* of_rows) -> double {
+        return of_rows ? static_cast<const T*>(of_rows)[row] : 0;
+    };
     const double grad = static_cast<const T*>(u.grad)[row * u.grad_stride] * u.grad_scale;
-    const double grad_lse = u.grad_lse ? static_cast<const T*>(u.grad_lse)[row] : 0;
+    const RowUpstream of_row = {grad, number(u.grad_lse), number(u.grad_entropy),
+                                number(u.entropy)};
     Row<M> each(p, row);
-    each.backward(g, saved_lse<M>(u, row), grad, grad_lse, each.further_on());
+    each.backward(g, saved_lse<M>(u, row), of_row, each.further_on());
 }
 
 template <class M>
 inline void forward_backward_of(const Problem& p, const Output& o, const Gradient& g,
                                 double grad_scale, ptrdiff_t row) {
     Row<M> each(p, row);
-    each.backward(g, each.forward(o), grad_scale, 0, each.next_row());
+    each.backward(g, each.forward(o), {grad_scale, 0, 0, 0}, each.next_row());
 }
 
 // Calls what(M()) for the type M of a dtype.

@@ -30,6 +30,10 @@ from neglog.kernels.numba.intrinsics import (  # isort: skip
 
 BFLOAT16 = 2
 UINT8, INT16, UINT16 = np.uint8(0), np.int16(0), np.uint16(0)
+FIND_PART = 256
+# Below it e^x is 0 in double too. The log-probability of a score of -inf, cut off here, makes 0 of
+# what would be 0 * inf.
+LOG_OF_ZERO = -1000.0
 
 
 @njit(**EXACT, **INLINE)
@@ -199,11 +203,18 @@ def block_negative_entropy(z: Pointer, n: int, lse: Lse) -> float:
 
 
 @njit(**EXACT)
-def block_contains(z: Pointer, n: int, value: Real) -> bool:
-    found = 0
-    for j in range(n):
-        found += z[j] == value
-    return found > 0
+def block_find(z: Pointer, n: int, value: Real) -> int:
+    """The first column with this number, or for NaN with a NaN; n for none. A part at a time, as
+    no loop with a `break` is vectorised."""
+    for start in range(0, n, FIND_PART):
+        end, found = min(start + FIND_PART, n), 0
+        for j in range(start, end):
+            found += (z[j] == value) | ((z[j] != z[j]) & (value != value))
+        if found > 0:
+            for j in range(start, end):
+                if z[j] == value or (z[j] != z[j] and value != value):
+                    return j
+    return n
 
 
 # What is written to memory
@@ -336,6 +347,20 @@ def block_softmax(z: Pointer, n: int, lse: Lse, scale: Real, out: Pointer) -> No
     scale *= exp_of_low(lse)
     for j in range(n):
         out[j] = scale * exp_nonpositive(z[j] - lse.high)
+
+
+@njit(**FUSED)
+def block_entropy_gradient(
+    z: Pointer, n: int, lse: Lse, scale: Real, slope: Real, entropy: float, out: Pointer
+) -> None:
+    """out = (scale + slope * (log p + entropy)) * softmax(z). `out` must not be `z`."""
+    of_low = exp_of_low(lse)
+    scale, slope = scale * of_low, slope * of_low
+    offset, log_of_zero = cast(entropy - lse.low, lse.low), cast(LOG_OF_ZERO, lse.low)
+    for j in range(n):
+        x = z[j] - lse.high
+        log_p = (x if x > log_of_zero else log_of_zero) + offset
+        out[j] = (scale + slope * log_p) * exp_nonpositive(x)
 
 
 @njit(**FUSED)

@@ -22,7 +22,7 @@ from neglog.kernels.numba.intrinsics import (  # isort: skip
     EXACT, PARALLEL, SERIAL, Real, fetch_add, finish_streams, pointer,
 )  # fmt: skip
 from neglog.kernels.numba.problem import Gradient, Output, Problem  # isort: skip
-from neglog.kernels.numba.row import AHEAD, row_backward, row_forward  # isort: skip
+from neglog.kernels.numba.row import AHEAD, RowUpstream, row_backward, row_forward  # isort: skip
 from neglog.kernels.numba.positions import takes_layout  # isort: skip
 from neglog.kernels.numba.threads import call_with_threads  # isort: skip
 
@@ -45,6 +45,20 @@ def sum_rows(p: Problem, o: Output) -> float:
 
 
 @njit(**EXACT)
+def number_of(p: Problem, numbers: int, row: int) -> float:
+    return 0.0 if numbers == 0 else float(pointer(numbers, p.zero)[row])
+
+
+@njit(**EXACT)
+def upstream_of(p: Problem, g: Gradient, row: int) -> RowUpstream:
+    grad = 1.0 if g.grad == 0 else float(pointer(g.grad, p.zero)[row * g.grad_stride])
+    return RowUpstream(
+        grad * g.grad_scale, number_of(p, g.grad_lse, row), number_of(p, g.grad_entropy, row),
+        number_of(p, g.entropy, row),
+    )  # fmt: skip
+
+
+@njit(**EXACT)
 def process_row(p: Problem, o: Output, g: Gradient, row: int) -> None:
     """Forward if there is a loss to write, else the lse is read; backward if there is an `out`."""
     if o.loss != 0:
@@ -53,9 +67,7 @@ def process_row(p: Problem, o: Output, g: Gradient, row: int) -> None:
     else:
         lse = Lse(pointer(o.lse, p.zero)[row], pointer(o.lse_low, p.zero)[row])
     if g.out != 0:
-        grad = 1.0 if g.grad == 0 else float(pointer(g.grad, p.zero)[row * g.grad_stride])
-        grad_lse = 0.0 if g.grad_lse == 0 else float(pointer(g.grad_lse, p.zero)[row])
-        row_backward(p, g, row, lse, grad * g.grad_scale, grad_lse)
+        row_backward(p, g, row, lse, upstream_of(p, g, row))
 
 
 @njit(**EXACT)
@@ -137,10 +149,11 @@ def _make_problem(
 
 def _make_gradient(
     p: Problem, out: int, out_stride: int, grad: int, grad_stride: int, grad_scale: float,
-    grad_lse: int,
+    grad_lse: int = 0, grad_entropy: int = 0, entropy: int = 0,
 ) -> Gradient:  # fmt: skip
     bypass_cache = _nbytes(p) > LARGEST_CACHE and out != p.logits
-    return Gradient(out, out_stride, bypass_cache, grad, grad_stride, float(grad_scale), grad_lse)
+    return Gradient(out, out_stride, bypass_cache, grad, grad_stride, float(grad_scale), grad_lse,
+                    grad_entropy, entropy)  # fmt: skip
 
 
 def _nbytes(p: Problem) -> int:
@@ -179,15 +192,15 @@ def forward(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
     probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
     softcap: float, z_loss: float, loss: int, lse: int, lse_low: int, correct: int,
-    entropy: int, threads: int,
+    entropy: int, argmax: int, threads: int,
 ) -> float:  # fmt: skip
     """Write each row's loss and statistics; return the sum of the losses."""
     p = _make_problem(
         dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
         ignore_index, label_smoothing, logit_scale, softcap, z_loss,
     )  # fmt: skip
-    o = Output(loss, lse, lse_low, correct, entropy)
-    return _run(p, o, _make_gradient(p, 0, 0, 0, 0, 1.0, 0), threads)
+    o = Output(loss, lse, lse_low, correct, entropy, argmax)
+    return _run(p, o, _make_gradient(p, 0, 0, 0, 0, 1.0), threads)
 
 
 @takes_layout
@@ -195,15 +208,18 @@ def backward(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
     probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
     softcap: float, z_loss: float, lse: int, lse_low: int, grad: int, grad_stride: int,
-    grad_scale: float, grad_lse: int, out: int, out_stride: int, threads: int,
+    grad_scale: float, grad_lse: int, grad_entropy: int, entropy: int, out: int, out_stride: int,
+    threads: int,
 ) -> None:  # fmt: skip
-    """Write the gradient of the logits for upstream `grad * grad_scale` and `grad_lse`."""
+    """Write the gradient of the logits for upstream `grad * grad_scale`, `grad_lse` and
+    `grad_entropy` of the `entropy` that a forward wrote."""
     p = _make_problem(
         dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
         ignore_index, label_smoothing, logit_scale, softcap, z_loss,
     )  # fmt: skip
-    g = _make_gradient(p, out, out_stride, grad, grad_stride, grad_scale, grad_lse)
-    _run(p, Output(0, lse, lse_low, 0, 0), g, threads)
+    upstream = (grad, grad_stride, grad_scale, grad_lse, grad_entropy, entropy)
+    g = _make_gradient(p, out, out_stride, *upstream)
+    _run(p, Output(0, lse, lse_low, 0, 0, 0), g, threads)
 
 
 @takes_layout
@@ -211,7 +227,7 @@ def forward_backward(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
     probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
     softcap: float, z_loss: float, loss: int, lse: int, lse_low: int, correct: int,
-    entropy: int, grad_scale: float, out: int, out_stride: int, threads: int,
+    entropy: int, argmax: int, grad_scale: float, out: int, out_stride: int, threads: int,
 ) -> float:  # fmt: skip
     """forward, and while each row is in cache its gradient, for upstream `grad_scale`.
 
@@ -221,16 +237,17 @@ def forward_backward(
         dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
         ignore_index, label_smoothing, logit_scale, softcap, z_loss,
     )  # fmt: skip
-    g = _make_gradient(p, out, out_stride, 0, 0, grad_scale, 0)
-    return _run(p, Output(loss, lse, lse_low, correct, entropy), g, threads)
+    g = _make_gradient(p, out, out_stride, 0, 0, grad_scale)
+    return _run(p, Output(loss, lse, lse_low, correct, entropy, argmax), g, threads)
 
 
 @takes_layout
 def loss_and_gradient(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
     probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
-    softcap: float, z_loss: float, of_rows: bytearray, correct: int, entropy: int, mean: bool,
-    num_items: float | None, upstream: float, loss: int, out: int, out_stride: int, threads: int,
+    softcap: float, z_loss: float, of_rows: bytearray, correct: int, entropy: int, argmax: int,
+    mean: bool, num_items: float | None, upstream: float, loss: int, out: int, out_stride: int,
+    threads: int,
 ) -> float:  # fmt: skip
     """total_weight and forward_backward of a loss that is one number, which is written to `loss`.
 
@@ -246,8 +263,8 @@ def loss_and_gradient(
         total = np.float64(forward_backward(
             dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
             ignore_index, label_smoothing, logit_scale, softcap, z_loss, lse + 2 * size, lse,
-            lse + size, correct, entropy, upstream * (1 / divisor) if mean else upstream, out,
-            out_stride, threads,
+            lse + size, correct, entropy, argmax, upstream * (1 / divisor) if mean else upstream,
+            out, out_stride, threads,
         ))  # fmt: skip
         value = real(total / divisor if mean else total)
     ctypes.memmove(loss, value.tobytes(), value.itemsize)

@@ -34,6 +34,7 @@ class Output(NamedTuple):
     lse_low: int
     correct: int
     entropy: int
+    argmax: int
 
 
 class Gradient(NamedTuple):
@@ -46,3 +47,5 @@ class Gradient(NamedTuple):
     grad_stride: int
     grad_scale: float
     grad_lse: int
+    grad_entropy: int
+    entropy: int  # of each row, where grad_entropy is not 0

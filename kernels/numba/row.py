@@ -5,17 +5,18 @@ Read row.hpp first: its notes hold here.
 
 from __future__ import annotations
 
-from math import expm1, inf, isfinite, isnan
+from math import expm1, inf, isfinite, isnan, nan
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
 from neglog.kernels.numba.block import (  # isort: skip
-    UINT8, Destination, Lse, Softmax, block_affine, block_contains, block_copy, block_fill,
-    block_log_probability_dot, block_log_probability_sum, block_multiply, block_negative_entropy,
-    block_scale, block_softcap, block_softcap_and_slope, block_softmax, block_subtract, block_sum,
-    block_widen, destination_from, exp_of_low, finish, log_probability, store_gradient, update,
+    UINT8, Destination, Lse, Softmax, block_affine, block_copy, block_entropy_gradient, block_fill,
+    block_find, block_log_probability_dot, block_log_probability_sum, block_multiply,
+    block_negative_entropy, block_scale, block_softcap, block_softcap_and_slope, block_softmax,
+    block_subtract, block_sum, block_widen, destination_from, exp_of_low, finish, log_probability,
+    store_gradient, update,
 )  # fmt: skip
 from neglog.kernels.numba.exp import exp_nonpositive  # isort: skip
 from neglog.kernels.numba.halves import narrow, widen  # isort: skip
@@ -38,12 +39,24 @@ class Span(NamedTuple):
 
 
 class GradientWeights(NamedTuple):
-    """softmax_weight p_c + target_weight (p_c - [c = t]) - uniform_weight b_c, as in row.hpp."""
+    """softmax_weight p_c + target_weight (p_c - [c = t]) - uniform_weight b_c
+    + entropy_weight p_c (log p_c + entropy), as in row.hpp."""
 
     target: int  # -1 if there is no index
     target_weight: float
     softmax_weight: float
     uniform_weight: float
+    entropy_weight: float
+    entropy: float
+
+
+class RowUpstream(NamedTuple):
+    """The upstream of one row, and its entropy."""
+
+    grad: float
+    grad_lse: float
+    grad_entropy: float
+    entropy: float
 
 
 # Reading a block
@@ -211,20 +224,36 @@ def row_entropy(p: Problem, row: int, lse: Lse, buffer: Pointer) -> float:
 
 
 @njit(**EXACT)
-def row_correct(p: Problem, row: int, maximum: Real, lse: Lse, buffer: Pointer) -> bool:
-    """Whether the target is what argmax returns: the first column that has the maximum."""
-    nan_among_finite = isnan(lse.high) and maximum < inf
-    if p.target == 0 or ignored(p, row) or nan_among_finite:
-        return False
-    target = pointer(p.target, INT64)[row]
-    if score_at(p, row, target) != maximum:
-        return False
-    for block in range(target // BLOCK + 1):
+def row_find(p: Problem, row: int, score: Real, buffer: Pointer) -> int:
+    """The first column with this score; V for none."""
+    for block in range(blocks(p)):
         span = block_span(p, block)
-        before = min(span.n, target - span.start)
-        if block_contains(scores(p, row, Span(span.start, before), buffer), before, maximum):
-            return False
-    return True
+        column = block_find(scores(p, row, span, buffer), span.n, score)
+        if column < span.n:
+            return span.start + column
+    return p.vocab
+
+
+@njit(**EXACT)
+def row_argmax(p: Problem, row: int, maximum: Real, lse: Lse, buffer: Pointer) -> int:
+    """As torch has it: the first column with a NaN, or else with the maximum."""
+    if isnan(lse.high):
+        column = row_find(p, row, cast(nan, p.zero), buffer)
+        if column < p.vocab:
+            return column
+    column = row_find(p, row, maximum, buffer)
+    return column if column < p.vocab else 0
+
+
+@njit(**EXACT)
+def write_argmax(p: Problem, o: Output, row: int, maximum: Real, lse: Lse, column: int) -> None:
+    if o.argmax != 0:
+        pointer(o.argmax, INT64)[row] = column
+    if o.correct != 0:
+        nan_among_finite = isnan(lse.high) and maximum < inf
+        counts = p.target != 0 and not ignored(p, row) and not nan_among_finite
+        correct = counts and pointer(p.target, INT64)[row] == column
+        pointer(o.correct, UINT8)[row] = correct
 
 
 @njit(**EXACT)
@@ -232,7 +261,7 @@ def row_forward(p: Problem, o: Output, row: int, ahead: int) -> Lse:
     """Write the row's loss and statistics; return its log-sum-exp."""
     buffer, target_buffer = block_buffer(p.zero), block_buffer(p.zero)
     lse, maximum, loss = Lse(p.zero, p.zero), p.zero, 0.0
-    if not ignored(p, row) or o.correct != 0 or o.entropy != 0:
+    if not ignored(p, row) or o.correct != 0 or o.entropy != 0 or o.argmax != 0:
         lse, maximum = row_lse(p, row, buffer, ahead)
     if p.probs != 0:
         loss = row_loss_of_probs(p, row, lse, buffer, target_buffer)
@@ -243,8 +272,8 @@ def row_forward(p: Problem, o: Output, row: int, ahead: int) -> Lse:
         pointer(o.lse, p.zero)[row] = lse.high
     if o.lse_low != 0:
         pointer(o.lse_low, p.zero)[row] = lse.low
-    if o.correct != 0:
-        pointer(o.correct, UINT8)[row] = row_correct(p, row, maximum, lse, buffer)
+    if o.correct != 0 or o.argmax != 0:
+        write_argmax(p, o, row, maximum, lse, row_argmax(p, row, maximum, lse, buffer))
     if o.entropy != 0:
         pointer(o.entropy, p.zero)[row] = cast(row_entropy(p, row, lse, buffer), p.zero)
     return lse
@@ -261,13 +290,12 @@ def row_coefficient_sum(p: Problem, row: int, buffer: Pointer) -> float:
 
 @njit(**EXACT)
 def gradient_weights(
-    p: Problem, row: int, lse: Lse, grad: float, grad_lse: float, buffer: Pointer
+    p: Problem, row: int, lse: Lse, u: RowUpstream, buffer: Pointer
 ) -> GradientWeights:
-    """For the gradients `grad` of the row's loss and `grad_lse` of its lse."""
     if ignored(p, row):
-        return GradientWeights(-1, 0.0, grad_lse, 0.0)
-    eps, w = p.label_smoothing, 1.0
-    target, target_weight, softmax_weight, uniform_weight = -1, 0.0, grad_lse, grad
+        return GradientWeights(-1, 0.0, u.grad_lse, 0.0, -u.grad_entropy, u.entropy)
+    eps, w, grad = p.label_smoothing, 1.0, u.grad
+    target, target_weight, softmax_weight, uniform_weight = -1, 0.0, u.grad_lse, grad
     if p.probs != 0:
         softmax_weight += grad * row_coefficient_sum(p, row, buffer)
     else:
@@ -278,7 +306,9 @@ def gradient_weights(
         softmax_weight += uniform_weight * p.weight_sum
     if p.z_loss != 0:
         softmax_weight += grad * 2 * p.z_loss * w * lse.high
-    return GradientWeights(target, target_weight, softmax_weight, uniform_weight)
+    return GradientWeights(
+        target, target_weight, softmax_weight, uniform_weight, -u.grad_entropy, u.entropy
+    )
 
 
 @njit(**EXACT)
@@ -297,9 +327,12 @@ def subtract_uniform(
 
 @njit(**EXACT)
 def target_gradient(weights: GradientWeights, log_p: Real) -> float:
-    """softmax_weight p + target_weight (p - 1) of the target."""
-    through_softmax = weights.softmax_weight * exp_nonpositive(log_p)
-    return through_softmax + weights.target_weight * expm1(float(log_p))
+    """Of the target, without uniform_weight."""
+    p = exp_nonpositive(log_p)
+    gradient = weights.softmax_weight * p + weights.target_weight * expm1(float(log_p))
+    if weights.entropy_weight == 0 or p == 0:
+        return gradient
+    return gradient + weights.entropy_weight * p * (log_p + weights.entropy)
 
 
 @njit(**EXACT)
@@ -315,7 +348,11 @@ def gradient_of_block(
     buffer, slope = block_buffer(p.zero), block_buffer(p.zero)
     z = scores_and_slopes(p, row, span, buffer, slope)
     scale = softmax_scale(p, weights)
-    block_softmax(z, span.n, lse, scale, gradient)
+    if weights.entropy_weight == 0:
+        block_softmax(z, span.n, lse, scale, gradient)
+    else:
+        through_entropy = cast(weights.entropy_weight, p.zero)
+        block_entropy_gradient(z, span.n, lse, scale, through_entropy, weights.entropy, gradient)
     target = weights.target - span.start
     if 0 <= target < span.n:
         log_p = log_probability(z[target], lse)
@@ -341,7 +378,10 @@ def gradient_by_blocks(
 
 @njit(**EXACT)
 def can_be_in_registers(p: Problem, weights: GradientWeights) -> bool:
-    """Where scores are plain, b_c is 1, and the scale's products with coefficients are finite."""
+    """Where scores are plain, b_c is 1, the scale's products with coefficients are finite, and the
+    entropy has no upstream: another loop would take as long again to compile."""
+    if weights.entropy_weight != 0:
+        return False
     scale = softmax_scale(p, weights)
     uniform_is_constant = weights.uniform_weight == 0 or (p.probs == 0 and p.weight == 0)
     return has_plain_scores(p) and uniform_is_constant and isfinite(scale + scale)
@@ -381,14 +421,15 @@ def next_logits(p: Problem, row: int) -> int:
 
 
 @njit(**EXACT)
-def row_backward(p: Problem, g: Gradient, row: int, lse: Lse, grad: float, grad_lse: float) -> None:
-    """One row of the gradient, for upstream `grad` of the loss and `grad_lse` of the lse."""
+def row_backward(p: Problem, g: Gradient, row: int, lse: Lse, u: RowUpstream) -> None:
+    """One row of the gradient."""
     out = pointer(g.out + row * g.out_stride * itemsize(p.stored), p.stored)
     to = Destination(out, g.bypass_cache, next_logits(p, row))
-    if ignored(p, row) and (grad_lse == 0 or not isfinite(lse.high)):
+    unused = u.grad_lse == 0 and u.grad_entropy == 0
+    if ignored(p, row) and (unused or not isfinite(lse.high)):
         zero_row(p, to)  # even where the logits are NaN
         return
-    weights = gradient_weights(p, row, lse, grad, grad_lse, block_buffer(p.zero))
+    weights = gradient_weights(p, row, lse, u, block_buffer(p.zero))
     if can_be_in_registers(p, weights):
         gradient_in_registers(p, row, lse, weights, to)
     else:

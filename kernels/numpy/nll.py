@@ -29,6 +29,7 @@ class NLL(NamedTuple):
         that are not ignored; without `weight` their number; for probabilities N.
     correct, entropy: whether the target has the highest score, and the entropy of the row's
         softmax; None without stats=True.
+    argmax: the first column with the highest score, or with a NaN; None without stats=True.
     """
 
     loss: NDArray
@@ -37,6 +38,7 @@ class NLL(NamedTuple):
     total_weight: float
     correct: NDArray[np.bool_] | None
     entropy: NDArray | None
+    argmax: NDArray[np.int64] | None
 
 
 class _Problem(NamedTuple):
@@ -270,12 +272,13 @@ def row_stride(a: NDArray) -> int:
     return a.strides[0] // a.itemsize
 
 
-def _stats(problem: _Problem, wanted: bool) -> tuple[NDArray | None, NDArray | None]:
+def _stats(problem: _Problem, wanted: bool) -> tuple[NDArray | None, ...]:
+    """Room for correct, entropy and argmax."""
     rows = problem.arguments[1]
     check_flag("stats", wanted)
     if not wanted:
-        return None, None
-    return np.empty(rows, bool), np.empty(rows, problem.real)
+        return None, None, None
+    return np.empty(rows, bool), np.empty(rows, problem.real), np.empty(rows, np.int64)
 
 
 def nll_forward(
@@ -303,7 +306,7 @@ def nll_forward(
     logit_scale, softcap: the scores are z = logit_scale * logits, with a softcap
         z = softcap * tanh(logit_scale * logits / softcap).
     z_loss: adds z_loss * w_t * logsumexp(z)^2 to a row's loss; for probabilities w_t is 1.
-    stats: also returns `correct` and `entropy`.
+    stats: also returns `correct`, `entropy` and `argmax`.
     threads: how many threads to use, no more than the cores or 64; every core if None.
     backend: "cython" or "numba"; the first that can run if None.
 
@@ -320,12 +323,12 @@ def nll_forward(
     )
     rows = problem.arguments[1]
     loss, lse, low = (np.empty(rows, problem.real) for _ in range(3))
-    correct, entropy = _stats(problem, stats)
+    of_rows = _stats(problem, stats)
     kernel.forward(
-        *problem.arguments, address(loss), address(lse), address(low), address(correct),
-        address(entropy), thread_count(threads),
+        *problem.arguments, address(loss), address(lse), address(low), *map(address, of_rows),
+        thread_count(threads),
     )  # fmt: skip
-    return NLL(loss, lse, low, problem.total_weight, correct, entropy)
+    return NLL(loss, lse, low, problem.total_weight, *of_rows)
 
 
 def nll_backward(
@@ -341,6 +344,7 @@ def nll_backward(
     softcap: float | None = None,
     z_loss: float = 0.0,
     grad_lse: ArrayLike | None = None,
+    grad_entropy: ArrayLike | None = None,
     out: NDArray | None = None,
     threads: int | None = None,
     backend: str | None = None,
@@ -353,6 +357,8 @@ def nll_backward(
         be as they were there.
     grad_lse: a number, or (N,): the gradient of each row's log-sum-exp, if it was used too. It is
         taken as 0 where nll_forward wrote none: in ignored rows, without stats=True.
+    grad_entropy: a number, or (N,): the gradient of each row's entropy. ValueError if `result` is
+        without stats.
     out: as for nll_forward_backward.
 
     Raises what nll_forward does, ValueError if `result` does not fit the logits, and TypeError if
@@ -369,10 +375,16 @@ def nll_backward(
     through_lse = None if grad_lse is None else _upstream("grad_lse", grad_lse, problem)
     if through_lse is not None and problem.counted is not None and result.correct is None:
         through_lse = np.where(problem.counted, through_lse, problem.real(0))
-    out = _gradient_in(out, problem, result.lse, result.lse_low)
+    through_entropy = None
+    if grad_entropy is not None:
+        through_entropy = _upstream("grad_entropy", grad_entropy, problem)
+        if result.entropy is None:
+            raise ValueError("result.entropy: expected that of nll_forward(stats=True), got None")
+    out = _gradient_in(out, problem, result.lse, result.lse_low, result.entropy)
     kernel.backward(
         *problem.arguments, address(result.lse), address(result.lse_low), address(upstream), 1,
-        1.0, address(through_lse), address(out), row_stride(out), thread_count(threads),
+        1.0, address(through_lse), address(through_entropy), address(result.entropy),
+        address(out), row_stride(out), thread_count(threads),
     )  # fmt: skip
     return out
 
@@ -433,9 +445,9 @@ def nll_forward_backward(
     scale = number_of("grad_scale", grad_scale, problem.real)
     out = _gradient_in(out, problem)
     loss, lse, lse_low = (np.empty(len(x), problem.real) for _ in range(3))
-    correct, entropy = _stats(problem, stats)
+    of_rows = _stats(problem, stats)
     kernel.forward_backward(
-        *problem.arguments, address(loss), address(lse), address(lse_low), address(correct),
-        address(entropy), scale, address(out), row_stride(out), thread_count(threads),
+        *problem.arguments, address(loss), address(lse), address(lse_low),
+        *map(address, of_rows), scale, address(out), row_stride(out), thread_count(threads),
     )  # fmt: skip
-    return NLL(loss, lse, lse_low, problem.total_weight, correct, entropy), out
+    return NLL(loss, lse, lse_low, problem.total_weight, *of_rows), out

@@ -14,6 +14,9 @@ from neglog.losses.nt_xent import dcl as dcl
 from neglog.losses.nt_xent import nt_xent as nt_xent
 from neglog.losses.similarity import similarity_logsumexp as similarity_logsumexp
 from neglog.losses.sup_con import sup_con as sup_con
+from neglog.losses.token_logprobs import TokenLogprobs as TokenLogprobs
+from neglog.losses.token_logprobs import linear_token_logprobs as linear_token_logprobs
+from neglog.losses.token_logprobs import token_logprobs as token_logprobs
 from neglog.losses.vocab_parallel import (
     vocab_parallel_cross_entropy as vocab_parallel_cross_entropy,
 )

@@ -245,10 +245,27 @@ def check_masked(input: Any, target: Any, mask: Any) -> None:
     check_mask_shape(mask, positions)
 
 
+def check_index_target(logits: Any, target: Any, mask: Any, shift: Any) -> None:
+    """Logits whose class axis is the last, and class indices, mask and shift of their positions."""
+    for name, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        check_dense(name, value)
+    if not logits.dtype.is_floating_point:
+        raise NotImplementedError(f"logits: expected a floating-point dtype, got {logits.dtype}")
+    if logits.dim() < 1:
+        raise IndexError("logits: expected shape (..., C), got a scalar")
+    if target.device != logits.device:
+        raise RuntimeError(f"target: expected device {logits.device}, got {target.device}")
+    _check_linear_target(list(logits.shape[:-1]), None, target, mask, shift)
+
+
 def check_linear(
-    input: Any, linear_weight: Any, linear_bias: Any, target: Any, mask: Any, shift: Any
-) -> None:
-    """Shapes, dtypes and devices of a projection to logits, and of what it is held against."""
+    input: Any, linear_weight: Any, linear_bias: Any, target: Any, mask: Any, shift: Any,
+    indices: bool = False,
+) -> None:  # fmt: skip
+    """Shapes, dtypes and devices of a projection to logits, and of what it is held against.
+    indices: the target is of class indices, and linear_weight (C, in_features)."""
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
     if linear_bias is not None:
         tensors["linear_bias"] = linear_bias
@@ -278,6 +295,10 @@ def check_linear(
         raise RuntimeError(
             f"linear_bias: expected shape {_shape(linear_weight)[:-1]}, got {_shape(linear_bias)}"
         )
+    if indices and linear_weight.dim() != 2:
+        raise RuntimeError(
+            f"linear_weight: expected shape (C, in_features), got {_shape(linear_weight)}"
+        )
     if linear_weight.dim() > 2 and input.dim() != 2:
         raise RuntimeError(
             f"input: expected shape (N, in_features) with a K-dimensional linear_weight, "
@@ -285,7 +306,7 @@ def check_linear(
         )
     if linear_weight.dim() == 2:
         positions = list(input.shape[:-1])
-        logits = [*positions, linear_weight.shape[0]]
+        logits = None if indices else [*positions, linear_weight.shape[0]]
         _check_linear_target(positions, logits, target, mask, shift)
         return
     for name, given in (("mask", mask is not None), ("shift", shift)):
@@ -294,27 +315,26 @@ def check_linear(
 
 
 def _check_linear_target(
-    positions: list[int], logits: list[int], target: Tensor, mask: Any, shift: bool
+    positions: list[int], logits: list[int] | None, target: Tensor, mask: Any, shift: bool
 ) -> None:
-    """Index targets (...) and mask of a projection with shape (..., C)."""
+    """Index targets (...), or where `logits` is their shape probabilities, and the mask."""
     if _shape(target) not in (positions, logits):
         # As torch has it: a ValueError for batches that differ.
         batches_differ = len(positions) == target.dim() == 1
         hint = ""
         if shift and positions and _shape(target) == [*positions[:-1], positions[-1] - 1]:
             hint = "; with shift=True pass the targets of all positions, they are shifted here"
+        others = "" if logits is None else f" or {logits} (class probabilities)"
         raise (ValueError if batches_differ else RuntimeError)(
-            f"target: expected shape {positions} (class indices) or {logits} (class "
-            f"probabilities), got {_shape(target)}{hint}"
+            f"target: expected shape {positions} (class indices){others}, "
+            f"got {_shape(target)}{hint}"
         )
     if _shape(target) == positions:
         check_index_dtype(target)
     if not isinstance(shift, bool):
         raise TypeError(f"shift: expected a bool, got {type(shift).__name__}")
     if shift and not positions:
-        raise RuntimeError(
-            "shift: expected an input of shape (..., T, in_features), got one vector"
-        )
+        raise RuntimeError("shift: expected positions in a sequence, (..., T), got one vector")
     if mask is None:
         return
     if not isinstance(mask, Tensor):
@@ -379,6 +399,13 @@ def check_extensions(
         raise ValueError(f"num_items: expected a number from 0, got {shown(num_items)}")
     if reduction == "none":
         raise ValueError("num_items: expected reduction 'mean' or 'sum', got 'none'")
+
+
+def check_temperature(temperature: Any, input: Tensor) -> None:
+    """A number above 0."""
+    _check_number("temperature", temperature, input, real_dtype(input.dtype))
+    if _known(temperature) and not temperature > 0:
+        raise ValueError(f"temperature: expected a number above 0, got {shown(temperature)}")
 
 
 def _known(value: Any) -> bool:

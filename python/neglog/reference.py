@@ -20,6 +20,7 @@ class NLL(NamedTuple):
     lse: Array
     correct: NDArray[np.bool_]
     entropy: Array
+    argmax: NDArray[np.int64]
     total_weight: float
     grad: Array
 
@@ -78,6 +79,7 @@ def nll(
     num_items: float | None = None,
     grad_loss: ArrayLike = 1.0,
     grad_lse: ArrayLike = 0.0,
+    grad_entropy: ArrayLike = 0.0,
 ) -> NLL:
     """Negative log-likelihood of `target` under softmax(z), and its gradient.
 
@@ -112,15 +114,21 @@ def nll(
         through_lse = np.broadcast_to(np.asarray(grad_lse, np.float64), (rows,))
         used = (through_lse != 0) & (counted | np.isfinite(lse))
         grad = grad + np.where(used[:, None], through_lse[:, None] * p * dz_dx, 0.0)
+        entropy = -np.where(p == 0, 0.0, p * log_p).sum(axis=1)
+        through_entropy = np.broadcast_to(np.asarray(grad_entropy, np.float64), (rows,))
+        used = (through_entropy != 0) & (counted | np.isfinite(lse))
+        of_entropy = np.where(p == 0, 0.0, -p * (log_p + entropy[:, None]))
+        grad = grad + np.where(used[:, None], through_entropy[:, None] * of_entropy * dz_dx, 0.0)
 
         reduced = loss if reduction == "none" else np.asarray(loss.sum())
         if reduction == "mean":
             reduced = np.asarray(loss.sum() / np.float64(total_weight))
-        entropy = -np.where(p == 0, 0.0, p * log_p).sum(axis=1)
-    correct = np.zeros(rows, bool)
+    correct, argmax = np.zeros(rows, bool), np.zeros(rows, np.int64)
+    if vocab:
+        argmax = z.argmax(axis=1)  # of a NaN, as torch
     if t.ndim == 1 and vocab:
-        correct = counted & (z.argmax(axis=1) == t) & ~np.isnan(z).any(axis=1)
-    return NLL(reduced, lse, correct, entropy, total_weight, grad)
+        correct = counted & (argmax == t) & ~np.isnan(z).any(axis=1)
+    return NLL(reduced, lse, correct, entropy, argmax, total_weight, grad)
 
 
 class Pairs(NamedTuple):

@@ -52,11 +52,11 @@ def test_linear_nll_is_what_the_cpu_has(device, dtype, options, reduction, stats
         given = [x.to(place) for x in fixed]
         outputs = forward(*given, None, *tail, stats, wanted, 1, dtype, filter_eps, "")
         grad = normal(*outputs[0].shape, seed=5).to(real).to(place)
-        grad_lse = normal(rows, seed=6).to(real).to(place)
+        grad_lse, grad_entropy = normal(2, rows, seed=6).to(real).to(place)
         grads = []
-        for through_lse in (None, grad_lse):
+        for through in ((None, None), (grad_lse, None), (None, grad_entropy)):
             made = backward(
-                grad, through_lse, *given, outputs[2], *outputs[5:], *tail, [True] * 3, 1, dtype,
+                grad, *through, *given, outputs[2], *outputs[6:], *tail, [True] * 3, 1, dtype,
                 filter_eps, "",
             )  # fmt: skip
             grads += made
@@ -67,10 +67,10 @@ def test_linear_nll_is_what_the_cpu_has(device, dtype, options, reduction, stats
     with dispatch.record() as ran:
         found, grads = run(device.name, linear_forward, linear_backward)
     assert set(ran) == {"linear_nll:cuda", "linear_nll_backward:cuda"}
-    for one, other in zip(found[:5], expected, strict=False):
+    for one, other in zip(found[:6], expected, strict=False):
         assert one.dtype == other.dtype
         assert off(one, other) <= 10 * LOSS[dtype]
-    for one, other in zip([*found[5:], *grads], [*expected[5:], *exact], strict=True):
+    for one, other in zip([*found[6:], *grads], [*expected[6:], *exact], strict=True):
         assert one.dtype == other.dtype
         assert off(one, other) <= 3 * GRADIENT[dtype]
 
@@ -93,7 +93,7 @@ def test_linear_nll_while_a_graph_is_captured(device, dtype, reduction, stats, m
         tiles = (1 << 14, dtype, 0.0, "")
         outputs = linear_forward(*given, None, None, *tail, stats, wanted, *tiles)
         grads = linear_backward(
-            grad, None, *given, None, outputs[2], *outputs[5:], *tail, [True] * 3, *tiles
+            grad, None, None, *given, None, outputs[2], *outputs[6:], *tail, [True] * 3, *tiles
         )
         return *outputs, *grads
 

@@ -20,6 +20,9 @@ INF, NAN = float("inf"), float("nan")
 SHAPES = [(1, 1), (2, 7), (7, 31), (5, 257), (3, 2049), (2, 9001)]
 
 
+UPSTREAM = ("grad_loss", "grad_lse", "grad_entropy")
+
+
 def problem(shape, dtype, probabilities, device, seed=0):
     """Logits at a row stride that no vector divides, a target, a class weight."""
     rows, vocab = shape
@@ -54,16 +57,17 @@ def test_nll_against_the_oracle(device, dtype, shape, options, probabilities):
     logits, target, weight = problem(shape, dtype, probabilities, device.name)
     values = (MEAN, -100, *options)
     expected = truth(logits, target, weight, options)
-    loss, lse, low, total, correct, entropy = device.ops.nll(
+    loss, lse, low, total, correct, entropy, argmax = device.ops.nll(
         logits, target, weight, None, *values, True, ""
     )
     assert off(loss, expected.loss) <= LOSS[dtype]
     assert off(lse.double() + low.double(), expected.lse) <= LOSS[dtype]
     assert off(entropy, expected.entropy) <= 10 * LOSS[dtype]
     assert correct.tolist() == expected.correct.tolist()
+    assert argmax.tolist() == expected.argmax.tolist()
     upstream = torch.ones((), dtype=loss.dtype, device=device.name)
     gradient = device.ops.nll_backward(
-        upstream, None, logits, target, weight, lse, low, total, *values, ""
+        upstream, None, None, logits, target, weight, lse, low, None, total, *values, ""
     )
     assert off(gradient, expected.grad) <= GRADIENT[dtype]
 
@@ -139,19 +143,20 @@ def test_nll_of_columns_that_are_not_adjacent(device):
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
-def test_nll_with_an_upstream_for_each_row_and_its_lse(device, dtype, probabilities):
+def test_nll_with_an_upstream_for_each_row_its_lse_and_entropy(device, dtype, probabilities):
     logits, target, weight = problem((7, 257), dtype, probabilities, device.name)
     options = OPTIONS["all"]
-    _, lse, low, total, _, _ = device.ops.nll(
+    _, lse, low, total, _, entropy, _ = device.ops.nll(
         logits, target, weight, None, NONE, -100, *options, True, ""
     )
-    grad_loss, grad_lse = normal(2, 7).to(lse.dtype).to(device.name)
+    grads = normal(3, 7).to(lse.dtype).to(device.name)
+    by_row = {name: g.double().cpu().numpy() for name, g in zip(UPSTREAM, grads, strict=True)}
     expected = truth(
-        logits, target, weight, options, reduction="none",
-        grad_loss=grad_loss.double().cpu().numpy(), grad_lse=grad_lse.double().cpu().numpy(),
+        logits, target, weight, options, reduction="none", **by_row,
     )  # fmt: skip
+    kept = (lse, low, entropy, total)
     gradient = device.ops.nll_backward(
-        grad_loss, grad_lse, logits, target, weight, lse, low, total, NONE, -100, *options, ""
+        *grads, logits, target, weight, *kept, NONE, -100, *options, ""
     )
     assert off(gradient, expected.grad) <= GRADIENT[dtype]
 
@@ -167,15 +172,19 @@ def test_nll_of_extremes(device, dtype, vocab):
     target = torch.full((len(logits),), vocab - 1, device=device.name)
     options = OPTIONS["plain"]
     expected = truth(logits, target, None, options, reduction="none")
-    loss, lse, low, total, _, _ = device.ops.nll(
-        logits, target, None, None, NONE, -100, *options, False, ""
+    loss, lse, low, total, _, entropy, argmax = device.ops.nll(
+        logits, target, None, None, NONE, -100, *options, True, ""
     )
     assert off(loss, expected.loss) <= LOSS[dtype]
-    upstream = torch.ones(len(logits), dtype=lse.dtype, device=device.name)
-    gradient = device.ops.nll_backward(
-        upstream, None, logits, target, None, lse, low, total, NONE, -100, *options, ""
-    )
-    assert off(gradient, expected.grad) <= GRADIENT[dtype]
+    assert off(entropy, expected.entropy) <= LOSS[dtype]
+    assert argmax.tolist() == logits.argmax(1).tolist()
+    ones = torch.ones(len(logits), dtype=lse.dtype, device=device.name)
+    kept = (logits, target, None, lse, low, entropy, total)
+    for grads in ((ones, None, None), (ones, ones, ones)):
+        upstream = {n: float(g is not None) for n, g in zip(UPSTREAM, grads, strict=True)}
+        expected = truth(logits, target, None, options, reduction="none", **upstream)
+        gradient = device.ops.nll_backward(*grads, *kept, NONE, -100, *options, "")
+        assert off(gradient, expected.grad) <= GRADIENT[dtype]
 
 
 # As kernels/cython has it: beyond the range of what is computed in there is no cap.
@@ -186,10 +195,10 @@ def test_nll_of_softcaps_beyond_the_range(device, dtype, softcap):
     options = (0.0, 1.0, softcap, 0.0)
     expected = truth(logits, target, None, options, reduction="none")
     given = (NONE, -100, *options)
-    loss, lse, low, total, _, _ = device.ops.nll(logits, target, None, None, *given, False, "")
+    loss, lse, low, total, *_ = device.ops.nll(logits, target, None, None, *given, False, "")
     assert off(loss, expected.loss) <= LOSS[dtype]
     gradient = device.ops.nll_backward(
-        torch.ones_like(lse), None, logits, target, None, lse, low, total, *given, ""
+        torch.ones_like(lse), None, None, logits, target, None, lse, low, None, total, *given, ""
     )
     assert off(gradient, expected.grad) <= GRADIENT[dtype]
 
@@ -200,11 +209,10 @@ def test_nll_of_an_ignored_row_whose_lse_is_no_number(device, dtype):
     logits = torch.tensor(rows, dtype=dtype, device=device.name)
     target = torch.full((4,), -100, device=device.name)
     given = (NONE, -100, *OPTIONS["plain"])
-    _, lse, low, total, _, _ = device.ops.nll(logits, target, None, None, *given, True, "")
+    _, lse, low, total, _, entropy, _ = device.ops.nll(logits, target, None, None, *given, True, "")
     ones = torch.ones_like(lse)
-    gradient = device.ops.nll_backward(
-        ones, ones, logits, target, None, lse, low, total, *given, ""
-    )
+    kept = (logits, target, None, lse, low, entropy, total)
+    gradient = device.ops.nll_backward(ones, ones, ones, *kept, *given, "")
     assert gradient.tolist() == [[0, 0], [0, 0], [0, 0], [0, 1]]
 
 
@@ -226,11 +234,22 @@ def test_nll_of_no_classes(device, probabilities):
     target, options = target.to(device.name), OPTIONS["plain"]
     for reduction in (NONE, MEAN, SUM):
         given = (logits, target, None, None, reduction, -100, *options)
-        loss, lse, low, total, _, _ = device.ops.nll(*given, True, "")
+        loss, lse, low, total, *_ = device.ops.nll(*given, True, "")
         again, *_ = device.ops.nll_(*given, False, "")
         torch.testing.assert_close(again, loss, equal_nan=True)
         grad = device.ops.nll_backward(
-            torch.ones_like(loss), None, logits, target, None, lse, low, total, *given[4:], ""
+            torch.ones_like(loss),
+            None,
+            None,
+            logits,
+            target,
+            None,
+            lse,
+            low,
+            None,
+            total,
+            *given[4:],
+            "",
         )
         assert grad.shape == (4, 0)
 

@@ -46,9 +46,9 @@ def loss_of(logits, target, options=PLAIN, weight=None):
 
 def by_two_passes(ops, logits, target, upstream=1.0, options=PLAIN, weight=None):
     given = (logits.detach(), target, weight)
-    loss, *kept, _, _ = ops.nll(*given, None, *options, False, "")
+    loss, lse, low, total, *_ = ops.nll(*given, None, *options, False, "")
     upstream = torch.full_like(loss, upstream)
-    return loss, ops.nll_backward(upstream, None, *given, *kept, *options, "")
+    return loss, ops.nll_backward(upstream, None, None, *given, lse, low, None, total, *options, "")
 
 
 def gradient(loss, logits, upstream=1.0, **how):

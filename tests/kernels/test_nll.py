@@ -24,18 +24,16 @@ def check(backend, rng, options, vocab, dtype, probabilities=False):
     """Forward, backward, and both in one pass over the logits, against the oracle."""
     logits, target = draw(rng, 5, vocab, dtype, probabilities)
     options = drawn_weight(options, vocab, rng)
-    grad, grad_lse = rng.standard_normal((2, 5))
-    truth = reference.nll(
-        logits, target, reduction="none", grad_loss=grad, grad_lse=grad_lse, **options
-    )
+    grad, grad_lse, grad_entropy = rng.standard_normal((3, 5))
+    given = {"grad_lse": grad_lse, "grad_entropy": grad_entropy, **options}
+    truth = reference.nll(logits, target, reduction="none", grad_loss=grad, **given)
     result = nll_forward(logits, target, stats=True, backend=backend, **options)
-    gradient = nll_backward(
-        grad, result, logits, target, grad_lse=grad_lse, backend=backend, **options
-    )
+    gradient = nll_backward(grad, result, logits, target, backend=backend, **given)
     assert gradient.dtype == logits.dtype
     assert result.loss.dtype == ("float64" if dtype == "float64" else "float32")
     assert result.total_weight == pytest.approx(truth.total_weight)
     np.testing.assert_array_equal(result.correct, truth.correct)
+    np.testing.assert_array_equal(result.argmax, truth.argmax)
     assert relative_error(result.loss, truth.loss) < BUDGET[dtype]
     assert relative_error(result.lse, truth.lse) < BUDGET[dtype]
     assert relative_error(result.entropy, truth.entropy) < 4 * BUDGET[dtype]
@@ -96,7 +94,13 @@ def check_extremes(backend, logits, target, smoothing, dtype):
     assert relative_error(result.loss, truth.loss) < BUDGET[dtype]
     assert relative_error(result.lse, truth.lse) < BUDGET[dtype]
     np.testing.assert_array_equal(result.correct, truth.correct)
+    np.testing.assert_array_equal(result.argmax, truth.argmax)
     assert relative_error(gradient, truth.grad) < GRADIENT_BUDGET[dtype]
+    upstream = {"grad_lse": 0.3, "grad_entropy": -2.0}
+    named = {"reduction": "none", "label_smoothing": smoothing, **upstream}
+    through_all = nll_backward(1.0, result, logits, target, **upstream, **given)
+    truth_of_all = reference.nll(logits, target, **named)
+    assert relative_error(through_all, truth_of_all.grad) < GRADIENT_BUDGET[dtype]
     if smoothing == 0:
         # What is masked has a probability of exactly 0, not merely a small one.
         healthy = np.isfinite(truth.lse)

@@ -72,13 +72,13 @@ class Call:
                 address[0], self.vocab, address[1], IGNORED, *self.options.values())  # fmt: skip
 
     def stats(self):
-        return self.loss.ctypes.data, self.lse.ctypes.data, self.low.ctypes.data, 0, 0
+        return self.loss.ctypes.data, self.lse.ctypes.data, self.low.ctypes.data, 0, 0, 0
 
     def two_passes(self, nll, scale, threads=1):
         nll.forward(*self.problem(), *self.stats(), threads)
         grad = np.ones(1, self.loss.dtype)
         nll.backward(*self.problem(), self.lse.ctypes.data, self.low.ctypes.data,
-                     grad.ctypes.data, 0, scale, 0, self.out.ctypes.data, self.stride,
+                     grad.ctypes.data, 0, scale, 0, 0, 0, self.out.ctypes.data, self.stride,
                      threads)  # fmt: skip
         return self.bits(self.out)
 
@@ -167,7 +167,7 @@ def test_bfloat16_gradients_round_to_nearest_even(every_build, rng):
     call.target[:] = IGNORED
     zeros = np.zeros(len(wide), np.float32)
     nll.backward(*call.problem(), zeros.ctypes.data, zeros.ctypes.data, zeros.ctypes.data, 1, 1.0,
-                 wide.ctypes.data, call.out.ctypes.data, 1, 1)  # fmt: skip
+                 wide.ctypes.data, 0, 0, call.out.ctypes.data, 1, 1)  # fmt: skip
     np.testing.assert_array_equal(call.out[:, 0], bfloat16_bits(wide))
 
 

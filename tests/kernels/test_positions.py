@@ -40,19 +40,21 @@ def check(backend, rng, shape, dtype, layout, options, probabilities=False):
     logits, target = draw(rng, shape, dtype, layout, probabilities)
     options = drawn_weight(options, shape[1], rng)
     rows = shape[0] * shape[2]
-    grad, grad_lse = rng.standard_normal((2, rows))
+    grad, *others = rng.standard_normal((3, rows))
+    upstream = dict(zip(("grad_lse", "grad_entropy"), others, strict=True))
     by_rows = as_rows(target) if probabilities else target
     truth = reference.nll(
-        as_rows(logits), by_rows, reduction="none", grad_loss=grad, grad_lse=grad_lse, **options
+        as_rows(logits), by_rows, reduction="none", grad_loss=grad, **upstream, **options
     )
     call = Call(backend, logits, target, **options)
     result = call.forward()
     np.testing.assert_array_equal(result.correct, truth.correct)
+    np.testing.assert_array_equal(result.argmax, truth.argmax)
     assert relative_error(result.loss, truth.loss) < BUDGET[dtype]
     assert relative_error(result.lse, truth.lse) < BUDGET[dtype]
     assert relative_error(result.entropy, truth.entropy) < 4 * BUDGET[dtype]
     out = places(layout, shape, dtype)
-    call.backward(grad, grad_lse, result, out)
+    call.backward(grad, upstream["grad_lse"], result, out, upstream["grad_entropy"])
     assert relative_error(as_rows(out), truth.grad) < GRADIENT_BUDGET[dtype]
     call.backward(np.array(0.25), None, result, out)
     assert call.kernel.__name__.split(".")[2] == backend
@@ -101,6 +103,11 @@ def test_extremes(every_build, dtype, smoothing):
         assert relative_error(result.loss, truth.loss) < BUDGET[dtype]
         assert relative_error(result.lse, truth.lse) < BUDGET[dtype]
         np.testing.assert_array_equal(result.correct, truth.correct)
+        assert relative_error(as_rows(out), truth.grad) < GRADIENT_BUDGET[dtype]
+        np.testing.assert_array_equal(result.argmax, truth.argmax)
+        upstream = {"grad_loss": np.ones(len(rows)), "grad_entropy": np.full(len(rows), -2.0)}
+        truth = reference.nll(rows, target, reduction="none", label_smoothing=smoothing, **upstream)
+        call.backward(upstream["grad_loss"], None, result, out, upstream["grad_entropy"])
         assert relative_error(as_rows(out), truth.grad) < GRADIENT_BUDGET[dtype]
 
 

@@ -244,10 +244,11 @@ def test_opcheck(reduction, probabilities, last):
     forward = (logits.requires_grad_(), target, None, None, *options, True, "")
     outcome = opcheck(torch.ops.neglog.nll.default, forward)
     assert set(outcome.values()) == {"SUCCESS"}
-    _, lse, low, total, _, _ = torch.ops.neglog.nll.default(*forward)
+    _, lse, low, total, _, entropy, _ = torch.ops.neglog.nll.default(*forward)
     grad = torch.rand(() if reduction else (14,), requires_grad=True)
-    kept = (grad, torch.rand(14), logits, target, None, lse.detach(), low, total)
-    outcome = opcheck(torch.ops.neglog.nll_backward.default, (*kept, *options, ""))
+    upstream = (grad, torch.rand(14), torch.rand(14))
+    kept = (logits, target, None, lse.detach(), low, entropy.detach(), total)
+    outcome = opcheck(torch.ops.neglog.nll_backward.default, (*upstream, *kept, *options, ""))
     assert set(outcome.values()) == {"SUCCESS"}
 
 

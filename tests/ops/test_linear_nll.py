@@ -21,8 +21,8 @@ def test_opcheck(reduction):
     tiles = (1 << 20, torch.float32, 1e-3, "")
     arguments = (x, w, b, target, None, None, *options, True, wanted, *tiles)
     opcheck(torch.ops.neglog.linear_nll.default, arguments)
-    loss, _, total, _, _, *formed = torch.ops.neglog.linear_nll.default(*arguments)
-    arguments = (torch.ones_like(loss), None, x, w, b, target, None, total, *formed, *options,
+    loss, _, total, _, _, _, *formed = torch.ops.neglog.linear_nll.default(*arguments)
+    arguments = (torch.ones_like(loss), None, None, x, w, b, target, None, total, *formed, *options,
                  [True] * 3, *tiles)  # fmt: skip
     arguments = tuple(
         a.detach().requires_grad_(a.is_floating_point() and a.requires_grad)

@@ -30,14 +30,28 @@ def test_opcheck_forward(reduction, probabilities, weight):
 # An upstream by row and one for all; a gradient of the log-sum-exps or none.
 @pytest.mark.parametrize("reduction", [0, 1])
 @pytest.mark.parametrize("grad_lse", [None, torch.rand(6)])
-def test_opcheck_backward(reduction, grad_lse):
+@pytest.mark.parametrize("grad_entropy", [None, torch.rand(6)])
+def test_opcheck_backward(reduction, grad_lse, grad_entropy):
     logits, target, *rest = forward_arguments(reduction=reduction)
-    _, lse, low, total, _, _ = torch.ops.neglog.nll.default(logits, target, *rest)
+    _, lse, low, total, _, entropy, _ = torch.ops.neglog.nll.default(logits, target, *rest)
     grad = torch.rand(() if reduction else (6,), requires_grad=True)
     options, name = rest[2:8], rest[-1]
     outcome = opcheck(
         torch.ops.neglog.nll_backward.default,
-        (grad, grad_lse, logits, target, None, lse.detach(), low, total, *options, name),
+        (
+            grad,
+            grad_lse,
+            grad_entropy,
+            logits,
+            target,
+            None,
+            lse.detach(),
+            low,
+            entropy.detach(),
+            total,
+            *options,
+            name,
+        ),
     )
     assert set(outcome.values()) == {"SUCCESS"}
 

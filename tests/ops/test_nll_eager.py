@@ -47,8 +47,9 @@ def by_two_passes(logits, target, options=PLAIN, weight=None, backend="", upstre
     given = (logits.detach(), target, weight)
     out = cpu.forward(schema.forward.Arguments(*given, None, *options, True, backend))
     upstream = torch.tensor(upstream, dtype=out.lses.dtype)
-    kept = (*cpu.lse_and_low(out.lses, len(target), out.lses.dtype), out.total_weight())
-    arguments = schema.backward.Arguments(upstream, None, *given, *kept, *options, backend)
+    lses = cpu.lse_and_low(out.lses, len(target), out.lses.dtype)
+    kept = (*given, *lses, None, out.total_weight())
+    arguments = schema.backward.Arguments(upstream, None, None, *kept, *options, backend)
     return out.loss(options.reduction), cpu.backward(arguments, out.divisor)
 
 

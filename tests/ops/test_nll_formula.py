@@ -13,32 +13,38 @@ from tests.support.nll_cases import BUDGET, GRADIENT_BUDGET, extreme_rows
 PLAIN = Options(NONE, -100, 0.0, 1.0, 0.0, 0.0)
 
 
-def run(logits, target, options=PLAIN, grad=1.0, grad_lse=0.0):
-    """Loss, lse, correct, entropy and gradient by the formula, and the oracle's."""
+def run(logits, target, options=PLAIN, grad=1.0, grad_lse=0.0, grad_entropy=0.0):
+    """Loss, lse, correct, entropy, argmax and gradient by the formula, and the oracle's."""
     x = torch.from_numpy(logits).requires_grad_()
-    loss, lse, _, correct, entropy = formula.nll(
+    loss, lse, _, correct, entropy, argmax = formula.nll(
         x, torch.from_numpy(target), None, None, options, True
     )
-    (made,) = torch.autograd.grad((loss * grad + lse * torch.as_tensor(grad_lse)).sum(), x)
+    total = loss * grad + lse * torch.as_tensor(grad_lse)
+    if np.any(grad_entropy):  # 0 * NaN otherwise
+        total = total + entropy * torch.as_tensor(grad_entropy)
+    (made,) = torch.autograd.grad(total.sum(), x)
     names = ("label_smoothing", "logit_scale", "softcap", "z_loss")
     truth = reference.nll(
         logits, target, reduction="none", grad_loss=grad, grad_lse=grad_lse,
+        grad_entropy=grad_entropy,
         **{name: getattr(options, name) for name in names},
     )  # fmt: skip
-    found = [t.detach().numpy() for t in (loss, lse, correct, entropy, made)]
-    return found, (truth.loss, truth.lse, truth.correct, truth.entropy, truth.grad)
+    found = [t.detach().numpy() for t in (loss, lse, correct, entropy, argmax, made)]
+    return found, (
+        truth.loss, truth.lse, truth.correct, truth.entropy, truth.argmax, truth.grad
+    )  # fmt: skip
 
 
 # Rows of inf, -inf, NaN and 1e4; a scale below 0 makes inf of -inf. The target is at the maximum,
-# or not, or masked. Without and with a gradient of the log-sum-exp.
-@pytest.mark.parametrize("grad_lse", [0.0, 0.5])
+# or not, or masked. Without and with a gradient of the log-sum-exp, and of the entropy.
+@pytest.mark.parametrize("others", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5)])
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_extremes(dtype, scale, grad_lse):
+def test_extremes(dtype, scale, others):
     logits = extreme_rows(dtype)
     for column in (0, 1, 4, -100):
         target = np.full(len(logits), column)
-        found, truth = run(logits, target, PLAIN._replace(logit_scale=scale), 1.0, grad_lse)
+        found, truth = run(logits, target, PLAIN._replace(logit_scale=scale), 1.0, *others)
         *values, gradient = zip(found, truth, strict=True)
         for ours, theirs in values:
             assert relative_error(ours, theirs) < BUDGET[dtype]
@@ -96,7 +102,7 @@ def test_no_classes(label_smoothing, probabilities):
     logits = torch.zeros(3, 0, requires_grad=True)
     target = torch.zeros(3, 0) if probabilities else torch.full((3,), -100)
     options = PLAIN._replace(label_smoothing=label_smoothing)
-    loss, lse, _, correct, entropy = formula.nll(logits, target, None, None, options, True)
+    loss, lse, _, correct, entropy, _ = formula.nll(logits, target, None, None, options, True)
     assert (loss.tolist(), entropy.tolist(), correct.tolist()) == ([0] * 3, [0] * 3, [False] * 3)
     assert lse.tolist() == [-torch.inf] * 3
     assert torch.autograd.grad(loss.sum() + lse.sum(), logits)[0].shape == (3, 0)

@@ -19,6 +19,7 @@ class Result(NamedTuple):
     lse_low: NDArray[Any]
     correct: NDArray[Any]
     entropy: NDArray[Any]
+    argmax: NDArray[Any]
 
 
 def places(order: str, shape: tuple[int, int, int], dtype: Any) -> NDArray[Any]:
@@ -77,11 +78,12 @@ class Call:
 
     def _new(self) -> Result:
         loss, lse, low, entropy = (np.empty(self.rows, self.real) for _ in range(4))
-        return Result(loss, lse, low, np.empty(self.rows, bool), entropy)
+        argmax = np.empty(self.rows, np.int64)
+        return Result(loss, lse, low, np.empty(self.rows, bool), entropy, argmax)
 
     def _outputs(self, result: Result, stats: bool) -> tuple[int, ...]:
-        loss, lse, low, correct, entropy = map(_address, result)
-        return (loss, lse, low, correct, entropy) if stats else (loss, lse, low, 0, 0)
+        loss, lse, low, *of_stats = map(_address, result)
+        return (loss, lse, low, *of_stats) if stats else (loss, lse, low, 0, 0, 0)
 
     def forward(self, stats: bool = True) -> Result:
         result = self._new()
@@ -91,14 +93,19 @@ class Call:
         return result
 
     def backward(
-        self, grad: NDArray[Any], grad_lse: NDArray[Any] | None, result: Result, out: NDArray[Any]
-    ) -> None:
+        self, grad: NDArray[Any], grad_lse: NDArray[Any] | None, result: Result, out: NDArray[Any],
+        grad_entropy: NDArray[Any] | None = None,
+    ) -> None:  # fmt: skip
         grad = np.array(grad, self.real)  # () stays ()
-        grad_lse = None if grad_lse is None else np.ascontiguousarray(grad_lse, self.real)
+        grad_lse, grad_entropy = (
+            None if g is None else np.ascontiguousarray(g, self.real)
+            for g in (grad_lse, grad_entropy)
+        )  # fmt: skip
         self.kernel.backward(
             *self._given(), _address(result.lse), _address(result.lse_low), _address(grad),
-            1 if grad.ndim else 0, 1.0, _address(grad_lse), _address(out), _strides(out)[0],
-            self.threads, self._layout(out),
+            1 if grad.ndim else 0, 1.0, _address(grad_lse), _address(grad_entropy),
+            _address(result.entropy), _address(out), _strides(out)[0], self.threads,
+            self._layout(out),
         )  # fmt: skip
 
     def forward_backward(self, scale: float, out: NDArray[Any], stats: bool = True) -> Result:

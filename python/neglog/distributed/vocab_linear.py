@@ -144,7 +144,7 @@ def _joined(rows: _Rows, found: list[Any], to_send: bool) -> Merged:
 
 
 def _backward(a: Any) -> tuple[Tensor, ...]:
-    formed = times_upstream(a, a.divisor)
+    formed = times_upstream(a, a.divisor) if a.grad_lse is None else None
     if formed is not None:
         return formed
     rows = _Rows("vocab_linear_nll_backward", a)
@@ -197,6 +197,7 @@ def saved_names(ctx: Any) -> tuple[str, ...]:
 def _second(ctx: Any, grad: Any) -> dict[str, Any]:
     """By the formula, with the logits in memory."""
     kept, a = saved(ctx), ctx.a
+    upstream = {name: kept[name] for name in ("grad_loss", "grad_lse") if kept[name] is not None}
 
     def of_logits(logits: Tensor) -> tuple[Tensor, ...]:
         options = (a.vocab, *(getattr(a, name) for name in KEPT[1:]), a.group, a.backend)
@@ -204,14 +205,15 @@ def _second(ctx: Any, grad: Any) -> dict[str, Any]:
         loss, lse = by_formula(given)
         if a.reduction != NONE:
             loss = loss.sum()
-        return (loss / kept["divisor"] if a.reduction == MEAN else loss), lse
+        loss = loss / kept["divisor"] if a.reduction == MEAN else loss
+        return (loss, lse)[: len(upstream)]
 
-    return second_derivative_of_head(of_logits, kept, a.ignore_index, grad)
+    return second_derivative_of_head(of_logits, upstream, kept, a.ignore_index, grad)
 
 
 def _shapes(a: Any) -> tuple[Tensor, ...]:
-    loss, lse, _, *others = schema.forward_shapes(a)
-    return loss, lse, torch.empty_like(lse), *others
+    loss, lse, _, correct, entropy, _, *formed = schema.forward_shapes(a)
+    return loss, lse, torch.empty_like(lse), correct, entropy, *formed
 
 
 forward.shapes(_shapes)

@@ -287,7 +287,7 @@ def gradient(
         target = torch.where(t.counted, t.local, IGNORED)
     one = high.new_ones(())
     options = (NONE, IGNORED, smoothing, a.logit_scale, a.softcap, 0.0, a.backend)
-    given = (grad_loss, through_lse, logits, target, weight, high, low, one, *options)
+    given = (grad_loss, through_lse, None, logits, target, weight, high, low, None, one, *options)
     if in_place and logits.is_cpu:
         made = cpu.backward(schema.backward.Arguments(*given), 1.0, logits)
     else:

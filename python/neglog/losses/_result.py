@@ -32,6 +32,13 @@ def without_stats(loss: Tensor) -> LossStats:
     return LossStats(loss, nothing, nothing, nothing)
 
 
+def stats_of(rows: Any) -> LossStats:
+    """Of the Rows of an op. Detached: an entropy that is logged would keep the graph."""
+    if rows.lse is None:
+        return without_stats(rows.loss)
+    return LossStats(rows.loss, rows.lse, rows.correct, rows.entropy.detach())
+
+
 def change_rows(result: LossStats, change: Callable[[Tensor], Tensor], reduction: str) -> LossStats:
     """All that has a number for each row, changed: the loss only if it is not reduced."""
     loss = change(result.loss) if reduction == "none" else result.loss

@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy  # before a
 
 from neglog import availability, torch_state
 from neglog.checks import REDUCTIONS, check_range, class_dim, is_probabilities, number_on
-from neglog.losses._result import LossStats, without_stats
+from neglog.losses._result import LossStats, stats_of, without_stats
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.nll import formula
-from neglog.ops.nll.autograd import nll_in_place
+from neglog.ops.nll.autograd import Rows, nll_in_place
 from neglog.ops.nll.eager import nll, nll_on_cpu
 from neglog.ops.nll.schema import Options, as_rows
 from neglog.route import ACCEPTED, Route
@@ -111,6 +111,15 @@ def loss_of_rows(
     """
     if where.backend == "torch" and not options.extends_torch():
         return without_stats(torch_loss(logits, target, weight, options))
+    rows = rows_by_op(where, logits, target, weight, options)
+    return stats_of(rows._replace(loss=options.cast(rows.loss, logits.dtype)))
+
+
+def rows_by_op(
+    where: Route, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions
+) -> Rows:
+    """The same as the op neglog::nll has it: a loss in the dtype that is computed in, an entropy
+    that is differentiable."""
     if isinstance(options.logit_scale, Tensor):
         logits, target, options = _scaled(logits, target, options)
     if weight is not None:
@@ -118,15 +127,12 @@ def loss_of_rows(
     num_items, for_op = options.divisor(logits.dtype, logits.device), options.for_op()
     given = (logits, target, weight, num_items, for_op, options.return_stats)
     if where.backend == "torch":
-        result = _by_formula(*given)
-    elif options.inplace_backward and for_op.known() and may_overwrite(logits, target):
-        result = LossStats(*nll_in_place(*given, where.demanded))
-    else:
-        result = LossStats(*nll(*given, where.demanded))
+        return _by_formula(*given)
     if where.backend == "cuda":  # the others' ops say so themselves
         availability.ran("nll", "cuda")
-    loss = options.cast(result.loss, logits.dtype)
-    return result if loss is result.loss else LossStats(loss, *result[1:])
+    if options.inplace_backward and for_op.known() and may_overwrite(logits, target):
+        return nll_in_place(*given, where.demanded)
+    return nll(*given, where.demanded)
 
 
 def _scaled(
@@ -163,12 +169,12 @@ def times_scale(rows: Tensor, scale: Tensor, counted: Tensor | None) -> Tensor:
 def _by_formula(
     logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
     options: Options, stats: bool,
-) -> LossStats:  # fmt: skip
+) -> Rows:  # fmt: skip
     availability.ran("nll", "torch")
     if target.dim() == 1 and torch_state.readable(target):
         check_range(logits, target, options.ignore_index)
-    loss, lse, _, correct, entropy = formula.nll(logits, target, weight, num_items, options, stats)
-    return LossStats(loss, lse, correct, entropy) if stats else without_stats(loss)
+    loss, lse, _, *found = formula.nll(logits, target, weight, num_items, options, stats)
+    return Rows(loss, lse, *found) if stats else Rows(loss)
 
 
 def torch_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> Tensor:

@@ -23,12 +23,13 @@ from neglog.checks import (
     to_rows,
 )
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
-from neglog.losses._result import LossStats, change_rows, public
+from neglog.losses._result import LossStats, change_rows, public, stats_of
 from neglog.losses._rows import RowOptions, loss_of_rows, times_scale, zero_unless
 from neglog.losses._types import Backend, Reduction, TileOptions
 from neglog.losses.cross_entropy import masked_rows, to_indices, with_probabilities
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.linear_nll.autograd import cast, linear_nll
+from neglog.ops.nll.autograd import Rows
 from neglog.tiles import plan
 from neglog.torch_state import autocast_dtype
 
@@ -194,22 +195,15 @@ def _of_labels(
     tiles: tuple[int, float], backend: str | None,
 ) -> LossStats:  # fmt: skip
     """Positions against their labels, by tiles if a kernel can."""
-    given, linear_weight, linear_bias = head
-    positions = labels.shape
-    given, labels = rows_of_last_axis(given), labels.flatten()
-    scale = options.scale_as_tensor()
-    if scale is not None:
-        given = times_scale(given, scale, labels != options.ignore_index)
-        if linear_bias is not None:  # its gradient is a sum over rows: in 16 bits, theirs overflows
-            real = real_dtype(linear_bias.dtype)
-            linear_bias = (linear_bias.to(real) * scale.to(real)).to(linear_bias.dtype)
-        options = options._replace(logit_scale=1.0)
-    rows = given.to(autocast_dtype(given))
+    positions, linear_weight = labels.shape, head[1]
+    labels = labels.flatten()
+    head = (rows_of_last_axis(head[0]), *head[1:])
+    head, options = scaled_head(head, labels != options.ignore_index, options)
+    rows = head[0].to(autocast_dtype(head[0]))
     if weight is not None:
         check_weight(weight, linear_weight.shape[0], rows)
     workspace, filter_eps = tiles
     where = route.choose(rows, linear_weight, backend=backend, weight=weight, workspace=workspace)
-    head = (given, linear_weight, linear_bias)
     if where.backend == "torch":
         result = _with_logits_in_memory(where, head, rows.dtype, labels, weight, options)
     else:
@@ -217,11 +211,33 @@ def _of_labels(
     return change_rows(result, lambda x: x.view(positions), options.reduction)
 
 
+def scaled_head(head: tuple, counted: Tensor, options: RowOptions) -> tuple[tuple, RowOptions]:
+    """Rows (N, D) and bias times a logit_scale that is no number for an op, and 1 in its place."""
+    given, linear_weight, linear_bias = head
+    scale = options.scale_as_tensor()
+    if scale is None:
+        return head, options
+    given = times_scale(given, scale, counted)
+    if linear_bias is not None:  # its gradient is a sum over rows: in 16 bits, theirs overflows
+        real = real_dtype(linear_bias.dtype)
+        linear_bias = (linear_bias.to(real) * scale.to(real)).to(linear_bias.dtype)
+    return (given, linear_weight, linear_bias), options._replace(logit_scale=1.0)
+
+
 def loss_by_tiles(
     where: route.Route, head: tuple, dtype: torch.dtype, labels: Tensor, weight: Tensor | None,
     options: RowOptions, filter_eps: float = 0.0,
 ) -> LossStats:  # fmt: skip
     """Rows of a head (input (N, D), weight, bias), rounded to `dtype`, against labels (N,)."""
+    rows = rows_by_tiles(where, head, dtype, labels, weight, options, filter_eps)
+    return stats_of(rows._replace(loss=options.cast(rows.loss, dtype)))
+
+
+def rows_by_tiles(
+    where: route.Route, head: tuple, dtype: torch.dtype, labels: Tensor, weight: Tensor | None,
+    options: RowOptions, filter_eps: float = 0.0,
+) -> Rows:  # fmt: skip
+    """The same as the op neglog::linear_nll has it; see `rows_by_op`."""
     rows, real = head[0], real_dtype(dtype)
     weight = None if weight is None else weight.to(real)
     num_items = options.divisor(dtype, rows.device)
@@ -229,22 +245,25 @@ def loss_by_tiles(
     early = torch.is_grad_enabled() and options.reduction != "none"
     early = early and not torch_state.jit_tracing()
     wanted = [early and part is not None and part.requires_grad for part in head]
-    result = linear_nll(
+    return linear_nll(
         head, dtype, labels, weight, num_items, *options.for_op(), options.return_stats, wanted,
         where.workspace, where.tile_dtype, filter_eps, where.demanded,
     )  # fmt: skip
-    return LossStats(options.cast(result.loss, dtype), *result[1:])
 
 
 def _with_logits_in_memory(
     where: route.Route, head: tuple, dtype: torch.dtype, labels: Tensor, weight: Tensor | None,
     options: RowOptions,
 ) -> LossStats:  # fmt: skip
-    rows, linear_weight, linear_bias = cast(head, dtype)
     counted = labels != options.ignore_index
-    # The gradient of the weight sums over all rows.
-    logits = F.linear(zero_unless(counted, rows, -1), linear_weight, linear_bias)
+    logits = logits_in_memory(head, dtype, counted)
     return _stats_of(counted, loss_of_rows(where, logits, labels, weight, options))
+
+
+def logits_in_memory(head: tuple, dtype: torch.dtype, counted: Tensor) -> Tensor:
+    """Of rows that count; the gradient of the weight sums over all rows."""
+    rows, linear_weight, linear_bias = cast(head, dtype)
+    return F.linear(zero_unless(counted, rows, -1), linear_weight, linear_bias)
 
 
 def _stats_of(counted: Tensor, result: LossStats) -> LossStats:

@@ -21,7 +21,7 @@ them as one tensor on the CPU and reads it when it runs.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -214,7 +214,7 @@ def _vmap_by_loop(function: Any) -> Any:
 
 def second_derivative(
     forward: Callable[..., tuple[Tensor, ...]],
-    upstream: dict[str, Tensor | None],
+    upstream: Mapping[str, Tensor | None],
     inputs: dict[str, Tensor],
     gradients: dict[str, Tensor | None],
 ) -> dict[str, Tensor]:

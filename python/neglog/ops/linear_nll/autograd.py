@@ -44,7 +44,7 @@ def cast(head: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Any, ...]:
 
 def _setup(ctx: Any, a: Any, results: Any) -> None:
     formed = (results.grad_input, results.grad_weight, results.grad_bias)
-    ctx.mark_non_differentiable(results.total_weight, results.correct, results.entropy, *formed)
+    ctx.mark_non_differentiable(results.total_weight, results.correct, results.argmax, *formed)
     save(
         ctx, input=a.input, linear_weight=a.linear_weight, linear_bias=a.linear_bias,
         target=a.target, weight=a.weight, total_weight=results.total_weight,
@@ -55,24 +55,26 @@ def _setup(ctx: Any, a: Any, results: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Any) -> dict[str, Any]:
-    return _gradients(ctx, grad.loss, grad.lse, tuple(saved(ctx).values()), ctx.wanted[:3])
+    upstream = (grad.loss, grad.lse, grad.entropy)
+    return _gradients(ctx, upstream, tuple(saved(ctx).values()), ctx.wanted[:3])
 
 
 def _gradients(
-    ctx: Any, grad_loss: Any, grad_lse: Any, kept: tuple, wanted: Sequence[bool]
+    ctx: Any, upstream: tuple[Any, Any, Any], kept: tuple, wanted: Sequence[bool]
 ) -> dict[str, Any]:
-    """By the registered op, which is itself differentiable."""
+    """By the registered op, which is itself differentiable. upstream: of loss, lse and entropy."""
+    grad_loss, *others = upstream
     if grad_loss is None:
         total_weight = kept[5]
         grad_loss = total_weight.new_zeros(())
-    made = schema.backward(grad_loss, grad_lse, *kept, *ctx.options, list(wanted), *ctx.tiles)
+    made = schema.backward(grad_loss, *others, *kept, *ctx.options, list(wanted), *ctx.tiles)
     return {name: g for name, g, want in zip(HEAD, made, wanted, strict=True) if want}
 
 
 def _setup_backward(ctx: Any, a: Any, results: Any) -> None:
     save(
-        ctx, grad_loss=a.grad_loss, grad_lse=a.grad_lse, input=a.input,
-        linear_weight=a.linear_weight, linear_bias=a.linear_bias, target=a.target,
+        ctx, grad_loss=a.grad_loss, grad_lse=a.grad_lse, grad_entropy=a.grad_entropy,
+        input=a.input, linear_weight=a.linear_weight, linear_bias=a.linear_bias, target=a.target,
         weight=a.weight, total_weight=a.total_weight,
     )  # fmt: skip
     ctx.options = Options.of(a)
@@ -82,32 +84,30 @@ def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
     """By the formula, with the logits in memory."""
     kept, options = saved(ctx), ctx.options
 
+    upstream = formula.upstream_of(kept)
+
     def of_logits(logits: Tensor) -> tuple[Tensor, ...]:
         given = (kept["target"], kept["weight"], kept["total_weight"])
-        return formula.nll(logits, *given, options, False)[:2]
+        return formula.differentiable(upstream, logits, *given, options)
 
-    return second_derivative_of_head(of_logits, kept, options.ignore_index, grad)
+    return second_derivative_of_head(of_logits, upstream, kept, options.ignore_index, grad)
 
 
 def second_derivative_of_head(
-    of_logits: Callable[[Tensor], tuple[Tensor, ...]], kept: dict[str, Any], ignore_index: int,
-    grad: Any,
+    of_logits: Callable[[Tensor], tuple[Tensor, ...]], upstream: dict[str, Tensor],
+    kept: dict[str, Any], ignore_index: int, grad: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Of a loss and log-sum-exps that `of_logits` gives. kept: HEAD, target, and the upstream
-    grad_loss and grad_lse. grad: what arrives for the gradients of HEAD."""
-    grad_lse, counted = kept["grad_lse"], kept["target"] != ignore_index
+    """Of the results that `of_logits` gives, for each of which `upstream` has a gradient, a loss
+    first. kept: HEAD and target. grad: what arrives for the gradients of HEAD."""
+    counted = kept["target"] != ignore_index
     inputs = {name: kept[name] for name in HEAD if kept[name] is not None}
 
     def forward(input: Tensor, *projection: Tensor) -> tuple[Tensor, ...]:
         rows = torch.where(counted[:, None], input, 0)  # what does not count may be NaN
-        loss, lse = of_logits(torch.nn.functional.linear(rows, *projection))
+        loss, *others = of_logits(torch.nn.functional.linear(rows, *projection))
         # The op computes no log-sum-exp of ignored rows.
-        lse = torch.where(counted, lse, 0)
-        return (loss,) if grad_lse is None else (loss, lse)
+        return loss, *(torch.where(counted, x, 0) for x in others)
 
-    upstream = {"grad_loss": kept["grad_loss"]}
-    if grad_lse is not None:
-        upstream["grad_lse"] = grad_lse
     arrived = {name: g for name, g in grad._asdict().items() if name in inputs}
     return second_derivative(forward, upstream, inputs, arrived)
 
@@ -117,8 +117,8 @@ schema.backward.differentiable(_setup_backward, _double_backward)
 
 
 class EagerLinearNLL(Function):
-    """Loss, lse, correct, entropy of a head, which is rounded to `dtype` here: so the gradients of
-    what autocast rounds are never rounded themselves.
+    """Loss, lse, correct, entropy, argmax of a head, which is rounded to `dtype` here: so the
+    gradients of what autocast rounds are never rounded themselves.
 
     The first backward has the memory of what the forward formed: a copy would be as large as the
     weight. For one after it (retain_graph) the forward runs again.
@@ -128,25 +128,30 @@ class EagerLinearNLL(Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         head, dtype, others = inputs[:3], inputs[3], inputs[4:]
         a = schema.forward.Arguments(*head, *others)
-        loss, lse, total_weight, correct, entropy, *ctx.formed = _formed(head, dtype, others)
+        loss, lse, total_weight, correct, entropy, argmax, *ctx.formed = _formed(
+            head, dtype, others
+        )
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(correct, entropy)
+        ctx.mark_non_differentiable(correct, argmax)
         ctx.save_for_backward(*head, a.target, a.weight, a.num_items, total_weight)
         ctx.dtype, ctx.rest = dtype, others[3:]
         ctx.options = Options.of(a)
         ctx.tiles = (a.workspace, a.tile_dtype, a.filter_eps, a.backend)
-        return loss, lse, correct, entropy
+        return loss, lse, correct, entropy, argmax
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Any, grad_lse: Any, *undefined: Any) -> tuple:
+    def backward(
+        ctx: Any, grad_loss: Any, grad_lse: Any, correct: Any, grad_entropy: Any, *undefined: Any
+    ) -> tuple:
         none = (None,) * ARGUMENTS
-        if grad_loss is None and grad_lse is None:
+        if grad_loss is None and grad_lse is None and grad_entropy is None:
             return none
         *head, target, weight, num_items, total_weight = ctx.saved_tensors
         wanted, dtypes = ctx.needs_input_grad[:3], [None if x is None else x.dtype for x in head]
         formed, ctx.formed = ctx.formed, None
         # With create_graph the gradients have a graph of their own.
-        alone = grad_lse is None and torch_state.plain_upstream(grad_loss)
+        alone = grad_lse is None and grad_entropy is None
+        alone = alone and torch_state.plain_upstream(grad_loss)
         if alone and ctx.options.reduction != NONE:
             if formed is None:
                 formed = _formed(head, ctx.dtype, (target, weight, num_items, *ctx.rest))[-3:]
@@ -157,7 +162,7 @@ class EagerLinearNLL(Function):
                 return *given, *none[3:]
         rounded = cast(head, ctx.dtype)
         kept = (*rounded, target, weight, total_weight, *(formed or nothing_formed(rounded[0])))
-        found = _gradients(ctx, grad_loss, grad_lse, kept, wanted)
+        found = _gradients(ctx, (grad_loss, grad_lse, grad_entropy), kept, wanted)
         wide = (
             found[name].to(dtype) if name in found else None
             for name, dtype in zip(HEAD, dtypes, strict=True)

@@ -25,9 +25,10 @@ class CpuRows:
         count, real = len(tiles.target), real_dtype(a.input.dtype)
         new = a.input.new_empty
         self.loss, self.lse, self.lse_low = (new(count, dtype=real) for _ in range(3))
-        stats = getattr(a, "stats", False)
+        stats, through_entropy = getattr(a, "stats", False), getattr(a, "grad_entropy", None)
         self.correct = new(count, dtype=torch.bool) if stats else None
-        self.entropy = new(count, dtype=real) if stats else None
+        self.entropy = new(count, dtype=real) if stats or through_entropy is not None else None
+        self.argmax = new(count, dtype=torch.int64) if stats else None
 
     @staticmethod
     def compacts(device: torch.device) -> bool:
@@ -59,31 +60,38 @@ class CpuRows:
         )  # fmt: skip
         return tile.logits
 
-    def backward(self, tile: Tile, grad_loss: Tensor, grad_lse: Tensor | None) -> Tensor:
+    def backward(
+        self, tile: Tile, grad_loss: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None
+    ) -> Tensor:
         """The gradient of the logits, where they lay."""
         self.forward(tile)
         grad = contiguous(grad_loss[tile.rows], "grad_loss")
-        through_lse = None if grad_lse is None else contiguous(grad_lse[tile.rows], "grad_lse")
-        _, *lse, _, _ = self._outputs(tile)
+        through_lse, through_entropy = (
+            None if g is None else contiguous(g[tile.rows], "grad")
+            for g in (grad_lse, grad_entropy)
+        )
+        _, lse, lse_low, _, entropy, _ = self._outputs(tile)
         self._kernel.backward(
-            *self._problem(tile), *lse, address(grad), 1, 1.0, address(through_lse),
-            tile.logits.data_ptr(), tile.logits.stride(0), self._threads,
+            *self._problem(tile), lse, lse_low, address(grad), 1, 1.0, address(through_lse),
+            address(through_entropy), entropy, tile.logits.data_ptr(), tile.logits.stride(0),
+            self._threads,
         )  # fmt: skip
         return tile.logits
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Loss () or of the counted rows, lse, total_weight, correct, entropy."""
+    def results(self) -> tuple[Any, ...]:
+        """Loss () or of the counted rows, lse, total_weight, correct, entropy, argmax."""
         reduction, loss = self.a.reduction, self.loss
         if reduction != NONE:
             total = float(loss.sum(dtype=torch.float64))
             value = quotient(total, self._divisor) if reduction == MEAN else total
             loss = number(value, loss.dtype)
         total_weight = number(self._divisor, loss.dtype)
-        return loss, self.lse, total_weight, self.correct, self.entropy
+        return loss, self.lse, total_weight, self.correct, self.entropy, self.argmax
 
     def _problem(self, tile: Tile) -> tuple:
         return nll_cpu.problem(tile.logits, tile.target, self.weight, self.a)
 
     def _outputs(self, tile: Tile) -> tuple[int, ...]:
-        numbers = (self.loss, self.lse, self.lse_low, self.correct, self.entropy)
+        stats = (self.correct, self.entropy, self.argmax)
+        numbers = (self.loss, self.lse, self.lse_low, *stats)
         return tuple(address(x, tile.part.start) for x in numbers)

@@ -44,36 +44,41 @@ class CudaRows:
         self.largest = 1 / self._divisor if a.reduction == MEAN and not late else 1.0
 
     def forward(self, tile: Tile) -> None:
-        loss, lse, _, _, correct, entropy = ops.nll(*self._given(tile))
-        self._found.append((loss.reshape(-1), lse, correct, entropy))
+        loss, lse, _, _, *stats = ops.nll(*self._given(tile))
+        self._found.append((loss.reshape(-1), lse, *stats))
 
     def forward_backward(self, tile: Tile) -> Tensor:
         """The gradient of the logits, where they lay; of a mean, that of the tile's sum over the
         divisor of all rows."""
-        loss, lse, _, correct, entropy = ops.nll_(*self._given(tile))
-        self._found.append((loss.reshape(-1), lse, correct, entropy))
+        argmax = tile.target.new_empty(0)
+        if self.a.stats:
+            argmax = tile.logits.argmax(1)  # before they are written over
+        loss, lse, _, *stats = ops.nll_(*self._given(tile))
+        self._found.append((loss.reshape(-1), lse, *stats, argmax))
         return tile.logits
 
-    def backward(self, tile: Tile, grad_loss: Tensor, grad_lse: Tensor | None) -> Tensor:
+    def backward(
+        self, tile: Tile, grad_loss: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None
+    ) -> Tensor:
         of_rows = self.options._replace(reduction=NONE)
-        given = (tile.logits, tile.target, self.weight)
-        _, *kept, _, _ = ops.nll(*given, None, *of_rows, False, "")
-        grads = (None if g is None else g[tile.rows] for g in (grad_loss, grad_lse))
-        return ops.nll_backward(*grads, *given, *kept, *of_rows, "")
+        given, stats = (tile.logits, tile.target, self.weight), grad_entropy is not None
+        _, lse, lse_low, one, _, entropy, _ = ops.nll(*given, None, *of_rows, stats, "")
+        upstream = (grad_loss, grad_lse, grad_entropy)
+        grads = (None if g is None else g[tile.rows] for g in upstream)
+        return ops.nll_backward(*grads, *given, lse, lse_low, entropy, one, *of_rows, "")
 
     def results(self) -> tuple[Tensor, ...]:
-        """Loss () or of the counted rows, lse, total_weight, correct, entropy."""
+        """Loss () or of the counted rows, lse, total_weight, correct, entropy, argmax."""
         a = self.a
         none = a.input.new_empty(0, dtype=self.real)
         parts = zip(*self._found, strict=True)
-        loss, lse, correct, entropy = (
-            map(torch.cat, parts) if self._found else (none, none, none.bool(), none)
-        )
+        nothing = (none, none, none.bool(), none, none.long())
+        loss, lse, *stats = map(torch.cat, parts) if self._found else nothing
         if a.reduction != NONE:
             loss = loss.sum(dtype=torch.float64).to(self.real)
             if not self._found and a.reduction == MEAN:
                 loss = loss / self._divisor
-        return loss, lse, self._divisor.clone(), correct, entropy
+        return loss, lse, self._divisor.clone(), *stats
 
     def _given(self, tile: Tile) -> tuple:
         return (

@@ -58,18 +58,18 @@ def forward(kind: Any, a: Any, wide: Sequence[bool] = NARROW) -> tuple[Tensor, .
     if a.reduction == NONE:
         loss = tiles.among_all(loss, count)
     empty = loss.new_empty(0)
-    correct, entropy = (
-        (tiles.among_all(made, count) for made in stats) if a.stats else (empty.bool(), empty)
-    )
+    nothing = (empty.bool(), empty, empty.long())
+    of_rows = tuple(tiles.among_all(made, count) for made in stats) if a.stats else nothing
     formed = nothing_formed(a.input)
     if gradients is not None:
         formed = gradients.finished(divides_late(a.input.dtype))
-    return loss, tiles.among_all(lse, count), total_weight, correct, entropy, *formed
+    return loss, tiles.among_all(lse, count), total_weight, *of_rows, *formed
 
 
 def backward(kind: Any, a: Any) -> tuple[Tensor, ...]:
     """As the op: what the forward formed, times the upstream, or formed anew."""
-    formed = times_upstream(a, a.total_weight)
+    alone = a.grad_lse is None and a.grad_entropy is None
+    formed = times_upstream(a, a.total_weight) if alone else None
     if formed is not None:
         return formed
     tiles, rows = _prepare(kind, "linear_nll_backward", a, False)
@@ -79,15 +79,15 @@ def backward(kind: Any, a: Any) -> tuple[Tensor, ...]:
     largest = upstream.abs().amax() if len(upstream) else 0.0
     gradients = Gradients(tiles, a.wanted, a.filter_eps)
     for tile in tiles:
-        gradients.add(tile, rows.backward(tile, upstream, a.grad_lse), largest)
+        gradients.add(tile, rows.backward(tile, upstream, a.grad_lse, a.grad_entropy), largest)
     return gradients.finished(False)
 
 
 def times_upstream(a: Any, divisor: Tensor) -> tuple[Tensor, ...] | None:
-    """What the forward formed, times the upstream, in new memory; None where that must be formed
-    anew. divisor: of the mean."""
+    """What the forward formed, times the upstream of the loss, in new memory; None where it formed
+    nothing. divisor: of the mean."""
     formed = (a.grad_input, a.grad_weight, a.grad_bias)
-    if a.grad_lse is not None or not _was_formed(formed, a.reduction, a.wanted):
+    if not _was_formed(formed, a.reduction, a.wanted):
         return None
     factor = _factor(a.grad_loss, divisor, a.reduction, a.input.dtype)
     likes = (a.input, a.linear_weight, a.input)

@@ -7,8 +7,9 @@ neglog::linear_nll_backward   those gradients times the upstream; formed anew wh
 
 Shapes: input (N, D), linear_weight (V, D), linear_bias (V,), target (N,) int64; weight (V,) and
 num_items () in the accumulation dtype. Returned: loss () or (N,), lse (N,), total_weight ();
-correct and entropy (N,), or (0,) without stats; and gradients of input, linear_weight and
-linear_bias, or (0,) where not wanted. Rows that are ignored have lse, entropy and gradient 0.
+correct, entropy and argmax (N,), or (0,) without stats; and gradients of input, linear_weight and
+linear_bias, or (0,) where not wanted. Rows that are ignored have lse, entropy, argmax and gradient
+0.
 workspace: bytes for the logits of one tile, which have the dtype tile_dtype. Both ops have another,
 named `..._numbers`, as those of nll have.
 """
@@ -28,13 +29,14 @@ TILES = "int workspace, ScalarType tile_dtype, float filter_eps, str backend"
 forward = Op(
     "linear_nll(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
     f"Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, int[3] wanted, {TILES}) -> "
-    "(Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, Tensor entropy, "
+    "(Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, Tensor entropy, Tensor argmax, "
     "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     numbers=NUMBERS,
 )
 backward = Op(
-    "linear_nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor input, Tensor linear_weight, "
-    "Tensor? linear_bias, Tensor target, Tensor? weight, Tensor total_weight, Tensor grad_input, "
+    "linear_nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor input, "
+    "Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+    "Tensor total_weight, Tensor grad_input, "
     f"Tensor grad_weight, Tensor grad_bias, {OPTIONS}, int[3] wanted, {TILES}) -> "
     "(Tensor input, Tensor linear_weight, Tensor linear_bias)",
     numbers=NUMBERS,
@@ -54,9 +56,10 @@ def gradient_shapes(a: Any, dtype: Any) -> tuple[Tensor, ...]:
 def forward_shapes(a: Any) -> tuple[Tensor, ...]:
     new, real, rows = a.input.new_empty, real_dtype(a.input.dtype), a.input.shape[0]
     loss = new((rows,) if a.reduction == NONE else (), dtype=real)
-    correct, entropy = (new(rows if a.stats else 0, dtype=d) for d in (torch.bool, real))
+    dtypes = (torch.bool, real, torch.int64)
+    stats = (new(rows if a.stats else 0, dtype=dtype) for dtype in dtypes)
     kept = real if any(a.wanted) and divides_late(a.input.dtype) else a.input.dtype
-    numbers = (loss, new(rows, dtype=real), new((), dtype=real), correct, entropy)
+    numbers = (loss, new(rows, dtype=real), new((), dtype=real), *stats)
     return *numbers, *gradient_shapes(a, kept)
 
 

@@ -31,12 +31,14 @@ class Rows(NamedTuple):
     lse: Any = None
     correct: Any = None
     entropy: Any = None
+    argmax: Any = None
 
     @classmethod
     def of(cls, results: Any, stats: bool) -> Rows:
         if not stats:
             return cls(results.loss)
-        return cls(results.loss, results.lse, results.correct, results.entropy)
+        argmax = getattr(results, "argmax", None)  # the op in place has none
+        return cls(results.loss, results.lse, results.correct, results.entropy, argmax)
 
 
 def nll_in_place(*arguments: Any) -> Rows:
@@ -51,29 +53,30 @@ def nll_in_place(*arguments: Any) -> Rows:
 
 def _setup(ctx: Any, a: Any, results: Any) -> None:
     ctx.mark_non_differentiable(
-        results.lse_low, results.total_weight, results.correct, results.entropy
+        results.lse_low, results.total_weight, results.correct, results.argmax
     )
     save(
         ctx, logits=a.logits, target=a.target, weight=a.weight, lse=results.lse,
-        lse_low=results.lse_low, total_weight=results.total_weight,
+        lse_low=results.lse_low, entropy=results.entropy, total_weight=results.total_weight,
     )  # fmt: skip
     ctx.options, ctx.backend = Options.of(a), a.backend
 
 
 def _backward(ctx: Any, grad: Any) -> dict[str, Any]:
-    return gradients(ctx, grad.loss, grad.lse, saved(ctx))
+    return gradients(ctx, grad.loss, grad.lse, grad.entropy, saved(ctx))
 
 
 def gradients(
-    ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, kept: dict[str, Any]
-) -> dict[str, Any]:
+    ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None,
+    kept: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """By the registered ops, which are themselves differentiable."""
     if grad_loss is None:
         grad_loss = kept["lse"].new_zeros(())
     found = {}
     if ctx.wanted.logits:
         found["logits"] = schema.backward(
-            grad_loss, grad_lse, *kept.values(), *ctx.options, ctx.backend
+            grad_loss, grad_lse, grad_entropy, *kept.values(), *ctx.options, ctx.backend
         )
     if ctx.wanted.target:
         found["target"] = formula.target_gradient(
@@ -85,30 +88,26 @@ def gradients(
 
 def _setup_backward(ctx: Any, a: Any, results: Any) -> None:
     save(
-        ctx, grad_loss=a.grad_loss, grad_lse=a.grad_lse, logits=a.logits, target=a.target,
-        weight=a.weight, total_weight=a.total_weight,
+        ctx, grad_loss=a.grad_loss, grad_lse=a.grad_lse, grad_entropy=a.grad_entropy,
+        logits=a.logits, target=a.target, weight=a.weight, total_weight=a.total_weight,
     )  # fmt: skip
     ctx.options = Options.of(a)
 
 
 def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
-    """lse and lse_low follow from the logits: formula.py makes them again, so that the whole of
-    their derivative arrives through the logits."""
+    """lse, lse_low and entropy follow from the logits: formula.py makes them again, so that the
+    whole of their derivative arrives through the logits."""
     kept = saved(ctx)
-    grad_lse, target = kept["grad_lse"], kept["target"]
+    target = kept["target"]
+    upstream = formula.upstream_of(kept)
     inputs = {"logits": kept["logits"]}
     if target.dim() > 1:
         inputs["target"] = target
 
     def forward(logits: Tensor, target: Tensor = target) -> tuple[Tensor, ...]:
-        loss, lse, *_ = formula.nll(
-            logits, target, kept["weight"], kept["total_weight"], ctx.options, False
-        )
-        return (loss,) if grad_lse is None else (loss, lse)
+        given = (kept["weight"], kept["total_weight"], ctx.options)
+        return formula.differentiable(upstream, logits, target, *given)
 
-    upstream = {"grad_loss": kept["grad_loss"]}
-    if grad_lse is not None:
-        upstream["grad_lse"] = grad_lse
     return second_derivative(forward, upstream, inputs, {"logits": grad.result})
 
 

@@ -26,6 +26,7 @@ from neglog.ops.nll.schema import MEAN, NONE, Options, as_rows, count_rows, empt
 # Numbers a thread must have before another is worth waking: 9 microseconds of work.
 GRAIN = 32768
 _NOTHING = torch.empty(0, device="cpu")
+NO_STATS = (_NOTHING, _NOTHING, _NOTHING)
 # By code, the size of the dtype that is computed in, and a number of it: torch.empty_like takes 0.3
 # microseconds less than torch.empty.
 _OF_DTYPE = {
@@ -41,6 +42,7 @@ class Outputs(NamedTuple):
     lses: Tensor
     correct: Tensor
     entropy: Tensor
+    argmax: Tensor
     total: float
     divisor: float
 
@@ -178,21 +180,24 @@ def forward(a: Any) -> Outputs:
     rows, real = given[1], real_dtype(a.logits.dtype)
     divisor = _divisor(kernel, given, a.num_items, real)
     row_loss, lses = (a.logits.new_empty(size, dtype=real) for size in (rows, 2 * rows))
-    correct, entropy = empty_stats(a.logits, True) if a.stats else (_NOTHING, _NOTHING)
+    stats = empty_stats(a.logits, True) if a.stats else NO_STATS
     total = kernel.forward(
-        *given, row_loss.data_ptr(), lses.data_ptr(), address(lses, rows),
-        correct.data_ptr() if a.stats else 0, entropy.data_ptr() if a.stats else 0,
+        *given, row_loss.data_ptr(), lses.data_ptr(), address(lses, rows), *_addresses(stats),
         threads_for(a.logits.numel()), _layout(alive, None),
     )  # fmt: skip
-    return Outputs(row_loss, lses, correct, entropy, total, divisor)
+    return Outputs(row_loss, lses, *stats, total, divisor)
+
+
+def _addresses(stats: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return (0, 0, 0) if stats is NO_STATS else tuple(x.data_ptr() for x in stats)
 
 
 def forward_with_gradient(
     logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
     options: Options, stats: bool, backend: str, upstream: float,
-) -> tuple[Tensor, Tensor, bytearray, float, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, bytearray, float, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """The reduced loss, and in the same pass the gradient of the logits for an upstream of it;
-    lses, divisor, correct and entropy as in Outputs.
+    lses, divisor and statistics as in Outputs.
 
     Of a small input the fixed cost of calls is all that is felt: hence one kernel, and no names for
     what it returns.
@@ -201,13 +206,13 @@ def forward_with_gradient(
     itemsize, one_number = _OF_DTYPE[given[0]]
     loss, gradient = torch.empty_like(one_number), new_gradient_of(logits)
     of_rows = bytearray(3 * given[1] * itemsize)
-    correct, entropy = empty_stats(logits, True) if stats else (_NOTHING, _NOTHING)
+    of_stats = empty_stats(logits, True) if stats else NO_STATS
     divisor = load_kernel("nll", backend).loss_and_gradient(
-        *given, of_rows, correct.data_ptr() if stats else 0, entropy.data_ptr() if stats else 0,
-        options.reduction == MEAN, num_items, upstream, loss.data_ptr(), gradient.data_ptr(),
-        _row_stride(gradient, alive), threads_for(given[1] * given[2]), _layout(alive, gradient),
+        *given, of_rows, *_addresses(of_stats), options.reduction == MEAN, num_items, upstream,
+        loss.data_ptr(), gradient.data_ptr(), _row_stride(gradient, alive),
+        threads_for(given[1] * given[2]), _layout(alive, gradient),
     )  # fmt: skip
-    return loss, gradient, of_rows, divisor, correct, entropy
+    return loss, gradient, of_rows, divisor, of_stats
 
 
 def new_gradient_of(logits: Tensor) -> Tensor:
@@ -226,6 +231,10 @@ def backward(a: Any, divisor: float, out: Tensor | None = None) -> Tensor:
     """The gradient of the logits, in `out` or new memory."""
     kernel, given, alive = _begin("nll_backward", a)
     grad_lse = None if a.grad_lse is None else contiguous(a.grad_lse, "grad_lse")
+    grad_entropy = entropy = None
+    if a.grad_entropy is not None:
+        grad_entropy = contiguous(a.grad_entropy, "grad_entropy")
+        entropy = contiguous(a.entropy, "entropy")
     lse, lse_low = contiguous(a.lse, "lse"), contiguous(a.lse_low, "lse_low")
     grad_loss = aligned(a.grad_loss, "grad_loss")
     out = new_gradient_of(a.logits) if out is None else out
@@ -233,8 +242,8 @@ def backward(a: Any, divisor: float, out: Tensor | None = None) -> Tensor:
         *given, lse.data_ptr(), lse_low.data_ptr(),
         grad_loss.data_ptr(), grad_loss.stride(0) if grad_loss.dim() else 0,
         quotient(1.0, divisor) if a.reduction == MEAN else 1.0,
-        address(grad_lse), out.data_ptr(), _row_stride(out, alive), threads_for(out.numel()),
-        _layout(alive, out),
+        address(grad_lse), address(grad_entropy), address(entropy), out.data_ptr(),
+        _row_stride(out, alive), threads_for(out.numel()), _layout(alive, out),
     )  # fmt: skip
     return out
 
@@ -247,30 +256,30 @@ def forward_in_place(a: Any) -> Outputs:
     rows, real = given[1], real_dtype(logits.dtype)
     divisor = _divisor(kernel, given, a.num_items, real)
     row_loss, lse = (logits.new_empty(rows, dtype=real) for _ in range(2))
-    correct, entropy = empty_stats(logits, a.stats)
+    stats = empty_stats(logits, True) if a.stats else NO_STATS
     divides = a.reduction == MEAN and not (divides_late(logits.dtype) and divisor)
     total = kernel.forward_backward(
-        *given, row_loss.data_ptr(), lse.data_ptr(), 0,
-        correct.data_ptr() if a.stats else 0, entropy.data_ptr() if a.stats else 0,
+        *given, row_loss.data_ptr(), lse.data_ptr(), 0, *_addresses(stats),
         quotient(1.0, divisor) if divides else 1.0, logits.data_ptr(),
         _row_stride(logits, alive), threads_for(logits.numel()), _layout(alive, logits),
     )  # fmt: skip
     if logits is not a.logits:
         a.logits.copy_(logits)
-    return Outputs(row_loss, lse, correct, entropy, total, divisor)
+    return Outputs(row_loss, lse, *stats, total, divisor)
 
 
 def _forward(a: Any) -> tuple[Tensor, ...]:
     out = forward(a)
-    correct, entropy = (out.correct, out.entropy) if a.stats else empty_stats(a.logits, False)
+    stats = out[2:5] if a.stats else empty_stats(a.logits, False)
     # Results of an op share no memory.
     lses = (x.clone() for x in lse_and_low(out.lses, len(out.row_loss), out.lses.dtype))
-    return out.loss(a.reduction), *lses, out.total_weight(), correct, entropy
+    return out.loss(a.reduction), *lses, out.total_weight(), *stats
 
 
 def _in_place(a: Any) -> tuple[Tensor, ...]:
     out = forward_in_place(a)
-    return out.loss(a.reduction), out.lses, out.total_weight(), out.correct, out.entropy
+    correct, entropy, _ = out[2:5] if a.stats else empty_stats(a.logits, False)
+    return out.loss(a.reduction), out.lses, out.total_weight(), correct, entropy
 
 
 schema.forward.implement("cpu", _forward)

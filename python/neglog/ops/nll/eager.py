@@ -52,7 +52,7 @@ def _record(logits: Tensor, target: Tensor, reduction: int) -> remembered.Record
 
 @torch_state.called_directly
 class EagerNLL(Function):
-    """Loss alone, or loss, lse, correct and entropy with stats."""
+    """Loss alone, or loss, lse, correct, entropy and argmax with stats."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, rest: tuple) -> Any:
@@ -64,25 +64,29 @@ class EagerNLL(Function):
         lses: Any
         if upstream is None:
             out = cpu.forward(schema.forward.Arguments(*given, *options, stats, backend))
-            loss, lses, correct, entropy = out.loss(options.reduction), *out[1:4]
+            loss, lses, of_rows = out.loss(options.reduction), out.lses, out[2:5]
             ctx.formed, ctx.divisor = None, out.divisor
         else:
-            loss, ctx.formed, lses, ctx.divisor, correct, entropy = cpu.forward_with_gradient(
+            loss, ctx.formed, lses, ctx.divisor, of_rows = cpu.forward_with_gradient(
                 *given, options, stats, backend, upstream
             )
         # Never the loss, whose grad_fn this is: it would live until the next garbage collection.
-        ctx.lses = lses
+        ctx.lses, ctx.entropy = lses, None
         if not stats:
             return loss
+        correct, ctx.entropy, argmax = of_rows
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(correct, entropy)
-        # A copy: what the user does to it must not reach the backward.
+        ctx.mark_non_differentiable(correct, argmax)
+        # Copies: what the user does to them must not reach the backward.
         lse = cpu.lse_and_low(lses, count_rows(logits), loss.dtype)[0].clone()
-        return loss, lse, correct, entropy
+        return loss, lse, correct, ctx.entropy.clone(), argmax
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Any, grad_lse: Any = None, *undefined: Any) -> Any:
-        if grad_loss is None and grad_lse is None:
+    def backward(
+        ctx: Any, grad_loss: Any, grad_lse: Any = None, correct: Any = None,
+        grad_entropy: Any = None, *undefined: Any,
+    ) -> Any:  # fmt: skip
+        if grad_loss is None and grad_lse is None and grad_entropy is None:
             return None, None, None
         # Asked for in any case: it raises if one was changed in place. And once: activation
         # checkpointing refuses to unpack a tensor twice.
@@ -92,16 +96,18 @@ class EagerNLL(Function):
         # gradient has a graph of its own.
         if not torch_state.plain_upstream(grad_loss) or ctx.needs_input_grad[1]:
             ctx.wanted = Wanted(*ctx.needs_input_grad[:2])
-            found = gradients(ctx, grad_loss, grad_lse, _kept(ctx, tensors))
+            found = gradients(ctx, grad_loss, grad_lse, grad_entropy, _kept(ctx, tensors))
             return found.get("logits"), found.get("target"), None
-        if ctx.record is not None and grad_lse is None:
+        alone = grad_lse is None and grad_entropy is None
+        if ctx.record is not None and alone:
             upstream = float(aligned(grad_loss, "grad_loss"))
             ctx.record.backward(upstream)
             if upstream == ctx.upstream and formed is not None:
                 availability.ran("nll_backward", ctx.backend)
                 return formed, None, None
         kept = _kept(ctx, tensors).values()
-        given = schema.backward.Arguments(grad_loss, grad_lse, *kept, *ctx.options, ctx.backend)
+        grads = (grad_loss, grad_lse, grad_entropy)
+        given = schema.backward.Arguments(*grads, *kept, *ctx.options, ctx.backend)
         return cpu.backward(given, ctx.divisor, formed), None, None
 
 
@@ -111,5 +117,5 @@ def _kept(ctx: Any, tensors: tuple) -> dict[str, Any]:
     lse, lse_low = cpu.lse_and_low(ctx.lses, count_rows(logits), real_dtype(logits.dtype))
     return {
         "logits": logits, "target": target, "weight": weight, "lse": lse, "lse_low": lse_low,
-        "total_weight": number(ctx.divisor, lse.dtype),
+        "entropy": ctx.entropy, "total_weight": number(ctx.divisor, lse.dtype),
     }  # fmt: skip

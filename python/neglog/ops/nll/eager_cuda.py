@@ -97,7 +97,7 @@ class CudaNLL(Function):
         formed, ctx.formed = ctx.formed, None
         if not torch_state.plain_upstream(grad_loss):
             ctx.wanted = Wanted(True, False)
-            return gradients(ctx, grad_loss, None, _kept(ctx, tensors))["logits"], None
+            return gradients(ctx, grad_loss, None, None, _kept(ctx, tensors))["logits"], None
         availability.ran("nll_backward", "cuda")
         on_device = None
         if ctx.record is not None:
@@ -117,5 +117,5 @@ def _new_gradient(logits: Tensor) -> Tensor:
 def _kept(ctx: Any, tensors: tuple) -> dict[str, Any]:
     """What the backward of the op neglog::nll takes from its forward."""
     lse, lse_low, _ = ctx.kept[:-2].view(3, len(tensors[0]))
-    names = ("logits", "target", "weight", "lse", "lse_low", "total_weight")
-    return dict(zip(names, (*tensors, lse, lse_low, ctx.kept[-2]), strict=True))
+    names = ("logits", "target", "weight", "lse", "lse_low", "entropy", "total_weight")
+    return dict(zip(names, (*tensors, lse, lse_low, None, ctx.kept[-2]), strict=True))

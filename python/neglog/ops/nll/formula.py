@@ -103,8 +103,8 @@ def total_weight(
 def nll(
     logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
     options: Options, stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As the op neglog::nll: loss, lse, total_weight, correct, entropy."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As the op neglog::nll: loss, lse, total_weight, correct, entropy, argmax."""
     reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss = options
     logits, target = as_rows(logits), target if target.dim() == 1 else as_rows(target)
     detached = scores(logits.detach(), logit_scale, softcap)
@@ -128,19 +128,47 @@ def nll(
         loss = loss.sum() / total_weight
     elif reduction == SUM:
         loss = loss.sum()
-    correct, entropy = _statistics(detached, target, counted, stats)
-    return loss, lse, total_weight, correct, entropy
+    nothing = counted.new_empty(0), z.new_empty(0), target.new_empty(0, dtype=torch.int64)
+    stats_of_rows = _statistics(z, detached, target, counted, kept) if stats else nothing
+    return loss, lse, total_weight, *stats_of_rows
 
 
-def _statistics(z: Tensor, target: Tensor, counted: Tensor, stats: bool) -> tuple[Tensor, Tensor]:
-    if not stats:
-        return counted.new_empty(0), z.new_empty(0)
+def _statistics(
+    z: Tensor, detached: Tensor, target: Tensor, counted: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """correct, entropy, argmax. detached: the scores of all rows, z those of the kept alone."""
+    entropy = torch.where(kept, _entropy(z), _entropy(detached))
+    if _has_no_classes(z):
+        return torch.zeros_like(counted), entropy, torch.zeros_like(counted, dtype=torch.int64)
+    argmax = detached.argmax(1)
+    if target.dim() == 2:
+        return torch.zeros_like(counted), entropy, argmax
+    return counted & (argmax == target) & ~detached.isnan().any(1), entropy, argmax
+
+
+def _entropy(z: Tensor) -> Tensor:
+    """Of each row's softmax. Where p is 0, neither it nor its derivative is 0 * -inf."""
     log_p = torch.log_softmax(z, 1)
-    p = log_p.exp()
-    entropy = -torch.where(p == 0, 0, p * log_p).sum(1)
-    if target.dim() == 2 or _has_no_classes(z):
-        return torch.zeros_like(counted), entropy
-    return counted & (z.argmax(1) == target) & ~z.isnan().any(1), entropy
+    zero = log_p.detach().exp() == 0
+    log_p = torch.where(zero, 0, log_p)
+    return -torch.where(zero, 0, log_p.exp() * log_p).sum(1)
+
+
+def upstream_of(kept: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Of the gradients by these names, those that there are."""
+    given = {name: kept[name] for name in ("grad_loss", "grad_lse", "grad_entropy")}
+    return {name: grad for name, grad in given.items() if grad is not None}
+
+
+def differentiable(
+    upstream: dict[str, Tensor], logits: Tensor, target: Tensor, weight: Tensor | None,
+    num_items: Tensor | None, options: Options,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The results of nll that have an upstream: of its loss, lse and entropy."""
+    stats = "grad_entropy" in upstream
+    loss, lse, _, _, entropy, _ = nll(logits, target, weight, num_items, options, stats)
+    results = {"grad_loss": loss, "grad_lse": lse, "grad_entropy": entropy}
+    return tuple(results[name] for name in upstream)
 
 
 def target_gradient(

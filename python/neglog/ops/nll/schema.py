@@ -21,8 +21,9 @@ On the CPU the host reads the upstream itself, and needs neither op.
 Shapes: logits (N, V), any row stride; on the CPU also (B, V, P), any strides, for N = B * P rows,
 whose gradient is laid out as they are. target (N,) int64, or probabilities of the logits' shape and
 dtype. weight (V,) and num_items () in the accumulation dtype, float32 or for float64 logits
-float64. Returned: loss () or (N,), lse (N,), lse_low (N,), total_weight (); correct (N,) bool and
-entropy (N,), or both (0,) without stats. lse + lse_low is the log-sum-exp to twice the digits.
+float64. Returned: loss () or (N,), lse (N,), lse_low (N,), total_weight (); correct (N,) bool,
+entropy (N,) and argmax (N,) int64, or (0,) without stats. lse + lse_low is the log-sum-exp to twice
+the digits. grad_entropy (N,) is given with the entropy that the forward returned.
 reduction: 0 none, 1 mean, 2 sum, as in aten. backend: "cython" or "numba"; "" is the best that can
 run, so that a graph exported on one machine runs on another.
 
@@ -47,13 +48,13 @@ OPTIONS = f"int reduction, SymInt ignore_index, {NUMBERS}"
 forward = Op(
     f"nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, "
     "str backend) -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor total_weight, "
-    "Tensor correct, Tensor entropy)",
+    "Tensor correct, Tensor entropy, Tensor argmax)",
     numbers=NUMBERS,
 )
 backward = Op(
-    "nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, "
-    f"Tensor? weight, Tensor lse, Tensor lse_low, Tensor total_weight, {OPTIONS}, str backend)"
-    " -> Tensor",
+    "nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor logits, "
+    "Tensor target, Tensor? weight, Tensor lse, Tensor lse_low, Tensor? entropy, "
+    f"Tensor total_weight, {OPTIONS}, str backend) -> Tensor",
     numbers=NUMBERS,
 )
 in_place = Op(
@@ -108,11 +109,12 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.transpose(1, 2).flatten(0, 1)
 
 
-def empty_stats(logits: Tensor, stats: bool) -> tuple[Tensor, Tensor]:
-    """Room for correct and entropy."""
+def empty_stats(logits: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for correct, entropy and argmax."""
     rows = count_rows(logits) if stats else 0
-    real = real_dtype(logits.dtype)
-    return logits.new_empty(rows, dtype=torch.bool), logits.new_empty(rows, dtype=real)
+    dtypes = (torch.bool, real_dtype(logits.dtype), torch.int64)
+    correct, entropy, argmax = (logits.new_empty(rows, dtype=dtype) for dtype in dtypes)
+    return correct, entropy, argmax
 
 
 def _forward_shapes(a: Any) -> tuple[Tensor, ...]:
@@ -129,7 +131,7 @@ def new_gradient_like(logits: Tensor) -> Tensor:
 
 
 def _in_place_shapes(a: Any) -> tuple[Tensor, ...]:
-    loss, lse, _, *others = _forward_shapes(a)
+    loss, lse, _, *others, _ = _forward_shapes(a)
     return loss, lse, *others
 
 
