@@ -135,8 +135,11 @@ template <class S>
 Output<compute_t<S>> output(const Results& r) {
     using T = compute_t<S>;
     const bool stats = r.correct.numel() > 0;
-    return {pointer<T>(r.row_loss), pointer<T>(r.lse), pointer<T>(r.lse_low),
-            stats ? pointer<bool>(r.correct) : nullptr, stats ? pointer<T>(r.entropy) : nullptr,
+    return {pointer<T>(r.row_loss),
+            pointer<T>(r.lse),
+            pointer<T>(r.lse_low),
+            stats ? pointer<bool>(r.correct) : nullptr,
+            stats ? pointer<T>(r.entropy) : nullptr,
             stats ? pointer<int64_t>(r.argmax) : nullptr};
 }
 
@@ -301,9 +304,8 @@ Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse,
         const Upstream<T> up = {
             per_row<T>(grad_loss), per_row_or_none<T>(grad_lse), per_row_or_none<T>(grad_entropy),
             reduction == kReductionMean ? pointer<const T>(total_weight) : nullptr};
-        const Saved<T> kept = {
-            per_row<T>(lse), per_row<T>(lse_low),
-            grad_entropy ? per_row<T>(*entropy) : PerRow<T>{nullptr, 0}};
+        const Saved<T> kept = {per_row<T>(lse), per_row<T>(lse_low),
+                               grad_entropy ? per_row<T>(*entropy) : PerRow<T>{nullptr, 0}};
         launch_rows(backward_rows<S, scoring>, context, p, up, kept, Formed<T>{nullptr, nullptr},
                     pointer<S>(out));
     });

@@ -371,7 +371,8 @@ __device__ GradientFactors<compute_t<S>> gradient_factors(const Problem<S, scori
     const double uniform_weight = p.probs                  ? grad
                                   : p.label_smoothing != 0 ? grad * p.smoothing_per_class
                                                            : 0;
-    double softmax_weight = u.grad_lse + rounded_product(uniform_weight, row_coefficient_sum(p, row));
+    double softmax_weight =
+        u.grad_lse + rounded_product(uniform_weight, row_coefficient_sum(p, row));
     if (p.z_loss != 0) softmax_weight += rounded_product(grad * 2 * p.z_loss * w, double(lse.high));
     if (p.probs)
         return {-1,         T(0),          T(exp_scale * softmax_weight), T(scale * uniform_weight),
