@@ -257,7 +257,7 @@ def check_index_target(logits: Any, target: Any, mask: Any, shift: Any) -> None:
         raise IndexError("logits: expected shape (..., C), got a scalar")
     if target.device != logits.device:
         raise RuntimeError(f"target: expected device {logits.device}, got {target.device}")
-    _check_linear_target(list(logits.shape[:-1]), None, target, mask, shift)
+    _check_target_of_positions(list(logits.shape[:-1]), None, target, mask, shift, "C")
 
 
 def check_linear(
@@ -307,17 +307,19 @@ def check_linear(
     if linear_weight.dim() == 2:
         positions = list(input.shape[:-1])
         logits = None if indices else [*positions, linear_weight.shape[0]]
-        _check_linear_target(positions, logits, target, mask, shift)
+        _check_target_of_positions(positions, logits, target, mask, shift)
         return
     for name, given in (("mask", mask is not None), ("shift", shift)):
         if given:
             raise RuntimeError(f"{name}: expected none with a K-dimensional linear_weight")
 
 
-def _check_linear_target(
-    positions: list[int], logits: list[int] | None, target: Tensor, mask: Any, shift: bool
-) -> None:
-    """Index targets (...), or where `logits` is their shape probabilities, and the mask."""
+def _check_target_of_positions(
+    positions: list[int], logits: list[int] | None, target: Tensor, mask: Any, shift: bool,
+    last: str = "in_features",
+) -> None:  # fmt: skip
+    """Index targets (...), or where `logits` is their shape probabilities, and the mask. last: the
+    axis of the input behind its positions."""
     if _shape(target) not in (positions, logits):
         # As torch has it: a ValueError for batches that differ.
         batches_differ = len(positions) == target.dim() == 1
@@ -334,7 +336,7 @@ def _check_linear_target(
     if not isinstance(shift, bool):
         raise TypeError(f"shift: expected a bool, got {type(shift).__name__}")
     if shift and not positions:
-        raise RuntimeError("shift: expected positions in a sequence, (..., T), got one vector")
+        raise RuntimeError(f"shift: expected an input of shape (..., T, {last}), got one vector")
     if mask is None:
         return
     if not isinstance(mask, Tensor):

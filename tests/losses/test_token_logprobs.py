@@ -363,6 +363,8 @@ BAD = {
                {"temperature": torch.tensor(1.0, requires_grad=True)}),
     "softcap": (ValueError, "softcap: expected a finite number above 0", {"softcap": -1.0}),
     "mask": (RuntimeError, "mask: expected dtype torch.bool", {"mask": TARGET}),
+    "shift of one vector": (RuntimeError, r"shift: .* of shape \(..., T, C\), got one vector",
+                            {"logits": LOGITS[0, 0], "target": TARGET[0, 0], "shift": True}),
     "shift": (TypeError, "shift: expected a bool, got int", {"shift": 1}),
     "ignore_index": (TypeError, "ignore_index", {"ignore_index": 0.5}),
     "backend": (ValueError, "backend", {"backend": "gpu"}),
