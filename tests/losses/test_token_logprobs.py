@@ -206,9 +206,9 @@ def test_the_logits_of_a_head_never_lie_in_memory(kernel_backend):
 
 
 # Both sides of what groups of rows compute.
-@pytest.mark.parametrize("classes", [5, 140])
-def test_derivatives(kernel_backend, classes):
-    logits, target, _ = draw(3, classes)
+@pytest.mark.parametrize(("rows", "classes"), [(3, 5), (1, 130)])
+def test_derivatives(kernel_backend, rows, classes):
+    logits, target, _ = draw(rows, classes)
     options = {"temperature": 0.8, "softcap": 4.0}
 
     def function(x):
