@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +29,7 @@ from . import Shape
 from .cross_entropy import IGNORED
 from .pairs import YARDSTICK, three_matmuls
 
+Oracle = Callable[[Tensor, Tensor], tuple[float, np.ndarray]]
 MODEL = "3 matmuls of the counted rows x features x vocab, 2 operations each"
 
 
@@ -41,7 +44,7 @@ def problem(
     picked = checked_rows(count, device)
     check_target = torch.full_like(target, IGNORED)
     check_target[picked] = target[picked]
-    truth, some = _truth(hidden[picked], weight, target[picked])
+    truth, some = truth_of_head(hidden[picked], weight, target[picked], _oracle)
 
     def compared(grads: Grads) -> tuple:
         return float64_array(grads[0][picked]), float64_array(grads[1][some])
@@ -75,16 +78,24 @@ def head_and_target(
     return hidden, weight, torch.randint(vocab, (rows,), generator=generator, device=device)
 
 
-def _truth(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Truth, Tensor]:
-    """Of these rows alone; and the rows of the weight whose gradients it holds."""
+def _oracle(logits: Tensor, target: Tensor) -> tuple[float, np.ndarray]:
+    found = reference.nll(float64_array(logits), target.cpu().numpy())
+    return float(found.loss), found.grad
+
+
+def truth_of_head(
+    hidden: Tensor, weight: Tensor, target: Tensor, oracle: Oracle
+) -> tuple[Truth, Tensor]:
+    """Of these rows alone; and the rows of the weight whose gradients it holds. oracle: of logits
+    and target, the loss and its gradient by the logits."""
     x, w = hidden.double(), weight.double()
     # The logits are rounded as every contender's are: from there on the oracle is exact.
     logits = (x @ w.t()).to(hidden.dtype)
-    oracle = reference.nll(float64_array(logits), target.cpu().numpy())
-    dz = torch.from_numpy(oracle.grad).to(hidden.device)
+    loss, grad = oracle(logits, target)
+    dz = torch.from_numpy(grad).to(hidden.device)
     by_hidden, by_weight = dz @ w, dz[:, target].t() @ x
     grads = float64_array(by_hidden), float64_array(by_weight)
-    return Truth(float(oracle.loss), grads), target
+    return Truth(loss, grads), target
 
 
 def _eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 import neglog
 
-from ..contender import Contender, Grads, Problem, Spec, Truth, checked_rows, float64_array
+from ..contender import Contender, Grads, Problem, Spec, checked_rows, float64_array
 from . import Shape
 from .cross_entropy import IGNORED
-from .linear_cross_entropy import head_and_target
+from .linear_cross_entropy import head_and_target, truth_of_head
 from .pairs import YARDSTICK, three_matmuls
 from .token_logprobs import compared_contenders, plain, policy_loss, truth_of
 
@@ -25,12 +25,7 @@ def problem(shape: Shape, dtype: str, seed: int, device: str = "cpu") -> Problem
     picked = checked_rows(len(target), device)
     check_target = torch.full_like(target, IGNORED)
     check_target[picked] = target[picked]
-    x, w = hidden[picked].double(), weight.double()
-    # The logits are rounded as every contender's are: from there on the oracle is exact.
-    loss, grad = truth_of((x @ w.t()).to(hidden.dtype), target[picked])
-    dz = torch.from_numpy(grad).to(hidden.device)
-    some = target[picked]
-    truth = Truth(loss, (float64_array(dz @ w), float64_array(dz[:, some].t() @ x)))
+    truth, some = truth_of_head(hidden[picked], weight, target[picked], truth_of)
 
     def compared(grads: Grads) -> tuple:
         return float64_array(grads[0][picked]), float64_array(grads[1][some])

@@ -256,8 +256,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nll(
 // nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, int reduction,
 //      SymInt ignore_index, float label_smoothing, float logit_scale, float softcap, float z_loss,
 //      bool stats, str backend)
-//     -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, Tensor entropy)
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nll_(
+//     -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, Tensor entropy,
+//         Tensor argmax)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nll_(
     const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
     const MaybeTensor& num_items, int64_t reduction, int64_t ignore_index, double label_smoothing,
     double logit_scale, double softcap, double z_loss, bool stats, const std::string&) {
@@ -266,7 +267,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> nll_(
     const Results r = forward(in, num_items, stats, true);
     Tensor written = logits;
     if (!has_adjacent_columns(logits)) torch::stable::copy_(written, in.logits);
-    return {r.loss, r.lse, r.total_weight, r.correct, r.entropy};
+    return {r.loss, r.lse, r.total_weight, r.correct, r.entropy, r.argmax};
 }
 
 // nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor logits,

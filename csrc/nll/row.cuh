@@ -269,7 +269,7 @@ __device__ void write_argmax(const Problem<S, scoring>& p, const Output<compute_
     const bool nan_among_finite = isnan(lse.high) && maximum < INFINITY;
     const bool counts = p.target && !is_ignored(p, row) && !nan_among_finite;
     o.correct[row] = counts && target_of(p, row) == first;
-    if (o.argmax) o.argmax[row] = first;
+    o.argmax[row] = first;
 }
 
 template <class S, Scoring scoring>

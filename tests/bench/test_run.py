@@ -5,7 +5,7 @@ import json
 import pytest
 
 from neglog import dispatch
-from neglog.bench import files
+from neglog.bench import files, goals
 from neglog.bench.cases import OPS
 from neglog.cli import main
 
@@ -60,6 +60,7 @@ def test_the_backend_that_ran_is_in_the_table(capsys):
 
 @pytest.fixture
 def two_shapes_a_suite(monkeypatch):
+    assert goals.CPU  # made of the shapes when it is imported: of those that stand in OPS
     small = ({"rows": 8, "vocab": 10}, {"rows": 32, "vocab": 100})
     classes = ({"rows": 200, "vocab": 2}, {"images": 2, "classes": 3, "height": 8, "width": 5})
     op = OPS["cross_entropy"]._replace(suites={"small": small, "classes": classes})

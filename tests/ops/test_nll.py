@@ -36,22 +36,10 @@ def test_opcheck_backward(reduction, grad_lse, grad_entropy):
     _, lse, low, total, _, entropy, _ = torch.ops.neglog.nll.default(logits, target, *rest)
     grad = torch.rand(() if reduction else (6,), requires_grad=True)
     options, name = rest[2:8], rest[-1]
+    kept = (logits, target, None, lse.detach(), low, entropy.detach(), total)
     outcome = opcheck(
         torch.ops.neglog.nll_backward.default,
-        (
-            grad,
-            grad_lse,
-            grad_entropy,
-            logits,
-            target,
-            None,
-            lse.detach(),
-            low,
-            entropy.detach(),
-            total,
-            *options,
-            name,
-        ),
+        (grad, grad_lse, grad_entropy, *kept, *options, name),
     )
     assert set(outcome.values()) == {"SUCCESS"}
 

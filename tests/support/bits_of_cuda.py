@@ -57,9 +57,9 @@ def _nll(ops: Any, dtype: torch.dtype) -> Iterator[Call]:
                 values = (MEAN, -100, *options)
                 out = ops.nll(logits, target, weight, None, *values, True, "")
                 upstream = torch.tensor(0.7, dtype=real)
-                grad = ops.nll_backward(
-                    upstream, None, logits, target, weight, *out[1:4], *values, ""
-                )
+                lse, lse_low, total_weight = out[1:4]
+                kept = (logits, target, weight, lse, lse_low, None, total_weight)
+                grad = ops.nll_backward(upstream, None, None, *kept, *values, "")
                 yield f"nll, {name}, {kind}, {rows} x {vocab}", [*out, grad]
             memory = logits.clone()
             out = ops.nll_(memory, index, weight, None, SUM, -100, *options, True, "")
@@ -83,7 +83,8 @@ def _linear(dtype: torch.dtype) -> Iterator[Call]:
         grad = normal(*out[0].shape, seed=5).to(real)
         for name, grad_lse in (("loss", None), ("lse", normal(rows, seed=6).to(real))):
             given = (
-                grad, grad_lse, *head, target, weight, out[2], *out[5:], *tail, [True] * 3, *tiles,
+                grad, grad_lse, None, *head, target, weight, out[2], *out[6:], *tail, [True] * 3,
+                *tiles,
             )  # fmt: skip
             grads = linear_schedule.backward(CudaRows, linear_schema.backward.Arguments(*given))
             yield f"linear_nll, {reduction}, through {name}", [*out, *grads]

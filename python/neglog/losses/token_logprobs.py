@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -170,13 +169,13 @@ def _options(
 
 
 def _by_position(rows: Rows, labels: Tensor, ignored: int, shift: bool) -> TokenLogprobs:
-    counted = labels != ignored
+    skipped = labels == ignored
 
     def among_all(x: Tensor) -> Tensor:
-        x = torch.where(counted, x.view(labels.shape), 0)
+        x = x.view(labels.shape).masked_fill(skipped, 0)
         return x[..., :-1] if shift else x
 
     return TokenLogprobs(
         among_all(-rows.loss), among_all(rows.entropy), among_all(rows.lse),
-        among_all(rows.argmax), among_all(rows.correct.byte()).bool(),
+        among_all(rows.argmax), among_all(rows.correct),
     )  # fmt: skip

@@ -67,8 +67,8 @@ class CpuRows:
         self.forward(tile)
         grad = contiguous(grad_loss[tile.rows], "grad_loss")
         through_lse, through_entropy = (
-            None if g is None else contiguous(g[tile.rows], "grad")
-            for g in (grad_lse, grad_entropy)
+            None if g is None else contiguous(g[tile.rows], name)
+            for name, g in (("grad_lse", grad_lse), ("grad_entropy", grad_entropy))
         )
         _, lse, lse_low, _, entropy, _ = self._outputs(tile)
         self._kernel.backward(

@@ -37,8 +37,7 @@ class Rows(NamedTuple):
     def of(cls, results: Any, stats: bool) -> Rows:
         if not stats:
             return cls(results.loss)
-        argmax = getattr(results, "argmax", None)  # the op in place has none
-        return cls(results.loss, results.lse, results.correct, results.entropy, argmax)
+        return cls(results.loss, results.lse, results.correct, results.entropy, results.argmax)
 
 
 def nll_in_place(*arguments: Any) -> Rows:
@@ -182,7 +181,8 @@ class InPlaceNLL(Function):
         a = schema.in_place.Arguments(*inputs)
         ctx.set_materialize_grads(False)
         made = schema.in_place.Results(*schema.in_place.registered(*inputs))
-        ctx.mark_non_differentiable(made.lse, made.correct, made.entropy)
+        stats = (made.lse, made.correct, made.entropy, made.argmax)
+        ctx.mark_non_differentiable(*stats)
         # Saved after the write, so that any later one, by us or by the user, is caught. Detached,
         # which shares the version: a view that was written has no history to restore.
         ctx.save_for_backward(a.logits.detach())
@@ -190,7 +190,7 @@ class InPlaceNLL(Function):
         # Of an ignored row the upstream may be anything, and its gradient stays 0.
         by_row = a.reduction == NONE and a.target.dim() == 1
         ctx.counted = a.target != a.ignore_index if by_row else None
-        return made.loss, made.lse, made.correct, made.entropy
+        return made.loss, *stats
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Any, *undefined: Any) -> Any:

@@ -278,8 +278,8 @@ def _forward(a: Any) -> tuple[Tensor, ...]:
 
 def _in_place(a: Any) -> tuple[Tensor, ...]:
     out = forward_in_place(a)
-    correct, entropy, _ = out[2:5] if a.stats else empty_stats(a.logits, False)
-    return out.loss(a.reduction), out.lses, out.total_weight(), correct, entropy
+    stats = out[2:5] if a.stats else empty_stats(a.logits, False)
+    return out.loss(a.reduction), out.lses, out.total_weight(), *stats
 
 
 schema.forward.implement("cpu", _forward)

@@ -129,26 +129,26 @@ def nll(
     elif reduction == SUM:
         loss = loss.sum()
     nothing = counted.new_empty(0), z.new_empty(0), target.new_empty(0, dtype=torch.int64)
-    stats_of_rows = _statistics(z, detached, target, counted, kept) if stats else nothing
+    stats_of_rows = _statistics(log_p, detached, target, counted, kept) if stats else nothing
     return loss, lse, total_weight, *stats_of_rows
 
 
 def _statistics(
-    z: Tensor, detached: Tensor, target: Tensor, counted: Tensor, kept: Tensor
+    log_p: Tensor, detached: Tensor, target: Tensor, counted: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """correct, entropy, argmax. detached: the scores of all rows, z those of the kept alone."""
-    entropy = torch.where(kept, _entropy(z), _entropy(detached))
-    if _has_no_classes(z):
+    """correct, entropy, argmax. detached: the scores of all rows, log_p of the kept alone."""
+    entropy = _entropy(log_p)
+    if _has_no_classes(log_p):
         return torch.zeros_like(counted), entropy, torch.zeros_like(counted, dtype=torch.int64)
+    entropy = torch.where(kept, entropy, torch.nan)  # the others' log-sum-exp is no number
     argmax = detached.argmax(1)
     if target.dim() == 2:
         return torch.zeros_like(counted), entropy, argmax
     return counted & (argmax == target) & ~detached.isnan().any(1), entropy, argmax
 
 
-def _entropy(z: Tensor) -> Tensor:
-    """Of each row's softmax. Where p is 0, neither it nor its derivative is 0 * -inf."""
-    log_p = torch.log_softmax(z, 1)
+def _entropy(log_p: Tensor) -> Tensor:
+    """Of each row. Where p is 0, neither it nor its derivative is 0 * -inf."""
     zero = log_p.detach().exp() == 0
     log_p = torch.where(zero, 0, log_p)
     return -torch.where(zero, 0, log_p.exp() * log_p).sum(1)

@@ -60,7 +60,7 @@ backward = Op(
 in_place = Op(
     f"nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, "
     "bool stats, str backend) -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, "
-    "Tensor entropy)"
+    "Tensor entropy, Tensor argmax)"
 )
 scale_in_place = Op("nll_scale_(Tensor(a!) grad, Tensor factor) -> ()")
 with_gradient = Op(
@@ -131,7 +131,7 @@ def new_gradient_like(logits: Tensor) -> Tensor:
 
 
 def _in_place_shapes(a: Any) -> tuple[Tensor, ...]:
-    loss, lse, _, *others, _ = _forward_shapes(a)
+    loss, lse, _, *others = _forward_shapes(a)
     return loss, lse, *others
 
 
