@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from neglog import reference
-from tests.support.nll_cases import drawn_weight
+from tests.support.nll_cases import drawn_weights
 
 
 def case(rng, probabilities):
@@ -45,7 +45,7 @@ def test_torch_agrees_in_float64(rng, probabilities, reduction, smoothing, weigh
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_gradient_is_the_slope_of_the_loss(rng, options, probabilities):
     logits, target = case(rng, probabilities)
-    options = drawn_weight(options, 9, rng)
+    options = drawn_weights(options, len(logits), 9, rng)
 
     def loss(x):
         return float(reference.nll(x, target, **options).loss)

@@ -215,14 +215,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 template <class S, Scoring scoring>
 __device__ double total_weight_of(const Problem<S, scoring>& p) {
-    if (!p.target) return p.vocab ? double(p.rows) : double(NAN);
+    if (!p.target && p.vocab == 0) return double(NAN);
+    if (!p.target && !p.token_weight) return double(p.rows);
     double sum = 0;
     for_each_number(
-        p.rows, [&](int64_t row) { return p.target[row * p.target_stride]; },
-        [&](int64_t target) {
-            if (target == p.ignore_index) return;
-            assert(target >= 0 && target < p.vocab);
-            sum += p.weight ? p.weight[target] : 1;
+        p.rows, [&](int64_t row) { return label_of(p, row); },
+        [&](const RowLabel<compute_t<S>>& label) {
+            if (is_ignored(p, label)) return;
+            assert(!p.target || (label.target >= 0 && label.target < p.vocab));
+            const double w = p.target && p.weight ? p.weight[label.target] : 1;
+            sum += rounded_product(double(label.token_weight), w);
         });
     return block_sum(sum);
 }

@@ -10,8 +10,8 @@
 //   neglog::nll_scale_         the upstream gradient times what nll_ wrote
 //
 // In short, loss = log(sum_c exp(z_c)) - z_target, and dloss / dz_c = softmax(z)_c - [c = target].
-// row.cuh has the formulas with class weights, label smoothing, target distributions, logit scale,
-// softcap and z-loss.
+// row.cuh has the formulas with class weights, token weights, label smoothing, target distributions,
+// logit scale, softcap and z-loss.
 //
 // (a) A thread block computes a whole row (row.cuh), and the grid strides over the rows. Short rows
 //     get smaller blocks, not several rows a block, so that a row's bits depend on the vocabulary,
@@ -37,7 +37,7 @@ namespace {
 // The arguments that the ops share.
 struct Inputs {
     Tensor logits, target;
-    MaybeTensor weight;
+    MaybeTensor weight, token_weight;
     int64_t reduction, ignore_index;
     double label_smoothing, logit_scale, softcap, z_loss;
 };
@@ -78,10 +78,13 @@ Inputs checked(const Inputs& in) {
     STD_TORCH_CHECK(target.scalar_type() == expected, "target: expected int64, or logits' dtype");
     check_numbers("weight", in.weight, logits, logits.size(1));
     STD_TORCH_CHECK(!in.weight || in.weight->dim() == 1, "weight: expected (V,)");
+    check_numbers("token_weight", in.token_weight, logits, logits.size(0));
+    STD_TORCH_CHECK(!in.token_weight || in.token_weight->dim() == 1, "token_weight: expected (N,)");
     Inputs ready = in;
     ready.logits = with_adjacent_columns(logits);
     if (!index) ready.target = with_adjacent_columns(target);
     if (in.weight) ready.weight = torch::stable::contiguous(*in.weight);
+    if (in.token_weight) ready.token_weight = torch::stable::contiguous(*in.token_weight);
     ready.softcap = softcap_of(logits.scalar_type(), in.softcap);
     return ready;
 }
@@ -100,6 +103,7 @@ Problem<S, scoring> problem(const Inputs& in) {
         .probs = index ? nullptr : pointer<const S>(in.target),
         .probs_stride = in.target.stride(0),
         .weight = pointer<const compute_t<S>>(in.weight),
+        .token_weight = pointer<const compute_t<S>>(in.token_weight),
         .ignore_index = in.ignore_index,
         .label_smoothing = in.label_smoothing,
         .smoothing_per_class = vocab == 0 ? 0 : in.label_smoothing / double(vocab),
@@ -238,32 +242,34 @@ Kept<T> kept_numbers(const Tensor& kept, int64_t rows) {
 
 // The schemas are copied from python/neglog/ops/nll/schema.py, which defines them.
 
-// nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, int reduction,
-//     SymInt ignore_index, float label_smoothing, float logit_scale, float softcap, float z_loss,
-//     bool stats, str backend)
+// nll(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor? num_items,
+//     int reduction, SymInt ignore_index, float label_smoothing, float logit_scale, float softcap,
+//     float z_loss, bool stats, str backend)
 //     -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor total_weight, Tensor correct,
 //         Tensor entropy, Tensor argmax)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nll(
     const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
-    const MaybeTensor& num_items, int64_t reduction, int64_t ignore_index, double label_smoothing,
-    double logit_scale, double softcap, double z_loss, bool stats, const std::string&) {
-    const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
-                               logit_scale, softcap, z_loss});
+    const MaybeTensor& token_weight, const MaybeTensor& num_items, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, double logit_scale, double softcap, double z_loss,
+    bool stats, const std::string&) {
+    const Inputs in = checked({logits, target, weight, token_weight, reduction, ignore_index,
+                               label_smoothing, logit_scale, softcap, z_loss});
     const Results r = forward(in, num_items, stats, false);
     return {r.loss, r.lse, r.lse_low, r.total_weight, r.correct, r.entropy, r.argmax};
 }
 
-// nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, int reduction,
-//      SymInt ignore_index, float label_smoothing, float logit_scale, float softcap, float z_loss,
-//      bool stats, str backend)
+// nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor? num_items,
+//      int reduction, SymInt ignore_index, float label_smoothing, float logit_scale, float softcap,
+//      float z_loss, bool stats, str backend)
 //     -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, Tensor entropy,
 //         Tensor argmax)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nll_(
     const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
-    const MaybeTensor& num_items, int64_t reduction, int64_t ignore_index, double label_smoothing,
-    double logit_scale, double softcap, double z_loss, bool stats, const std::string&) {
-    const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
-                               logit_scale, softcap, z_loss});
+    const MaybeTensor& token_weight, const MaybeTensor& num_items, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, double logit_scale, double softcap, double z_loss,
+    bool stats, const std::string&) {
+    const Inputs in = checked({logits, target, weight, token_weight, reduction, ignore_index,
+                               label_smoothing, logit_scale, softcap, z_loss});
     const Results r = forward(in, num_items, stats, true);
     Tensor written = logits;
     if (!has_adjacent_columns(logits)) torch::stable::copy_(written, in.logits);
@@ -271,18 +277,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> nll_(
 }
 
 // nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor logits,
-//              Tensor target, Tensor? weight, Tensor lse, Tensor lse_low, Tensor? entropy,
-//              Tensor total_weight, int reduction, SymInt ignore_index, float label_smoothing,
-//              float logit_scale, float softcap, float z_loss, str backend)
+//              Tensor target, Tensor? weight, Tensor? token_weight, Tensor lse, Tensor lse_low,
+//              Tensor? entropy, Tensor total_weight, int reduction, SymInt ignore_index,
+//              float label_smoothing, float logit_scale, float softcap, float z_loss, str backend)
 //     -> Tensor
 Tensor nll_backward(const Tensor& grad_loss, const MaybeTensor& grad_lse,
                     const MaybeTensor& grad_entropy, const Tensor& logits, const Tensor& target,
-                    const MaybeTensor& weight, const Tensor& lse, const Tensor& lse_low,
-                    const MaybeTensor& entropy, const Tensor& total_weight, int64_t reduction,
-                    int64_t ignore_index, double label_smoothing, double logit_scale,
-                    double softcap, double z_loss, const std::string&) {
-    const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
-                               logit_scale, softcap, z_loss});
+                    const MaybeTensor& weight, const MaybeTensor& token_weight, const Tensor& lse,
+                    const Tensor& lse_low, const MaybeTensor& entropy, const Tensor& total_weight,
+                    int64_t reduction, int64_t ignore_index, double label_smoothing,
+                    double logit_scale, double softcap, double z_loss, const std::string&) {
+    const Inputs in = checked({logits, target, weight, token_weight, reduction, ignore_index,
+                               label_smoothing, logit_scale, softcap, z_loss});
     const int64_t rows = logits.size(0);
     check_numbers("grad_loss", grad_loss, logits, rows);
     check_numbers("grad_lse", grad_lse, logits, rows);
@@ -320,19 +326,18 @@ void check_remembered(const MaybeTensor& remembered, const Tensor& logits) {
                     "remembered: expected 2 adjacent numbers");
 }
 
-// nll_with_gradient(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items,
-//                   Tensor? remembered, int reduction, SymInt ignore_index, float label_smoothing,
-//                   float logit_scale, float softcap, float z_loss, bool form)
+// nll_with_gradient(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight,
+//                   Tensor? num_items, Tensor? remembered, int reduction, SymInt ignore_index,
+//                   float label_smoothing, float logit_scale, float softcap, float z_loss,
+//                   bool form)
 //     -> (Tensor loss, Tensor kept, Tensor gradient)
-std::tuple<Tensor, Tensor, Tensor> nll_with_gradient(const Tensor& logits, const Tensor& target,
-                                                     const MaybeTensor& weight,
-                                                     const MaybeTensor& num_items,
-                                                     const MaybeTensor& remembered,
-                                                     int64_t reduction, int64_t ignore_index,
-                                                     double label_smoothing, double logit_scale,
-                                                     double softcap, double z_loss, bool form) {
-    const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
-                               logit_scale, softcap, z_loss});
+std::tuple<Tensor, Tensor, Tensor> nll_with_gradient(
+    const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
+    const MaybeTensor& token_weight, const MaybeTensor& num_items, const MaybeTensor& remembered,
+    int64_t reduction, int64_t ignore_index, double label_smoothing, double logit_scale,
+    double softcap, double z_loss, bool form) {
+    const Inputs in = checked({logits, target, weight, token_weight, reduction, ignore_index,
+                               label_smoothing, logit_scale, softcap, z_loss});
     STD_TORCH_CHECK(reduction != kReductionNone, "reduction: expected mean or sum");
     check_numbers("num_items", num_items, logits, 1);
     check_remembered(remembered, logits);
@@ -370,16 +375,16 @@ std::tuple<Tensor, Tensor, Tensor> nll_with_gradient(const Tensor& logits, const
 }
 
 // nll_gradient_for_(Tensor(a!) gradient, Tensor grad_loss, Tensor kept, Tensor(b!)? remembered,
-//                   Tensor logits, Tensor target, Tensor? weight, int reduction,
-//                   SymInt ignore_index, float label_smoothing, float logit_scale, float softcap,
-//                   float z_loss, bool formed) -> ()
+//                   Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight,
+//                   int reduction, SymInt ignore_index, float label_smoothing, float logit_scale,
+//                   float softcap, float z_loss, bool formed) -> ()
 void nll_gradient_for_(const Tensor& gradient, const Tensor& grad_loss, const Tensor& kept,
                        const MaybeTensor& remembered, const Tensor& logits, const Tensor& target,
-                       const MaybeTensor& weight, int64_t reduction, int64_t ignore_index,
-                       double label_smoothing, double logit_scale, double softcap, double z_loss,
-                       bool formed) {
-    const Inputs in = checked({logits, target, weight, reduction, ignore_index, label_smoothing,
-                               logit_scale, softcap, z_loss});
+                       const MaybeTensor& weight, const MaybeTensor& token_weight,
+                       int64_t reduction, int64_t ignore_index, double label_smoothing,
+                       double logit_scale, double softcap, double z_loss, bool formed) {
+    const Inputs in = checked({logits, target, weight, token_weight, reduction, ignore_index,
+                               label_smoothing, logit_scale, softcap, z_loss});
     STD_TORCH_CHECK(reduction != kReductionNone, "reduction: expected mean or sum");
     const int64_t rows = logits.size(0), vocab = logits.size(1);
     check_device("gradient", gradient, logits);

@@ -7,7 +7,8 @@
 //
 // for a target class t with class weights w. Without a softcap z_c = logit_c * logit_scale. For a
 // target distribution q the loss is -sum_c w_c q'_c log p_c + z_loss lse^2, where q' = (1 -
-// smoothing) q + smoothing / V.
+// smoothing) q + smoothing / V. A row's loss is multiplied by its token weight; the row is ignored
+// where that is 0, and where t is ignore_index.
 //
 // (a) Each thread keeps a softmax state of the vectors that it reads, several loads in flight. The
 //     block merges the states through shuffles and shared memory: one read gives the log-sum-exp.
@@ -98,13 +99,17 @@ struct Problem {
     int64_t target_stride;
     const S* probs;  // (rows, vocab), or null for indices
     int64_t probs_stride;
-    const compute_t<S>* weight;  // (vocab), or null for ones
-    const double* weight_sum;    // of all classes; null for vocab, and where nothing needs it
+    const compute_t<S>* weight;        // (vocab), or null for ones
+    const double* weight_sum;          // of all classes; null for vocab, and where nothing needs it
+    const compute_t<S>* token_weight;  // (rows), or null for ones
     int64_t ignore_index;
     double label_smoothing, smoothing_per_class;  // the second is the first / vocab
     LogitToScore<compute_t<S>, scoring> to_score;
     double z_loss;
 };
+
+// Of a larger one nvcc makes loops over the row that test the call's options in every step.
+static_assert(sizeof(Problem<float, Scoring::capped>) <= 128);
 
 template <class T>
 struct Output {
@@ -173,8 +178,30 @@ constexpr double kLogOfZero = -1000;
 // Reading
 
 template <class S, Scoring scoring>
+__device__ compute_t<S> token_weight_of(const Problem<S, scoring>& p, int64_t row) {
+    return p.token_weight ? p.token_weight[row] : compute_t<S>(1);
+}
+
+// What says whether a row counts.
+template <class T>
+struct RowLabel {
+    int64_t target;  // -1 for a distribution
+    T token_weight;
+};
+
+template <class S, Scoring scoring>
+__device__ RowLabel<compute_t<S>> label_of(const Problem<S, scoring>& p, int64_t row) {
+    return {p.target ? p.target[row * p.target_stride] : -1, token_weight_of(p, row)};
+}
+
+template <class S, Scoring scoring>
+__device__ bool is_ignored(const Problem<S, scoring>& p, const RowLabel<compute_t<S>>& label) {
+    return label.token_weight == 0 || (p.target && label.target == p.ignore_index);
+}
+
+template <class S, Scoring scoring>
 __device__ bool is_ignored(const Problem<S, scoring>& p, int64_t row) {
-    return p.target && p.target[row * p.target_stride] == p.ignore_index;
+    return is_ignored(p, label_of(p, row));
 }
 
 template <class S, Scoring scoring>
@@ -314,7 +341,7 @@ __device__ double row_loss(const Problem<S, scoring>& p, int64_t row, Lse<comput
     if (p.probs) loss = -row_cross_entropy(p, row, lse);
     else if (p.label_smoothing != 0) loss -= p.smoothing_per_class * row_cross_entropy(p, row, lse);
     if (p.z_loss != 0) loss += p.z_loss * w * (double(lse.high) * lse.high);
-    return loss;
+    return loss * token_weight_of(p, row);
 }
 
 template <class S, Scoring scoring>
@@ -363,10 +390,11 @@ __device__ GradientFactors<compute_t<S>> gradient_factors(const Problem<S, scori
                                                           compute_t<S> target_z,
                                                           const RowUpstream& u) {
     using T = compute_t<S>;
-    const double grad = u.grad, scale = p.to_score.logit_scale, exp_scale = scale * exp(-lse.low);
+    const double scale = p.to_score.logit_scale, exp_scale = scale * exp(-lse.low);
     const T of_entropy = T(-exp_scale * u.grad_entropy), entropy_offset = T(u.entropy - lse.low);
     if (is_ignored(p, row))
         return {-1, T(0), T(exp_scale * u.grad_lse), T(0), of_entropy, entropy_offset};
+    const double grad = u.grad * token_weight_of(p, row);
     const double w = target_class_weight(p, row);
     const double uniform_weight = p.probs                  ? grad
                                   : p.label_smoothing != 0 ? grad * p.smoothing_per_class
@@ -409,7 +437,8 @@ __device__ Elements<S, n> gradient_at(const Problem<S, scoring>& p, int64_t row,
             of_exp += rounded_product(f.of_entropy, fmax(x, T(kLogOfZero)) + f.entropy_offset);
         grad[i] = rounded_product(of_exp, exp_of<S>(x));
     }
-    if constexpr (has_uniform) {
+    // Of an ignored row the factor is 0, and the probabilities may be NaN.
+    if (has_uniform && (!through_entropy || f.of_coefficient != 0)) {
         T a[n];
         coefficients(p, row, column, a);
 #pragma unroll

@@ -8,7 +8,8 @@ eps = label_smoothing and V classes, the loss of a row is
     of an index t         -(1 - eps) w_t log p_t - eps / V sum_c w_c log p_c + z_loss w_t lse^2
     of probabilities q    -sum_c w_c q'_c log p_c + z_loss lse^2,  q'_c = (1 - eps) q_c + eps / V
 
-and 0 where t is ignore_index. The gradient's formula stands at GradientWeights, in row.hpp.
+times the row's token_weight, if there is one; and 0 where t is ignore_index or that weight 0. The
+gradient's formula stands at GradientWeights, in row.hpp.
 
 The functions take addresses, not arrays, so that the caller may be torch or NumPy and torch's
 bfloat16 comes in without a copy. The Numba version, numba/nll.py, has the same functions.
@@ -140,9 +141,9 @@ cdef double softcap_of(int dtype, double softcap) noexcept:
 
 cdef Problem make_problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
                           Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs,
-                          Py_ssize_t probs_stride, uintptr_t weight, int64_t ignore_index,
-                          double label_smoothing, double logit_scale, double softcap,
-                          double z_loss, tuple layout) except *:
+                          Py_ssize_t probs_stride, uintptr_t weight, uintptr_t token_weight,
+                          int64_t ignore_index, double label_smoothing, double logit_scale,
+                          double softcap, double z_loss, tuple layout) except *:
     cdef Problem p
     p.dtype = dtype
     p.itemsize = 8 if dtype == FLOAT64 else 4 if dtype == FLOAT32 else 2
@@ -154,6 +155,7 @@ cdef Problem make_problem(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_
     p.probs = <const char*>probs
     p.probs_stride = probs_stride
     p.weight = <const void*>weight
+    p.token_weight = <const void*>token_weight
     p.ignore_index = ignore_index
     p.label_smoothing = label_smoothing
     p.logit_scale = logit_scale
@@ -182,42 +184,51 @@ cdef Gradient make_gradient(const Problem& p, uintptr_t out, Py_ssize_t out_stri
     return g
 
 
+cdef double real_at(uintptr_t numbers, Py_ssize_t i, int dtype) noexcept:
+    return (<const double*>numbers)[i] if dtype == FLOAT64 else (<const float*>numbers)[i]
+
+
 cpdef double total_weight(Py_ssize_t rows, Py_ssize_t vocab, uintptr_t target, uintptr_t probs,
-                          uintptr_t weight, int64_t ignore_index, int dtype) except? -1:
-    """The divisor of the mean: the sum of the counted rows' weights, or the rows for probabilities.
+                          uintptr_t weight, uintptr_t token_weight, int64_t ignore_index,
+                          int dtype) except? -1:
+    """The divisor of the mean: the sum over the counted rows of class weight times token_weight.
 
     Raises IndexError for the first target that is neither ignored nor in [0, vocab).
     """
     cdef const int64_t* targets = <const int64_t*>target
     cdef Py_ssize_t row, counted
     cdef int64_t t
-    cdef double total = 0
+    cdef double total = 0, of_row = 1
     if probs != 0:
-        return float(rows) if vocab else NAN  # as torch, whose rows are numbers / classes
+        if vocab == 0:
+            return NAN  # as torch, whose rows are numbers / classes
+        return rows if token_weight == 0 else sum_of(<const void*>token_weight, rows, dtype)
     counted = count_targets(targets, rows, vocab, ignore_index)
-    if counted >= 0 and weight == 0:
+    if counted >= 0 and weight == 0 and token_weight == 0:
         return counted
     for row in range(rows):
         t = targets[row]
-        if t == ignore_index:
+        if token_weight != 0:
+            of_row = real_at(token_weight, row, dtype)
+        if t == ignore_index or of_row == 0:
             continue
         if t < 0 or t >= vocab:
             raise IndexError(
                 f"target {t} at row {row} is out of range: expected 0 <= target < {vocab}")
-        if weight != 0:
-            total += (<const double*>weight)[t] if dtype == FLOAT64 else (<const float*>weight)[t]
+        total += of_row if weight == 0 else of_row * real_at(weight, t, dtype)
     return total
 
 
 def forward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
             Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs, Py_ssize_t probs_stride,
-            uintptr_t weight, int64_t ignore_index, double label_smoothing, double logit_scale,
-            double softcap, double z_loss, uintptr_t loss, uintptr_t lse, uintptr_t lse_low,
-            uintptr_t correct, uintptr_t entropy, uintptr_t argmax, int threads, tuple layout=None):
+            uintptr_t weight, uintptr_t token_weight, int64_t ignore_index, double label_smoothing,
+            double logit_scale, double softcap, double z_loss, uintptr_t loss, uintptr_t lse,
+            uintptr_t lse_low, uintptr_t correct, uintptr_t entropy, uintptr_t argmax, int threads,
+            tuple layout=None):
     """Write each row's loss and statistics; return the sum of the losses."""
     cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
-                                  probs_stride, weight, ignore_index, label_smoothing, logit_scale,
-                                  softcap, z_loss, layout)
+                                  probs_stride, weight, token_weight, ignore_index,
+                                  label_smoothing, logit_scale, softcap, z_loss, layout)
     cdef Output o = Output(<void*>loss, <void*>lse, <void*>lse_low, <uint8_t*>correct,
                            <void*>entropy, <int64_t*>argmax)
     cdef double total
@@ -228,16 +239,16 @@ def forward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
 
 def backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
              Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs, Py_ssize_t probs_stride,
-             uintptr_t weight, int64_t ignore_index, double label_smoothing, double logit_scale,
-             double softcap, double z_loss, uintptr_t lse, uintptr_t lse_low, uintptr_t grad,
-             Py_ssize_t grad_stride, double grad_scale, uintptr_t grad_lse,
+             uintptr_t weight, uintptr_t token_weight, int64_t ignore_index, double label_smoothing,
+             double logit_scale, double softcap, double z_loss, uintptr_t lse, uintptr_t lse_low,
+             uintptr_t grad, Py_ssize_t grad_stride, double grad_scale, uintptr_t grad_lse,
              uintptr_t grad_entropy, uintptr_t entropy, uintptr_t out, Py_ssize_t out_stride,
              int threads, tuple layout=None):
     """Write the gradient of the logits for upstream `grad * grad_scale`, `grad_lse` and
     `grad_entropy` of the `entropy` that a forward wrote."""
     cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
-                                  probs_stride, weight, ignore_index, label_smoothing, logit_scale,
-                                  softcap, z_loss, layout)
+                                  probs_stride, weight, token_weight, ignore_index,
+                                  label_smoothing, logit_scale, softcap, z_loss, layout)
     cdef Gradient g = make_gradient(p, out, out_stride, layout)
     cdef Upstream u = Upstream(<const void*>lse, <const void*>lse_low, <const void*>grad,
                                grad_stride, grad_scale, <const void*>grad_lse,
@@ -248,19 +259,19 @@ def backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
 
 cpdef double forward_backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
                               Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs,
-                              Py_ssize_t probs_stride, uintptr_t weight, int64_t ignore_index,
-                              double label_smoothing, double logit_scale, double softcap,
-                              double z_loss, uintptr_t loss, uintptr_t lse, uintptr_t lse_low,
-                              uintptr_t correct, uintptr_t entropy, uintptr_t argmax,
-                              double grad_scale, uintptr_t out, Py_ssize_t out_stride,
-                              int threads, tuple layout=None) except? -1:
+                              Py_ssize_t probs_stride, uintptr_t weight, uintptr_t token_weight,
+                              int64_t ignore_index, double label_smoothing, double logit_scale,
+                              double softcap, double z_loss, uintptr_t loss, uintptr_t lse,
+                              uintptr_t lse_low, uintptr_t correct, uintptr_t entropy,
+                              uintptr_t argmax, double grad_scale, uintptr_t out,
+                              Py_ssize_t out_stride, int threads, tuple layout=None) except? -1:
     """forward, and while each row is in cache its gradient, for upstream `grad_scale`.
 
     `out` may be the address of the logits.
     """
     cdef Problem p = make_problem(dtype, rows, vocab, logits, logits_stride, target, probs,
-                                  probs_stride, weight, ignore_index, label_smoothing, logit_scale,
-                                  softcap, z_loss, layout)
+                                  probs_stride, weight, token_weight, ignore_index,
+                                  label_smoothing, logit_scale, softcap, z_loss, layout)
     cdef Output o = Output(<void*>loss, <void*>lse, <void*>lse_low, <uint8_t*>correct,
                            <void*>entropy, <int64_t*>argmax)
     cdef Gradient g = make_gradient(p, out, out_stride, layout)
@@ -272,11 +283,12 @@ cpdef double forward_backward(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uint
 
 def loss_and_gradient(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t logits,
                       Py_ssize_t logits_stride, uintptr_t target, uintptr_t probs,
-                      Py_ssize_t probs_stride, uintptr_t weight, int64_t ignore_index,
-                      double label_smoothing, double logit_scale, double softcap, double z_loss,
-                      bytearray of_rows, uintptr_t correct, uintptr_t entropy, uintptr_t argmax,
-                      bint mean, object num_items, double upstream, uintptr_t loss, uintptr_t out,
-                      Py_ssize_t out_stride, int threads, tuple layout=None):
+                      Py_ssize_t probs_stride, uintptr_t weight, uintptr_t token_weight,
+                      int64_t ignore_index, double label_smoothing, double logit_scale,
+                      double softcap, double z_loss, bytearray of_rows, uintptr_t correct,
+                      uintptr_t entropy, uintptr_t argmax, bint mean, object num_items,
+                      double upstream, uintptr_t loss, uintptr_t out, Py_ssize_t out_stride,
+                      int threads, tuple layout=None):
     """total_weight and forward_backward of a loss that is one number, which is written to `loss`.
 
     Return the divisor of its mean: num_items, or if None the weight of the rows, rounded as a
@@ -288,7 +300,8 @@ def loss_and_gradient(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t lo
     """
     cdef char* lse = of_rows
     cdef Py_ssize_t size = rows * (8 if dtype == FLOAT64 else 4)
-    cdef double weights = total_weight(rows, vocab, target, probs, weight, ignore_index, dtype)
+    cdef double weights = total_weight(rows, vocab, target, probs, weight, token_weight,
+                                       ignore_index, dtype)
     cdef double divisor, total
     if num_items is not None:
         divisor = num_items
@@ -297,9 +310,9 @@ def loss_and_gradient(int dtype, Py_ssize_t rows, Py_ssize_t vocab, uintptr_t lo
         divisor = weights if dtype == FLOAT64 else <float>weights
     total = forward_backward(
         dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-        ignore_index, label_smoothing, logit_scale, softcap, z_loss,
-        <uintptr_t>(lse + 2 * size), <uintptr_t>lse, <uintptr_t>(lse + size), correct, entropy, argmax,
-        upstream * (1 / divisor) if mean else upstream, out, out_stride, threads, layout)
+        token_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss,
+        <uintptr_t>(lse + 2 * size), <uintptr_t>lse, <uintptr_t>(lse + size), correct, entropy,
+        argmax, upstream * (1 / divisor) if mean else upstream, out, out_stride, threads, layout)
     if mean:
         total /= divisor
     if dtype == FLOAT64:

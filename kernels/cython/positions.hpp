@@ -39,6 +39,7 @@ struct Group {
     Line<int64_t, lanes> target;    // -1 without one, or ignored
     Flags ignored;
     Doubles class_weight;           // of the target; 0 if ignored
+    Reals token_weight;
     Reals target_score, maximum, high, low, loss;
     Doubles sum;
     Doubles target_weight, softmax_weight, uniform_weight;  // as GradientWeights has them
@@ -64,10 +65,12 @@ struct Group {
         for (int i = 0; i < lanes; ++i) given[i] = none;
         if (p.target != nullptr)
             std::memcpy(&given, p.target + memory.first, memory.count * sizeof(int64_t));
+        for (int i = 0; i < lanes; ++i) token_weight[i] = p.token_weight == nullptr ? 1 : 0;
+        if (p.token_weight != nullptr) read(p.token_weight, token_weight);
         const bool probs = p.probs != nullptr;
         for (int i = 0; i < lanes; ++i) {
-            ignored[i] = !probs && given[i] == none;
-            target[i] = given[i] == none ? -1 : given[i];
+            ignored[i] = (!probs && given[i] == none) || token_weight[i] == 0;
+            target[i] = probs || ignored[i] ? -1 : given[i];
             class_weight[i] = ignored[i] ? 0 : 1;
             counted += !ignored[i];
         }
@@ -244,7 +247,7 @@ struct Group {
                 value[i] += z_loss * class_weight[i] * (double(high[i]) * high[i]);
         }
 #pragma omp simd
-        for (int i = 0; i < lanes; ++i) loss[i] = ignored[i] ? T(0) : T(value[i]);
+        for (int i = 0; i < lanes; ++i) loss[i] = ignored[i] ? T(0) : T(token_weight[i] * value[i]);
     }
 
     // The sums over all classes of what add(classes, part) adds to `part`, which begins as 0. By
@@ -433,7 +436,8 @@ struct Group {
             Doubles total;
             add_coefficients(total);
 #pragma omp simd
-            for (int i = 0; i < lanes; ++i) softmax_weight[i] = grad_lse[i] + grad[i] * total[i];
+            for (int i = 0; i < lanes; ++i)
+                softmax_weight[i] = grad_lse[i] + (ignored[i] ? 0 : grad[i] * total[i]);
         }
         if (p.z_loss != 0) {
             const double twice = 2 * p.z_loss;
@@ -495,7 +499,8 @@ struct Group {
             Reals& line = stage[c];
             if (q != nullptr) {
 #pragma omp simd
-                for (int i = 0; i < lanes; ++i) line[i] -= T(uniform_weight[i]) * q[c][i];
+                for (int i = 0; i < lanes; ++i)  // of an ignored row they may be NaN
+                    line[i] -= ignored[i] ? T(0) : T(uniform_weight[i]) * q[c][i];
             } else if (p.label_smoothing != 0) {
                 const T w = weight_of(classes.start + c);
 #pragma omp simd
@@ -543,7 +548,7 @@ struct Group {
         Flags zero;
         int zeros = 0;
         for (int i = 0; i < lanes; ++i) {
-            grad[i] = ignored[i] ? 0 : grad_loss[i];
+            grad[i] = ignored[i] ? 0 : grad_loss[i] * token_weight[i];
             // Exactly zero, even where the logits are NaN. x - x is 0 of a finite x.
             const bool unused = grad_lse[i] == 0 && entropy_weight[i] == 0;
             zero[i] = ignored[i] && (unused || !(high[i] - high[i] == 0));

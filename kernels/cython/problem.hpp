@@ -22,7 +22,8 @@ struct Problem {
     const char* probs;
     ptrdiff_t probs_stride;
     Axes probs_axes;
-    const void* weight;
+    const void* weight;        // of classes
+    const void* token_weight;  // of rows
     int64_t ignore_index;
     double label_smoothing, logit_scale, softcap, z_loss;
     double weight_sum;  // over the vocabulary; the vocabulary's size without weights

@@ -17,6 +17,7 @@ cdef extern from "problem.hpp" namespace "neglog" nogil:
         Py_ssize_t probs_stride
         Axes probs_axes
         const void* weight
+        const void* token_weight
         int64_t ignore_index
         double label_smoothing, logit_scale, softcap, z_loss
         double weight_sum

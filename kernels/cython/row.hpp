@@ -68,7 +68,8 @@ class Row {
           row(row),
           logits(reinterpret_cast<const M*>(p.logits) + row * p.logits_stride),
           weight(static_cast<const T*>(p.weight)),
-          ignored(p.target && p.target[row] == p.ignore_index),
+          token_weight(p.token_weight ? static_cast<const T*>(p.token_weight)[row] : T(1)),
+          ignored((p.target && p.target[row] == p.ignore_index) || token_weight == 0),
           has_plain_scores(p.logit_scale == 1 && p.softcap == 0) {}
 
     // Writes the loss and the statistics; returns the log-sum-exp.
@@ -77,10 +78,7 @@ class Row {
         T maximum = 0;
         if (!ignored || o.correct || o.entropy || o.argmax) lse = log_sum_exp(maximum);
         double loss = 0;
-        if (p.probs)
-            loss = loss_of_probs(lse);
-        else if (!ignored)
-            loss = loss_of_index(lse);
+        if (!ignored) loss = token_weight * (p.probs ? loss_of_probs(lse) : loss_of_index(lse));
         static_cast<T*>(o.loss)[row] = T(loss);
         if (o.lse) static_cast<T*>(o.lse)[row] = lse.high;
         if (o.lse_low) static_cast<T*>(o.lse_low)[row] = lse.low;
@@ -121,6 +119,7 @@ class Row {
     const ptrdiff_t row;
     const M* const logits;
     const T* const weight;
+    const T token_weight;
     const bool ignored;
     const bool has_plain_scores;  // they are the logits
     // Blocks in L1, not cleared
@@ -261,7 +260,7 @@ class Row {
     // Backward
 
     GradientWeights gradient_weights(Lse<T> lse, const RowUpstream& u) {
-        const double grad = u.grad;
+        const double grad = u.grad * token_weight;
         GradientWeights weights = {-1, 0, u.grad_lse, 0, -u.grad_entropy, u.entropy};
         if (ignored) return weights;
         const double eps = p.label_smoothing;

@@ -104,17 +104,24 @@ def sum_weights(zero: Real, vocab: int, weight: int) -> float:
 
 @njit(**SERIAL)
 def sum_target_weights(
-    zero: Real, rows: int, vocab: int, target: int, weight: int, ignore_index: int
+    zero: Real,
+    rows: int,
+    vocab: int,
+    target: int,
+    weight: int,
+    token_weight: int,
+    ignore_index: int,
 ) -> tuple[float, int, int]:
     """The sum over the counted rows; the first row with a bad target, or -1; that target."""
     total = 0.0
     for row in range(rows):
         t = pointer(target, INT64)[row]
-        if t == ignore_index:
+        of_row = 1.0 if token_weight == 0 else float(pointer(token_weight, zero)[row])
+        if t == ignore_index or of_row == 0:
             continue
         if t < 0 or t >= vocab:
             return total, row, t
-        total += 1.0 if weight == 0 else float(pointer(weight, zero)[t])
+        total += of_row if weight == 0 else of_row * float(pointer(weight, zero)[t])
     return total, -1, 0
 
 
@@ -135,14 +142,14 @@ def _softcap_of(dtype: int, softcap: float) -> float:
 
 def _make_problem(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
-    probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
-    softcap: float, z_loss: float,
+    probs_stride: int, weight: int, token_weight: int, ignore_index: int, label_smoothing: float,
+    logit_scale: float, softcap: float, z_loss: float,
 ) -> Problem:  # fmt: skip
     total = float(vocab)
     if weight != 0 and label_smoothing != 0:
         total = sum_weights(_zero_of(dtype), vocab, weight)
     return Problem(_zero_of(dtype), STORED[dtype], rows, vocab, logits, logits_stride, target,
-                   probs, probs_stride, weight, ignore_index, float(label_smoothing),
+                   probs, probs_stride, weight, token_weight, ignore_index, float(label_smoothing),
                    float(logit_scale), _softcap_of(dtype, softcap), float(z_loss),
                    total)  # fmt: skip
 
@@ -173,15 +180,26 @@ def _run(p: Problem, o: Output, g: Gradient, threads: int) -> float:
 
 
 def total_weight(
-    rows: int, vocab: int, target: int, probs: int, weight: int, ignore_index: int, dtype: int
+    rows: int,
+    vocab: int,
+    target: int,
+    probs: int,
+    weight: int,
+    token_weight: int,
+    ignore_index: int,
+    dtype: int,
 ) -> float:
-    """The divisor of the mean: the sum of the counted rows' weights, or the rows for probabilities.
+    """The divisor of the mean: the sum over the counted rows of class weight times token_weight.
 
     Raises IndexError for the first target that is neither ignored nor in [0, vocab).
     """
+    zero = _zero_of(dtype)
     if probs != 0:
-        return float(rows) if vocab else nan  # as torch, whose rows are numbers / classes
-    total, row, t = sum_target_weights(_zero_of(dtype), rows, vocab, target, weight, ignore_index)
+        if vocab == 0:
+            return nan  # as torch, whose rows are numbers / classes
+        return float(rows) if token_weight == 0 else sum_weights(zero, rows, token_weight)
+    weights = (weight, token_weight)
+    total, row, t = sum_target_weights(zero, rows, vocab, target, *weights, ignore_index)
     if row >= 0:
         raise IndexError(f"target {t} at row {row} is out of range: expected 0 <= target < {vocab}")
     return total
@@ -190,14 +208,14 @@ def total_weight(
 @takes_layout
 def forward(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
-    probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
-    softcap: float, z_loss: float, loss: int, lse: int, lse_low: int, correct: int,
-    entropy: int, argmax: int, threads: int,
+    probs_stride: int, weight: int, token_weight: int, ignore_index: int, label_smoothing: float,
+    logit_scale: float, softcap: float, z_loss: float, loss: int, lse: int, lse_low: int,
+    correct: int, entropy: int, argmax: int, threads: int,
 ) -> float:  # fmt: skip
     """Write each row's loss and statistics; return the sum of the losses."""
     p = _make_problem(
         dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-        ignore_index, label_smoothing, logit_scale, softcap, z_loss,
+        token_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss,
     )  # fmt: skip
     o = Output(loss, lse, lse_low, correct, entropy, argmax)
     return _run(p, o, _make_gradient(p, 0, 0, 0, 0, 1.0), threads)
@@ -206,16 +224,16 @@ def forward(
 @takes_layout
 def backward(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
-    probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
-    softcap: float, z_loss: float, lse: int, lse_low: int, grad: int, grad_stride: int,
-    grad_scale: float, grad_lse: int, grad_entropy: int, entropy: int, out: int, out_stride: int,
-    threads: int,
+    probs_stride: int, weight: int, token_weight: int, ignore_index: int, label_smoothing: float,
+    logit_scale: float, softcap: float, z_loss: float, lse: int, lse_low: int, grad: int,
+    grad_stride: int, grad_scale: float, grad_lse: int, grad_entropy: int, entropy: int, out: int,
+    out_stride: int, threads: int,
 ) -> None:  # fmt: skip
     """Write the gradient of the logits for upstream `grad * grad_scale`, `grad_lse` and
     `grad_entropy` of the `entropy` that a forward wrote."""
     p = _make_problem(
         dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-        ignore_index, label_smoothing, logit_scale, softcap, z_loss,
+        token_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss,
     )  # fmt: skip
     upstream = (grad, grad_stride, grad_scale, grad_lse, grad_entropy, entropy)
     g = _make_gradient(p, out, out_stride, *upstream)
@@ -225,9 +243,10 @@ def backward(
 @takes_layout
 def forward_backward(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
-    probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
-    softcap: float, z_loss: float, loss: int, lse: int, lse_low: int, correct: int,
-    entropy: int, argmax: int, grad_scale: float, out: int, out_stride: int, threads: int,
+    probs_stride: int, weight: int, token_weight: int, ignore_index: int, label_smoothing: float,
+    logit_scale: float, softcap: float, z_loss: float, loss: int, lse: int, lse_low: int,
+    correct: int, entropy: int, argmax: int, grad_scale: float, out: int, out_stride: int,
+    threads: int,
 ) -> float:  # fmt: skip
     """forward, and while each row is in cache its gradient, for upstream `grad_scale`.
 
@@ -235,7 +254,7 @@ def forward_backward(
     """
     p = _make_problem(
         dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-        ignore_index, label_smoothing, logit_scale, softcap, z_loss,
+        token_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss,
     )  # fmt: skip
     g = _make_gradient(p, out, out_stride, 0, 0, grad_scale)
     return _run(p, Output(loss, lse, lse_low, correct, entropy, argmax), g, threads)
@@ -244,17 +263,17 @@ def forward_backward(
 @takes_layout
 def loss_and_gradient(
     dtype: int, rows: int, vocab: int, logits: int, logits_stride: int, target: int, probs: int,
-    probs_stride: int, weight: int, ignore_index: int, label_smoothing: float, logit_scale: float,
-    softcap: float, z_loss: float, of_rows: bytearray, correct: int, entropy: int, argmax: int,
-    mean: bool, num_items: float | None, upstream: float, loss: int, out: int, out_stride: int,
-    threads: int,
+    probs_stride: int, weight: int, token_weight: int, ignore_index: int, label_smoothing: float,
+    logit_scale: float, softcap: float, z_loss: float, of_rows: bytearray, correct: int,
+    entropy: int, argmax: int, mean: bool, num_items: float | None, upstream: float, loss: int,
+    out: int, out_stride: int, threads: int,
 ) -> float:  # fmt: skip
     """total_weight and forward_backward of a loss that is one number, which is written to `loss`.
 
     Return the divisor of its mean. The gradient is that of upstream / divisor. `of_rows` has room
     for the rows' lse, lse_low and losses, in this order.
     """
-    weights = total_weight(rows, vocab, target, probs, weight, ignore_index, dtype)
+    weights = total_weight(rows, vocab, target, probs, weight, token_weight, ignore_index, dtype)
     real = type(_zero_of(dtype))
     lse = np.frombuffer(of_rows, np.uint8).ctypes.data
     size = rows * real().itemsize
@@ -262,9 +281,9 @@ def loss_and_gradient(
         divisor = np.float64(real(weights) if num_items is None else num_items) + 0.0  # not -0
         total = np.float64(forward_backward(
             dtype, rows, vocab, logits, logits_stride, target, probs, probs_stride, weight,
-            ignore_index, label_smoothing, logit_scale, softcap, z_loss, lse + 2 * size, lse,
-            lse + size, correct, entropy, argmax, upstream * (1 / divisor) if mean else upstream,
-            out, out_stride, threads,
+            token_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss,
+            lse + 2 * size, lse, lse + size, correct, entropy, argmax,
+            upstream * (1 / divisor) if mean else upstream, out, out_stride, threads,
         ))  # fmt: skip
         value = real(total / divisor if mean else total)
     ctypes.memmove(loss, value.tobytes(), value.itemsize)

@@ -19,7 +19,8 @@ class Problem(NamedTuple):
     target: int
     probs: int
     probs_stride: int
-    weight: int
+    weight: int  # of classes
+    token_weight: int  # of rows
     ignore_index: int
     label_smoothing: float
     logit_scale: float

@@ -151,7 +151,13 @@ def coefficients(p: Problem, row: int, span: Span, buffer: Pointer) -> Pointer:
 
 @njit(**EXACT)
 def ignored(p: Problem, row: int) -> bool:
-    return p.target != 0 and pointer(p.target, INT64)[row] == p.ignore_index
+    has_no_class = p.target != 0 and pointer(p.target, INT64)[row] == p.ignore_index
+    return has_no_class or token_weight(p, row) == 0
+
+
+@njit(**EXACT)
+def token_weight(p: Problem, row: int) -> float:
+    return 1.0 if p.token_weight == 0 else float(pointer(p.token_weight, p.zero)[row])
 
 
 @njit(**EXACT)
@@ -263,10 +269,12 @@ def row_forward(p: Problem, o: Output, row: int, ahead: int) -> Lse:
     lse, maximum, loss = Lse(p.zero, p.zero), p.zero, 0.0
     if not ignored(p, row) or o.correct != 0 or o.entropy != 0 or o.argmax != 0:
         lse, maximum = row_lse(p, row, buffer, ahead)
-    if p.probs != 0:
-        loss = row_loss_of_probs(p, row, lse, buffer, target_buffer)
-    elif not ignored(p, row):
-        loss = row_loss_of_index(p, row, lse, buffer)
+    if not ignored(p, row):
+        if p.probs != 0:
+            loss = row_loss_of_probs(p, row, lse, buffer, target_buffer)
+        else:
+            loss = row_loss_of_index(p, row, lse, buffer)
+        loss *= token_weight(p, row)
     pointer(o.loss, p.zero)[row] = cast(loss, p.zero)
     if o.lse != 0:
         pointer(o.lse, p.zero)[row] = lse.high
@@ -294,7 +302,7 @@ def gradient_weights(
 ) -> GradientWeights:
     if ignored(p, row):
         return GradientWeights(-1, 0.0, u.grad_lse, 0.0, -u.grad_entropy, u.entropy)
-    eps, w, grad = p.label_smoothing, 1.0, u.grad
+    eps, w, grad = p.label_smoothing, 1.0, u.grad * token_weight(p, row)
     target, target_weight, softmax_weight, uniform_weight = -1, 0.0, u.grad_lse, grad
     if p.probs != 0:
         softmax_weight += grad * row_coefficient_sum(p, row, buffer)

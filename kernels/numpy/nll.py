@@ -25,8 +25,9 @@ class NLL(NamedTuple):
     loss: the losses of the rows, 0 for an ignored one.
     lse, lse_low: the log-sum-exp of a row's scores is lse + lse_low, to twice the digits. Both are
         0 in an ignored row without stats=True: its logits are not read.
-    total_weight: what to divide the sum of the losses by for a mean: the weights of the targets
-        that are not ignored; without `weight` their number; for probabilities N.
+    total_weight: what to divide the sum of the losses by for a mean: the sum over the rows that
+        are not ignored of token_weight and the weight of the target's class, multiplied, each 1
+        where it is not given, and for probabilities the latter.
     correct, entropy: whether the target has the highest score, and the entropy of the row's
         softmax; None without stats=True.
     argmax: the first column with the highest score, or with a NaN; None without stats=True.
@@ -48,8 +49,8 @@ class _Problem(NamedTuple):
     total_weight: float
     real: RealType
     logits: NDArray
-    counted: NDArray[np.bool_] | None  # None for probabilities, which all count
-    arrays: tuple[NDArray | None, ...]  # logits, target, weight; keeps them alive
+    counted: NDArray[np.bool_] | None  # None where all do
+    arrays: tuple[NDArray | None, ...]  # logits, target, weights; keeps them alive
 
 
 def array_of(name: str, value: ArrayLike) -> NDArray:
@@ -191,6 +192,7 @@ def _problem(
     logits: ArrayLike,
     target: ArrayLike,
     weight: ArrayLike | None,
+    token_weight: ArrayLike | None,
     ignore_index: int,
     label_smoothing: float,
     logit_scale: float,
@@ -202,20 +204,23 @@ def _problem(
     real: RealType = np.float64 if code == DTYPE_CODES["float64"] else np.float32
     t = _target_of(target, x)
     w = None if weight is None else reals_of("weight", weight, ((vocab,),), real)
+    u = None if token_weight is None else reals_of("token_weight", token_weight, ((rows,),), real)
     options = _checked_options(real, label_smoothing, logit_scale, softcap, z_loss)
     ignore_index = _index(ignore_index)
     index, probs = (t, None) if t.ndim == 1 else (None, t)
     total = kernel.total_weight(
-        rows, vocab, address(index), address(probs), address(w), ignore_index, code
+        rows, vocab, address(index), address(probs), address(w), address(u), ignore_index, code
     )
     probs_stride = 0 if probs is None else row_stride(probs)
     arguments = (
         code, rows, vocab, address(x), row_stride(x),
         address(index), address(probs), probs_stride,
-        address(w), ignore_index, *options,
+        address(w), address(u), ignore_index, *options,
     )  # fmt: skip
     counted = None if index is None else t != ignore_index
-    return _Problem(arguments, total, real, x, counted, (x, t, w))
+    if u is not None:
+        counted = (u != 0) if counted is None else counted & (u != 0)
+    return _Problem(arguments, total, real, x, counted, (x, t, w, u))
 
 
 def new_gradient(logits: NDArray) -> NDArray:
@@ -286,6 +291,7 @@ def nll_forward(
     target: ArrayLike,
     *,
     weight: ArrayLike | None = None,
+    token_weight: ArrayLike | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
@@ -302,6 +308,7 @@ def nll_forward(
     target: (N,) integers in [0, V), or `ignore_index` for a row that does not count; or (N, V)
         probabilities, cast to the logits' dtype.
     weight: (V,) a weight w for each class.
+    token_weight: (N,) what each row's loss is multiplied by. A row whose number is 0 is ignored.
     label_smoothing: eps in [0, 1].
     logit_scale, softcap: the scores are z = logit_scale * logits, with a softcap
         z = softcap * tanh(logit_scale * logits / softcap).
@@ -319,8 +326,9 @@ def nll_forward(
     """
     kernel = load_kernel("nll", backend)
     problem = _problem(
-        kernel, logits, target, weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
-    )
+        kernel, logits, target, weight, token_weight, ignore_index, label_smoothing, logit_scale,
+        softcap, z_loss,
+    )  # fmt: skip
     rows = problem.arguments[1]
     loss, lse, low = (np.empty(rows, problem.real) for _ in range(3))
     of_rows = _stats(problem, stats)
@@ -338,6 +346,7 @@ def nll_backward(
     target: ArrayLike,
     *,
     weight: ArrayLike | None = None,
+    token_weight: ArrayLike | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
@@ -367,8 +376,9 @@ def nll_backward(
     check_kind_of_result(result, NLL, "nll_forward")
     kernel = load_kernel("nll", backend)
     problem = _problem(
-        kernel, logits, target, weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
-    )
+        kernel, logits, target, weight, token_weight, ignore_index, label_smoothing, logit_scale,
+        softcap, z_loss,
+    )  # fmt: skip
     rows = problem.arguments[1]
     _check_result(result, rows, np.dtype(problem.real))
     upstream = _upstream("grad", grad, problem)
@@ -411,6 +421,7 @@ def nll_forward_backward(
     target: ArrayLike,
     *,
     weight: ArrayLike | None = None,
+    token_weight: ArrayLike | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
@@ -439,8 +450,9 @@ def nll_forward_backward(
     """
     kernel = load_kernel("nll", backend)
     problem = _problem(
-        kernel, logits, target, weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss
-    )
+        kernel, logits, target, weight, token_weight, ignore_index, label_smoothing, logit_scale,
+        softcap, z_loss,
+    )  # fmt: skip
     x = problem.logits
     scale = number_of("grad_scale", grad_scale, problem.real)
     out = _gradient_in(out, problem)

@@ -257,7 +257,7 @@ def check_index_target(logits: Any, target: Any, mask: Any, shift: Any) -> None:
         raise IndexError("logits: expected shape (..., C), got a scalar")
     if target.device != logits.device:
         raise RuntimeError(f"target: expected device {logits.device}, got {target.device}")
-    _check_target_of_positions(list(logits.shape[:-1]), None, target, mask, shift, "C")
+    check_target_of_positions(list(logits.shape[:-1]), None, target, mask, shift, "C")
 
 
 def check_linear(
@@ -307,14 +307,14 @@ def check_linear(
     if linear_weight.dim() == 2:
         positions = list(input.shape[:-1])
         logits = None if indices else [*positions, linear_weight.shape[0]]
-        _check_target_of_positions(positions, logits, target, mask, shift)
+        check_target_of_positions(positions, logits, target, mask, shift)
         return
     for name, given in (("mask", mask is not None), ("shift", shift)):
         if given:
             raise RuntimeError(f"{name}: expected none with a K-dimensional linear_weight")
 
 
-def _check_target_of_positions(
+def check_target_of_positions(
     positions: list[int], logits: list[int] | None, target: Tensor, mask: Any, shift: bool,
     last: str = "in_features",
 ) -> None:  # fmt: skip
@@ -349,14 +349,14 @@ def _check_target_of_positions(
     check_mask_shape(mask, positions)
 
 
-def check_mask_shape(mask: Tensor, positions: list[int]) -> None:
+def check_mask_shape(mask: Tensor, positions: list[int], name: str = "mask") -> None:
     fits = mask.dim() <= len(positions) and all(
         size in (1, whole)
         for size, whole in zip(reversed(mask.shape), reversed(positions), strict=False)
     )
     if not fits:
         raise RuntimeError(
-            f"mask: expected shape {positions} or one that broadcasts to it, got {_shape(mask)}"
+            f"{name}: expected shape {positions} or one that broadcasts to it, got {_shape(mask)}"
         )
 
 
@@ -384,20 +384,20 @@ def check_extensions(
 ) -> None:
     """What neglog adds to torch's arguments."""
     real = real_dtype(input.dtype)
-    _check_number("logit_scale", logit_scale, input, real, learns=True)
-    _check_number("z_loss", z_loss, input, real)
-    if _known(z_loss) and z_loss < 0:
+    check_number("logit_scale", logit_scale, input, real, learns=True)
+    check_number("z_loss", z_loss, input, real)
+    if known(z_loss) and z_loss < 0:
         raise ValueError(f"z_loss: expected a number from 0, got {shown(z_loss)}")
     if softcap is not None:
         _check_type_of_number("softcap", softcap, input)
-        if _known(softcap) and not (softcap > 0 and fits(softcap, torch.float64)):
+        if known(softcap) and not (softcap > 0 and fits(softcap, torch.float64)):
             raise ValueError(
                 f"softcap: expected a finite number above 0 or None, got {shown(softcap)}"
             )
     if num_items is None:
         return
-    _check_number("num_items", num_items, input, real)
-    if _known(num_items) and num_items < 0:
+    check_number("num_items", num_items, input, real)
+    if known(num_items) and num_items < 0:
         raise ValueError(f"num_items: expected a number from 0, got {shown(num_items)}")
     if reduction == "none":
         raise ValueError("num_items: expected reduction 'mean' or 'sum', got 'none'")
@@ -405,12 +405,12 @@ def check_extensions(
 
 def check_temperature(temperature: Any, input: Tensor) -> None:
     """A number above 0."""
-    _check_number("temperature", temperature, input, real_dtype(input.dtype))
-    if _known(temperature) and not temperature > 0:
+    check_number("temperature", temperature, input, real_dtype(input.dtype))
+    if known(temperature) and not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {shown(temperature)}")
 
 
-def _known(value: Any) -> bool:
+def known(value: Any) -> bool:
     """Whether a number can be compared: not one in a tensor that is traced, or on a device."""
     return not isinstance(value, Tensor) or torch_state.readable(value)
 
@@ -428,7 +428,7 @@ def check_loss_dtype(loss_dtype: Any, input: Tensor) -> None:
         )
 
 
-def _check_number(
+def check_number(
     name: str, value: Any, input: Tensor, real: torch.dtype, learns: bool = False
 ) -> None:
     """A number that `real` holds or a tensor of one; unless it `learns`, not one whose gradient

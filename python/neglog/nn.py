@@ -127,9 +127,13 @@ class CrossEntropyLoss(
     """
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, target: Tensor, num_items: int | Tensor | None = None
-    ) -> Tensor | LossStats:
-        return cross_entropy(input, target, num_items=num_items, **self._given())
+        self, input: Tensor, target: Tensor, num_items: int | Tensor | None = None,
+        token_weight: Tensor | None = None, per_sequence: bool | Tensor = False,
+    ) -> Tensor | LossStats:  # fmt: skip
+        return cross_entropy(
+            input, target, num_items=num_items, token_weight=token_weight,
+            per_sequence=per_sequence, **self._given(),
+        )  # fmt: skip
 
 
 class MaskedCrossEntropyLoss(_Loss, function=masked_cross_entropy):
@@ -142,9 +146,13 @@ class MaskedCrossEntropyLoss(_Loss, function=masked_cross_entropy):
         super().__init__(*arguments, **options)
 
     def forward(
-        self, input: Tensor, target: Tensor, mask: Tensor, num_items: int | Tensor | None = None
-    ) -> Tensor | LossStats:
-        return masked_cross_entropy(input, target, mask, num_items=num_items, **self._given())
+        self, input: Tensor, target: Tensor, mask: Tensor, num_items: int | Tensor | None = None,
+        token_weight: Tensor | None = None, per_sequence: bool | Tensor = False,
+    ) -> Tensor | LossStats:  # fmt: skip
+        return masked_cross_entropy(
+            input, target, mask, num_items=num_items, token_weight=token_weight,
+            per_sequence=per_sequence, **self._given(),
+        )  # fmt: skip
 
 
 class _Head(_WeightedLoss):
@@ -179,19 +187,22 @@ class LinearCrossEntropyLoss(
 ):
     """torch.nn.LinearCrossEntropyLoss by neglog.linear_cross_entropy; its parameter is `linear`.
 
-    Called with input (..., in_features) and target; `mask` and `num_items` by keyword.
+    Called with input (..., in_features) and target; `mask`, `num_items`, `token_weight` and
+    `per_sequence` by keyword.
     """
 
     def forward(
         self, input: Tensor, target: Tensor, *, mask: Tensor | None = None,
-        num_items: int | Tensor | None = None,
+        num_items: int | Tensor | None = None, token_weight: Tensor | None = None,
+        per_sequence: bool | Tensor = False,
     ) -> Tensor | LossStats:  # fmt: skip
         classes, head = (self.num_classes, *self.out_features), self.linear
         weight = head.weight.view(*classes, head.in_features)
         bias = None if head.bias is None else head.bias.view(classes)
         return linear_cross_entropy(
-            input, weight, target, linear_bias=bias, mask=mask, num_items=num_items, **self._given()
-        )
+            input, weight, target, linear_bias=bias, mask=mask, num_items=num_items,
+            token_weight=token_weight, per_sequence=per_sequence, **self._given(),
+        )  # fmt: skip
 
 
 class InfoNCELoss(_Loss, function=info_nce):

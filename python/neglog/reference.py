@@ -70,6 +70,7 @@ def nll(
     target: ArrayLike,
     *,
     weight: ArrayLike | None = None,
+    token_weight: ArrayLike | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -84,30 +85,36 @@ def nll(
     """Negative log-likelihood of `target` under softmax(z), and its gradient.
 
     logits: (N, V). target: (N,) integers, or (N, V) probabilities.
-    loss_i = -sum_c w_c q_c log p_c + w_i z_loss lse_i^2, where q is the smoothed target and w_i the
-    weight of the target's class (1 for probabilities). "mean" divides by the sum of w_i.
+    loss_i = u_i (-sum_c w_c q_c log p_c + w_i z_loss lse_i^2), where q is the smoothed target, w_i
+    the weight of the target's class (1 for probabilities) and u_i the token_weight (N,); a row
+    whose u_i is 0 is ignored. "mean" divides by the sum of u_i w_i.
     """
     x = np.asarray(logits, np.float64)
     t = np.asarray(target)
     rows, vocab = x.shape
     w = np.ones(vocab) if weight is None else np.asarray(weight, np.float64)
+    of_rows = np.ones(rows) if token_weight is None else np.asarray(token_weight, np.float64)
+    if t.ndim == 1:
+        t = np.where(of_rows == 0, ignore_index, t)
     with np.errstate(all="ignore"):
         z, dz_dx = scores(x, logit_scale, softcap)
         log_p, lse = log_softmax(z)
         p = np.exp(log_p)
         mass, row_weight, counted = target_mass(t, w, ignore_index, label_smoothing)
+        counted = counted & (of_rows != 0)
         # An index target multiplies only what it names: 0 * -inf elsewhere must not make a NaN.
         plain = t.ndim == 1 and label_smoothing == 0
         terms = np.where(mass == 0, 0.0, mass * log_p) if plain else mass * log_p
         loss = -terms.sum(axis=1)
         if z_loss:
             loss = loss + row_weight * z_loss * lse**2
-        loss = np.where(counted, loss, 0.0)
-        total_weight = float(row_weight.sum()) if num_items is None else float(num_items)
+        loss = np.where(counted, of_rows * loss, 0.0)
+        total_weight = float(np.where(counted, of_rows * row_weight, 0.0).sum())
+        total_weight = total_weight if num_items is None else float(num_items)
 
         soft = mass.sum(axis=1) + (2 * z_loss * row_weight * lse if z_loss else 0.0)
         dz = soft[:, None] * p - mass
-        upstream = np.broadcast_to(np.asarray(grad_loss, np.float64), (rows,))
+        upstream = of_rows * np.broadcast_to(np.asarray(grad_loss, np.float64), (rows,))
         if reduction == "mean":
             upstream = upstream / np.float64(total_weight)
         grad = np.where(counted[:, None], upstream[:, None] * dz * dz_dx, 0.0)
@@ -129,6 +136,126 @@ def nll(
     if t.ndim == 1 and vocab:
         correct = counted & (argmax == t) & ~np.isnan(z).any(axis=1)
     return NLL(reduced, lse, correct, entropy, argmax, total_weight, grad)
+
+
+class KL(NamedTuple):
+    """What `kl` returns: loss (() or (N,)); divergence and cross_entropy (N,); grad (N, V)."""
+
+    loss: Array
+    divergence: Array
+    cross_entropy: Array
+    total_weight: float
+    grad: Array
+
+
+def divergence(log_p: Array, log_q: Array, beta: float) -> tuple[Array, Array]:
+    """Of the rows' distributions p from q, (N,); and its gradient by the scores of p, (N, V).
+
+    KL(q | p) for beta 0, KL(p | q) for beta 1, and between them beta KL(q | m) + (1 - beta) KL(p |
+    m) with m = beta q + (1 - beta) p. 0 log 0 is 0.
+    """
+    p, q = np.exp(log_p), np.exp(log_q)
+
+    def mean_log(weights: Array, logs: Array) -> Array:
+        return np.where(weights == 0, 0.0, weights * logs).sum(axis=1, keepdims=True)
+
+    if beta == 0:
+        return mean_log(q, log_q - log_p)[:, 0], p - q
+    if beta == 1:
+        value = mean_log(p, log_p - log_q)
+        return value[:, 0], np.where(p == 0, 0.0, p * (log_p - log_q - value))
+    log_m = np.logaddexp(np.log(beta) + log_q, np.log1p(-beta) + log_p)
+    of_student = mean_log(p, log_p - log_m)
+    value = beta * mean_log(q, log_q - log_m) + (1 - beta) * of_student
+    grad = (1 - beta) * np.where(p == 0, 0.0, p * (log_p - log_m - of_student))
+    return value[:, 0], grad
+
+
+def kl(
+    logits: ArrayLike,
+    teacher: ArrayLike,
+    *,
+    ids: ArrayLike | None = None,
+    probabilities: bool = False,
+    target: ArrayLike | None = None,
+    token_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: float | None = None,
+    grad_loss: ArrayLike = 1.0,
+) -> KL:
+    """Divergence of a student's softmax(z / temperature) from a teacher's, and its cross-entropy.
+
+    logits: (N, V). teacher: scores (N, V) as the logits, or `probabilities`; with `ids` (N, K) the
+    log-probabilities (N, K) of these classes, at this temperature, and what is left to 1 is that of
+    all others together. target: (N,), of the cross-entropy; only `ignore_index` matters without.
+    loss_i = u_i (soft_weight divergence_i + hard_weight (lse(z_i) - z_i,target)), u the
+    token_weight. "mean" divides by the sum of the counted u_i.
+    """
+    x = np.asarray(logits, np.float64)
+    rows, vocab = x.shape
+    t = np.zeros(rows, np.int64) if target is None else np.asarray(target)
+    of_rows = np.ones(rows) if token_weight is None else np.asarray(token_weight, np.float64)
+    counted = (t != ignore_index) & (of_rows != 0)
+    index = np.where(counted, t, 0)
+    with np.errstate(all="ignore"):
+        z, dz_dx = scores(x, logit_scale, softcap)
+        given = np.asarray(teacher, np.float64)
+        if ids is None:
+            log_p, _ = log_softmax(z / temperature)
+            of_teacher = np.log(given) if probabilities else given
+            log_q, _ = log_softmax(
+                scores(of_teacher, teacher_scale, teacher_softcap)[0] / temperature
+            )
+            soft, soft_grad = divergence(log_p, log_q, beta)
+        else:
+            soft, soft_grad = _of_named(z / temperature, given, np.asarray(ids), beta)
+        log_p, _ = log_softmax(z)
+        hard = -log_p[np.arange(rows), index]
+        hard_grad = np.exp(log_p) - (np.arange(vocab) == index[:, None])
+        loss, dz = np.zeros(rows), np.zeros_like(z)
+        if soft_weight:
+            loss, dz = loss + soft_weight * soft, dz + soft_weight / temperature * soft_grad
+        if hard_weight:
+            loss, dz = loss + hard_weight * hard, dz + hard_weight * hard_grad
+        loss = np.where(counted, of_rows * loss, 0.0)
+        total = float(np.where(counted, of_rows, 0.0).sum()) if num_items is None else num_items
+        upstream = of_rows * np.broadcast_to(np.asarray(grad_loss, np.float64), (rows,))
+        if reduction == "mean":
+            upstream = upstream / np.float64(total)
+        grad = np.where(counted[:, None], upstream[:, None] * dz * dz_dx, 0.0)
+        reduced = loss if reduction == "none" else np.asarray(loss.sum())
+        if reduction == "mean":
+            reduced = np.asarray(loss.sum() / np.float64(total))
+    divergences = np.where(counted, soft if soft_weight else 0.0, 0.0)
+    cross_entropies = np.where(counted, hard if hard_weight else 0.0, 0.0)
+    return KL(reduced, divergences, cross_entropies, total, grad)
+
+
+def _of_named(z: Array, logs: Array, ids: NDArray, beta: float) -> tuple[Array, Array]:
+    """The divergence over named classes and one bin of all others, and its gradient by z."""
+    value, grad = np.zeros(len(z)), np.zeros_like(z)
+    for row, (scores_of_row, log_q, columns) in enumerate(zip(z, logs, ids, strict=True)):
+        named = ~np.isneginf(log_q)  # one of probability 0 is left to the others
+        log_q, columns = log_q[named], columns[named]
+        others = np.setdiff1d(np.arange(z.shape[1]), columns)
+        softmax_of_others, lse = log_softmax(scores_of_row[None, others])
+        rest = np.log(max(1 - np.exp(log_q).sum(), 0.0) if len(others) else 0.0)
+        bins = np.append(scores_of_row[columns], lse)[None]
+        of_bins = divergence(log_softmax(bins)[0], np.append(log_q, rest)[None], beta)
+        value[row], (*of_columns, of_others) = of_bins[0][0], of_bins[1][0]
+        grad[row, columns] = of_columns
+        if np.isfinite(lse).all():
+            grad[row, others] = of_others * np.exp(softmax_of_others[0])
+    return value, grad
 
 
 class Pairs(NamedTuple):

@@ -50,13 +50,13 @@ def test_linear_nll_is_what_the_cpu_has(device, dtype, options, reduction, stats
 
     def run(place, forward, backward):
         given = [x.to(place) for x in fixed]
-        outputs = forward(*given, None, *tail, stats, wanted, 1, dtype, filter_eps, "")
+        outputs = forward(*given, None, None, *tail, stats, wanted, 1, dtype, filter_eps, "")
         grad = normal(*outputs[0].shape, seed=5).to(real).to(place)
         grad_lse, grad_entropy = normal(2, rows, seed=6).to(real).to(place)
         grads = []
         for through in ((None, None), (grad_lse, None), (None, grad_entropy)):
             made = backward(
-                grad, *through, *given, outputs[2], *outputs[6:], *tail, [True] * 3, 1, dtype,
+                grad, *through, *given, None, outputs[2], *outputs[6:], *tail, [True] * 3, 1, dtype,
                 filter_eps, "",
             )  # fmt: skip
             grads += made
@@ -91,10 +91,9 @@ def test_linear_nll_while_a_graph_is_captured(device, dtype, reduction, stats, m
 
     def run():
         tiles = (1 << 14, dtype, 0.0, "")
-        outputs = linear_forward(*given, None, None, *tail, stats, wanted, *tiles)
-        grads = linear_backward(
-            grad, None, None, *given, None, outputs[2], *outputs[6:], *tail, [True] * 3, *tiles
-        )
+        outputs = linear_forward(*given, None, None, None, *tail, stats, wanted, *tiles)
+        kept = (*given, None, None, outputs[2], *outputs[6:])
+        grads = linear_backward(grad, None, None, *kept, *tail, [True] * 3, *tiles)
         return *outputs, *grads
 
     expected = run()
@@ -111,8 +110,8 @@ def test_linear_nll_of_nothing(device):
     target = torch.full((3,), -100, device=device.name)
     for reduction, expected in ((MEAN, NAN), (SUM, 0.0)):
         loss, *_, dx, dw, db = linear_forward(
-            *given, target, None, None, reduction, -100, *OPTIONS["plain"], False, [True] * 3, 1,
-            torch.float32, 0.0, "",
+            *given, target, None, None, None, reduction, -100, *OPTIONS["plain"], False,
+            [True] * 3, 1, torch.float32, 0.0, "",
         )  # fmt: skip
         assert off(loss, expected) == 0
         assert not any(x.any() for x in (dx, dw, db))

@@ -36,13 +36,25 @@ def problem(shape, dtype, probabilities, device, seed=0):
     return logits.to(device)[:, 2:-1], target.to(device), weight.to(device)
 
 
-def truth(logits, target, weight, options, **more):
+def weighted_problem(shape, dtype, probabilities, device):
+    """A problem with a weight of each row, not adjacent in memory; one is negative. Of rows that
+    weigh 0 the target is none, and of one of them the logits are NaN."""
+    logits, target, weight = problem(shape, dtype, probabilities, device)
+    token_weight = torch.tensor([0.5, 0.0, -1.5, 1.0, 3.0, -0.0, 0.25], dtype=real_of(dtype))
+    token_weight = token_weight.to(device).repeat_interleave(2)[::2]
+    logits[1] = NAN
+    target[token_weight == 0] = NAN if probabilities else shape[1]
+    return logits, target, weight, token_weight
+
+
+def truth(logits, target, weight, options, token_weight=None, **more):
     smoothing, scale, softcap, z_loss = options
     target = target.cpu()
     return reference.nll(
         logits.double().cpu().numpy(),
         target.double().numpy() if target.dim() == 2 else target.numpy(),
         weight=None if weight is None else weight.double().cpu().numpy(),
+        token_weight=None if token_weight is None else token_weight.double().cpu().numpy(),
         label_smoothing=smoothing, logit_scale=scale, softcap=softcap or None, z_loss=z_loss,
         **more,
     )  # fmt: skip
@@ -58,7 +70,7 @@ def test_nll_against_the_oracle(device, dtype, shape, options, probabilities):
     values = (MEAN, -100, *options)
     expected = truth(logits, target, weight, options)
     loss, lse, low, total, correct, entropy, argmax = device.ops.nll(
-        logits, target, weight, None, *values, True, ""
+        logits, target, weight, None, None, *values, True, ""
     )
     assert off(loss, expected.loss) <= LOSS[dtype]
     assert off(lse.double() + low.double(), expected.lse) <= LOSS[dtype]
@@ -67,7 +79,7 @@ def test_nll_against_the_oracle(device, dtype, shape, options, probabilities):
     assert argmax.tolist() == expected.argmax.tolist()
     upstream = torch.ones((), dtype=loss.dtype, device=device.name)
     gradient = device.ops.nll_backward(
-        upstream, None, None, logits, target, weight, lse, low, None, total, *values, ""
+        upstream, None, None, logits, target, weight, None, lse, low, None, total, *values, ""
     )
     assert off(gradient, expected.grad) <= GRADIENT[dtype]
 
@@ -84,7 +96,7 @@ def test_nll_in_place_and_its_upstream(device, dtype, options, reduction):
     name = ("none", "mean", "sum")[reduction]
     expected = truth(given, target, weight, options, reduction=name)
     loss, lse, total, *_ = device.ops.nll_(
-        logits, target, weight, None, reduction, -100, *options, False, ""
+        logits, target, weight, None, None, reduction, -100, *options, False, ""
     )
     late = dtype == torch.float16 and reduction == MEAN  # divided in the backward
     assert off(loss, expected.loss) <= LOSS[dtype]
@@ -122,7 +134,9 @@ def test_nll_in_place_on_chip(device, dtype, row_bytes, reverse, aligned, monkey
     logits.copy_(given)
     options = (0.0, *OPTIONS["all"][1:])
     expected = truth(given, target, weight, options, reduction="sum")
-    loss, lse, *_ = device.ops.nll_(logits, target, weight, None, SUM, -100, *options, False, "")
+    loss, lse, *_ = device.ops.nll_(
+        logits, target, weight, None, None, SUM, -100, *options, False, ""
+    )
     assert off(loss, expected.loss) <= 10 * LOSS[dtype]
     assert off(lse[[0, 2, 3]], expected.lse[[0, 2, 3]]) <= LOSS[dtype]
     assert off(logits, expected.grad) <= GRADIENT[dtype]
@@ -136,7 +150,7 @@ def test_nll_of_columns_that_are_not_adjacent(device):
     logits = given.t().contiguous().t()
     options = OPTIONS["all"]
     expected = truth(given, target, weight, options)
-    device.ops.nll_(logits, target, weight, None, MEAN, -100, *options, False, "")
+    device.ops.nll_(logits, target, weight, None, None, MEAN, -100, *options, False, "")
     assert off(logits, expected.grad) <= GRADIENT[torch.float32]
     device.ops.nll_scale_(logits, torch.tensor(2.0, device=device.name))
     assert off(logits, 2 * expected.grad) <= GRADIENT[torch.float32]
@@ -147,7 +161,7 @@ def test_nll_with_an_upstream_for_each_row_its_lse_and_entropy(device, dtype, pr
     logits, target, weight = problem((7, 257), dtype, probabilities, device.name)
     options = OPTIONS["all"]
     _, lse, low, total, _, entropy, _ = device.ops.nll(
-        logits, target, weight, None, NONE, -100, *options, True, ""
+        logits, target, weight, None, None, NONE, -100, *options, True, ""
     )
     grads = normal(3, 7).to(lse.dtype).to(device.name)
     by_row = {name: g.double().cpu().numpy() for name, g in zip(UPSTREAM, grads, strict=True)}
@@ -156,9 +170,87 @@ def test_nll_with_an_upstream_for_each_row_its_lse_and_entropy(device, dtype, pr
     )  # fmt: skip
     kept = (lse, low, entropy, total)
     gradient = device.ops.nll_backward(
-        *grads, logits, target, weight, *kept, NONE, -100, *options, ""
+        *grads, logits, target, weight, None, *kept, NONE, -100, *options, ""
     )
     assert off(gradient, expected.grad) <= GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
+def test_nll_with_weights_of_rows(device, dtype, reduction, options, probabilities):
+    logits, target, *weights = weighted_problem((7, 257), dtype, probabilities, device.name)
+    values = (reduction, -100, *options)
+    loss, lse, low, total, correct, entropy, argmax = device.ops.nll(
+        logits, target, *weights, None, *values, True, ""
+    )
+    rows = loss.numel()
+    grads = normal(3, 7).to(lse.dtype).to(device.name)
+    grads = (grads[0, :rows].view(loss.shape), *grads[1:])
+    by_row = {name: g.double().cpu().numpy() for name, g in zip(UPSTREAM, grads, strict=True)}
+    name = ("none", "mean", "sum")[reduction]
+    expected = truth(
+        logits, target, weights[0], options, weights[1], reduction=name, **by_row,
+    )  # fmt: skip
+    assert off(loss, expected.loss) <= LOSS[dtype]
+    assert off(lse.double() + low.double(), expected.lse) <= LOSS[dtype]
+    assert off(total, expected.total_weight) <= LOSS[dtype]
+    assert correct.tolist() == expected.correct.tolist()
+    assert argmax.tolist() == expected.argmax.tolist()
+    kept = (logits, target, *weights, lse, low, entropy, total)
+    gradient = device.ops.nll_backward(*grads, *kept, *values, "")
+    assert off(gradient, expected.grad) <= GRADIENT[dtype]
+    alone = device.ops.nll_backward(grads[0], None, None, *kept, *values, "")
+    assert not alone[1].any()
+    assert not alone[5].any()
+
+
+# Short rows, and rows that are held by one block and by a cluster of two.
+@pytest.mark.parametrize("row_bytes", [1 << 10, ON_CHIP["one"], ON_CHIP["two"]], ids=str)
+@pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
+def test_nll_in_place_with_weights_of_rows(device, dtype, reduction, row_bytes):
+    shape = (7, row_bytes // dtype.itemsize)
+    given, target, *weights = weighted_problem(shape, dtype, False, device.name)
+    options = OPTIONS["scaled"]
+    name = ("none", "mean", "sum")[reduction]
+    expected = truth(given, target, weights[0], options, weights[1], reduction=name)
+    logits = given.contiguous()
+    loss, _, total, *_ = device.ops.nll_(
+        logits, target, *weights, None, reduction, -100, *options, False, ""
+    )
+    late = dtype == torch.float16 and reduction == MEAN  # divided in the backward
+    assert off(loss, expected.loss) <= 10 * LOSS[dtype]
+    assert off(logits / total if late else logits, expected.grad) <= GRADIENT[dtype]
+    assert not logits[1].any()
+    assert not logits[5].any()
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_nll_with_weights_of_one_has_the_bits_of_none(device, dtype, probabilities):
+    logits, target, weight = problem((7, 257), dtype, probabilities, device.name)
+    ones = torch.ones((), dtype=real_of(dtype), device=device.name).expand(7)
+    values = (MEAN, -100, *OPTIONS["all"])
+    found = []
+    for token_weight in (None, ones):
+        given = (logits, target, weight, token_weight)
+        outputs = device.ops.nll(*given, None, *values, True, "")
+        loss, lse, low, total, *_ = outputs
+        gradient = device.ops.nll_backward(
+            torch.ones_like(loss), None, None, *given, lse, low, None, total, *values, ""
+        )
+        found.append((*outputs, gradient))
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_nll_refuses_weights_of_rows_that_do_not_fit(device):
+    logits, target, weight = problem((7, 31), torch.float32, False, device.name)
+    ones = torch.ones(7, device=device.name)
+    for wrong in (ones[:6], ones.double(), ones[0], ones[:, None]):
+        with pytest.raises(RuntimeError, match="token_weight: expected"):
+            device.ops.nll(
+                logits, target, weight, wrong, None, MEAN, -100, *OPTIONS["plain"], False, ""
+            )
 
 
 # Within one vector and over several.
@@ -173,13 +265,13 @@ def test_nll_of_extremes(device, dtype, vocab):
     options = OPTIONS["plain"]
     expected = truth(logits, target, None, options, reduction="none")
     loss, lse, low, total, _, entropy, argmax = device.ops.nll(
-        logits, target, None, None, NONE, -100, *options, True, ""
+        logits, target, None, None, None, NONE, -100, *options, True, ""
     )
     assert off(loss, expected.loss) <= LOSS[dtype]
     assert off(entropy, expected.entropy) <= LOSS[dtype]
     assert argmax.tolist() == logits.argmax(1).tolist()
     ones = torch.ones(len(logits), dtype=lse.dtype, device=device.name)
-    kept = (logits, target, None, lse, low, entropy, total)
+    kept = (logits, target, None, None, lse, low, entropy, total)
     for grads in ((ones, None, None), (ones, ones, ones)):
         upstream = {n: float(g is not None) for n, g in zip(UPSTREAM, grads, strict=True)}
         expected = truth(logits, target, None, options, reduction="none", **upstream)
@@ -195,11 +287,10 @@ def test_nll_of_softcaps_beyond_the_range(device, dtype, softcap):
     options = (0.0, 1.0, softcap, 0.0)
     expected = truth(logits, target, None, options, reduction="none")
     given = (NONE, -100, *options)
-    loss, lse, low, total, *_ = device.ops.nll(logits, target, None, None, *given, False, "")
+    loss, lse, low, total, *_ = device.ops.nll(logits, target, None, None, None, *given, False, "")
     assert off(loss, expected.loss) <= LOSS[dtype]
-    gradient = device.ops.nll_backward(
-        torch.ones_like(lse), None, None, logits, target, None, lse, low, None, total, *given, ""
-    )
+    kept = (logits, target, None, None, lse, low, None, total)
+    gradient = device.ops.nll_backward(torch.ones_like(lse), None, None, *kept, *given, "")
     assert off(gradient, expected.grad) <= GRADIENT[dtype]
 
 
@@ -209,9 +300,11 @@ def test_nll_of_an_ignored_row_whose_lse_is_no_number(device, dtype):
     logits = torch.tensor(rows, dtype=dtype, device=device.name)
     target = torch.full((4,), -100, device=device.name)
     given = (NONE, -100, *OPTIONS["plain"])
-    _, lse, low, total, _, entropy, _ = device.ops.nll(logits, target, None, None, *given, True, "")
+    _, lse, low, total, _, entropy, _ = device.ops.nll(
+        logits, target, None, None, None, *given, True, ""
+    )
     ones = torch.ones_like(lse)
-    kept = (logits, target, None, lse, low, entropy, total)
+    kept = (logits, target, None, None, lse, low, entropy, total)
     gradient = device.ops.nll_backward(ones, ones, ones, *kept, *given, "")
     assert gradient.tolist() == [[0, 0], [0, 0], [0, 0], [0, 1]]
 
@@ -220,9 +313,9 @@ def test_nll_of_nothing(device):
     for rows, vocab in ((0, 5), (3, 0)):
         logits = torch.empty(rows, vocab, device=device.name)
         target = torch.full((rows,), -100, device=device.name)
-        loss = device.ops.nll(logits, target, None, None, MEAN, -100, *OPTIONS["plain"], False, "")[
-            0
-        ]
+        loss = device.ops.nll(
+            logits, target, None, None, None, MEAN, -100, *OPTIONS["plain"], False, ""
+        )[0]
         assert loss.isnan()
 
 
@@ -233,24 +326,12 @@ def test_nll_of_no_classes(device, probabilities):
     target = torch.empty(4, 0) if probabilities else torch.full((4,), -100)
     target, options = target.to(device.name), OPTIONS["plain"]
     for reduction in (NONE, MEAN, SUM):
-        given = (logits, target, None, None, reduction, -100, *options)
+        given = (logits, target, None, None, None, reduction, -100, *options)
         loss, lse, low, total, *_ = device.ops.nll(*given, True, "")
         again, *_ = device.ops.nll_(*given, False, "")
         torch.testing.assert_close(again, loss, equal_nan=True)
-        grad = device.ops.nll_backward(
-            torch.ones_like(loss),
-            None,
-            None,
-            logits,
-            target,
-            None,
-            lse,
-            low,
-            None,
-            total,
-            *given[4:],
-            "",
-        )
+        kept = (*given[:4], lse, low, None, total)
+        grad = device.ops.nll_backward(torch.ones_like(loss), None, None, *kept, *given[5:], "")
         assert grad.shape == (4, 0)
 
 
@@ -261,7 +342,9 @@ def test_nll_has_the_same_bits_in_any_order(device, dtype, monkeypatch):
         if reverse:
             monkeypatch.setenv("NEGLOG_REVERSED", "1")
         copy = logits.clone()
-        outputs = device.ops.nll_(copy, target, weight, None, MEAN, -100, *OPTIONS["all"], True, "")
+        outputs = device.ops.nll_(
+            copy, target, weight, None, None, MEAN, -100, *OPTIONS["all"], True, ""
+        )
         found.append((*outputs, copy))
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)

@@ -41,11 +41,11 @@ def inputs(request, device):
 
 
 def loss_of(logits, target, options=PLAIN, weight=None):
-    return eager.nll(logits, target, weight, None, options, False, "").loss
+    return eager.nll(logits, target, weight, None, None, options, False, "").loss
 
 
 def by_two_passes(ops, logits, target, upstream=1.0, options=PLAIN, weight=None):
-    given = (logits.detach(), target, weight)
+    given = (logits.detach(), target, weight, None)
     loss, lse, low, total, *_ = ops.nll(*given, None, *options, False, "")
     upstream = torch.full_like(loss, upstream)
     return loss, ops.nll_backward(upstream, None, None, *given, lse, low, None, total, *options, "")
@@ -178,7 +178,7 @@ def test_while_a_graph_is_captured(ops, inputs, monkeypatch):
     logits, target = inputs
     monkeypatch.setattr(torch_state, "capturing", lambda device: True)
     monkeypatch.setattr(torch_state, "plain_upstream", lambda grad: True)  # Waits is a mode
-    rest = (target, None, None, PLAIN)
+    rest = (target, None, None, None, PLAIN)
 
     def run(upstream):
         with Waits():

@@ -7,16 +7,20 @@ The gradient must have the bits of nll_backward, whether it was formed in the fo
 import pytest
 import torch
 
-from tests.csrc.test_nll import INF, NAN, ON_CHIP, SHAPES, problem, truth
+from tests.csrc.test_nll import INF, NAN, ON_CHIP, SHAPES, problem, truth, weighted_problem
 from tests.support.cuda_devices import GRADIENT, LOSS, MEAN, OPTIONS, SUM, off, real_of
 
 
 class Call:
     """The two ops over one input, with their numbers on the device."""
 
-    def __init__(self, device, logits, target, weight, options=OPTIONS["plain"], reduction=MEAN):
+    def __init__(
+        self, device, logits, target, weight, options=OPTIONS["plain"], reduction=MEAN,
+        token_weight=None,
+    ):  # fmt: skip
         self.ops, self.name = device.ops, device.name
-        self.logits, self.target, self.weight = logits, target, weight
+        self.logits = logits
+        self.inputs = (logits, target, weight, token_weight)
         self.values = (reduction, -100, *options)
         self.real = real_of(logits.dtype)
 
@@ -27,7 +31,7 @@ class Call:
         return torch.tensor([upstream, misses], dtype=self.real, device=self.name)
 
     def forward(self, remembered=None, form=True, num_items=None):
-        given = (self.logits, self.target, self.weight, num_items, remembered)
+        given = (*self.inputs, num_items, remembered)
         loss, self.kept, gradient = self.ops.nll_with_gradient(*given, *self.values, form)
         rows = len(self.logits)
         self.lse, self.low, _ = self.kept[:-2].view(3, rows)
@@ -35,14 +39,12 @@ class Call:
         return loss, gradient
 
     def gradient_for(self, gradient, upstream, remembered=None, formed=True):
-        given = (gradient, upstream, self.kept, remembered, self.logits, self.target, self.weight)
+        given = (gradient, upstream, self.kept, remembered, *self.inputs)
         self.ops.nll_gradient_for_(*given, *self.values, formed)
 
     def by_two_passes(self, upstream):
-        given = (self.logits, self.target, self.weight, self.lse, self.low)
-        return self.ops.nll_backward(
-            upstream, None, None, *given, None, self.total, *self.values, ""
-        )
+        given = (*self.inputs, self.lse, self.low, None, self.total)
+        return self.ops.nll_backward(upstream, None, None, *given, *self.values, "")
 
 
 def equal(found, expected):
@@ -59,7 +61,7 @@ def test_the_bits_are_those_of_two_passes(device, dtype, shape, options, probabi
         call = Call(device, *inputs, options, reduction)
         remembered = None if upstream is None else call.remembered(upstream)
         loss, gradient = call.forward(remembered)
-        one, lse, low, total, *_ = device.ops.nll(*inputs, None, *call.values, False, "")
+        one, lse, low, total, *_ = device.ops.nll(*inputs, None, None, *call.values, False, "")
         for found, expected in zip(
             (loss, call.lse, call.low, call.total), (one, lse, low, total), strict=True
         ):
@@ -107,7 +109,7 @@ def test_rows_on_chip(device, dtype, row_bytes, reverse, held, monkeypatch):
     equal(unexpected, loss)
     equal(call.lse, lse)
     if not held or row_bytes == ON_CHIP["one"]:
-        alone = device.ops.nll(logits, target, weight, None, *call.values, False, "")
+        alone = device.ops.nll(logits, target, weight, None, None, *call.values, False, "")
         equal((loss, lse), (alone[0], alone[1]))
 
 
@@ -131,10 +133,50 @@ def test_many_rows_on_chip(device, dtype, row_bytes, reverse, monkeypatch):
     equal(gradient, call.by_two_passes(call.number(3.0)))
     assert off(gradient, 3 * expected.grad) <= GRADIENT[dtype]
     over = logits.clone()
-    again, *_ = device.ops.nll_(over, target, weight, None, *call.values, False, "")
+    again, *_ = device.ops.nll_(over, target, weight, None, None, *call.values, False, "")
     equal(again, loss)
     _, ones = call.forward()
     equal(over, ones)
+
+
+# Rows that weigh 0, and so are ignored, are next to rows that do not.
+@pytest.mark.parametrize("row_bytes", [33 << 10, 75 << 10], ids=str)
+def test_many_rows_on_chip_with_weights(device, dtype, row_bytes):
+    logits, target, weight = problem((53, row_bytes // dtype.itemsize), dtype, False, device.name)
+    token_weight = torch.linspace(-1, 2, 53, dtype=real_of(dtype), device=device.name)
+    token_weight[::3] = token_weight[16:20] = 0
+    logits, zero = logits.contiguous(), token_weight == 0
+    logits[zero], target[zero] = NAN, -1
+    inputs = (logits, target, weight, OPTIONS["plain"])
+    call = Call(device, *inputs, SUM, token_weight)
+    loss, gradient = call.forward(call.remembered(3.0))
+    expected = truth(*inputs, token_weight, reduction="sum")
+    assert off(loss, expected.loss) <= LOSS[dtype]
+    equal(gradient, call.by_two_passes(call.number(3.0)))
+    assert off(gradient, 3 * expected.grad) <= GRADIENT[dtype]
+
+
+# As above, and other upstreams than the one that is remembered.
+@pytest.mark.parametrize("kind", ["plain", "smoothing", "probabilities"])
+@pytest.mark.parametrize("vocab", [31, 9001])
+@pytest.mark.parametrize("reduction", [MEAN, SUM])
+def test_weights_of_rows(device, dtype, reduction, vocab, kind):
+    logits, target, weight, token_weight = weighted_problem(
+        (7, vocab), dtype, kind == "probabilities", device.name
+    )
+    inputs = (logits.contiguous(), target, weight, OPTIONS.get(kind, OPTIONS["all"]))
+    call = Call(device, *inputs, reduction, token_weight)
+    loss, gradient = call.forward(call.remembered(3.0))
+    expected = truth(*inputs, token_weight, reduction={MEAN: "mean", SUM: "sum"}[reduction])
+    assert off(loss, expected.loss) <= LOSS[dtype]
+    assert off(call.total, expected.total_weight) <= LOSS[dtype]
+    assert off(gradient, 3 * expected.grad) <= GRADIENT[dtype]
+    equal(gradient, call.by_two_passes(call.number(3.0)))
+    for upstream in (0.7, INF):
+        call.gradient_for(gradient, call.number(upstream))
+        equal(gradient, call.by_two_passes(call.number(upstream)))
+        assert not gradient[1].any()
+        assert not gradient[5].any()
 
 
 # Whole rows on chip, short rows, and rows that need a second pass.
@@ -223,9 +265,7 @@ def test_nothing(device, probabilities):
         target = torch.empty(rows, vocab) if probabilities else torch.full((rows,), -100)
         call = Call(device, logits, target.to(device.name), None)
         loss, gradient = call.forward(call.remembered(1.0))
-        expected = device.ops.nll(*(call.logits, call.target), None, None, *call.values, False, "")[
-            0
-        ]
+        expected, *_ = device.ops.nll(*call.inputs, None, *call.values, False, "")
         equal(loss, expected)
         assert gradient.shape == (rows, vocab)
         call.gradient_for(gradient, call.number(2.0), call.remembered(1.0))

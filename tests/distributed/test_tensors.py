@@ -138,6 +138,24 @@ def heads(rank, world):
             same(neglog.linear_cross_entropy, tensors, options, *layouts, context=context)
 
 
+def tokens(rank, world):
+    """What gathers whatever is sharded."""
+    weights = {"token_weight": normal(ROWS, seed=4).abs(), "per_sequence": True}
+    for name in weights:
+        options = {name: weights[name]}
+        same(neglog.cross_entropy, LOGITS, options, {"input": BY_CLASS, "token_weight": BY_ROW})
+        tensors = {"input": normal(ROWS, WIDTH), "target": TARGET, **HEAD}
+        same(neglog.linear_cross_entropy, tensors, options, {"input": BY_ROW}, {"target": ALL})
+        masked = {**LOGITS, "target": TARGET.abs() % CLASSES}
+        layouts = [{"input": BY_CLASS}, {"input": BY_ROW, "mask": BY_ROW}]
+        same(neglog.masked_cross_entropy, masked, {**options, "mask": MASK}, *layouts)
+    tensors = {"logits": LOGITS["input"], "target": TARGET}
+    same(neglog.token_logprobs, tensors, {}, {"logits": BY_CLASS}, {"target": BY_ROW})
+    tensors = {"input": normal(ROWS, WIDTH), "target": TARGET, **HEAD}
+    layouts = [{"input": BY_ROW}, {"linear_weight": BY_ROW}]
+    same(neglog.linear_token_logprobs, tensors, {}, *layouts)
+
+
 def in_place(rank, world):
     """No argument is overwritten."""
 
@@ -217,7 +235,7 @@ def kernels(rank, world):
 
 
 CHECKS = [
-    logits, logits_under_loss_parallel, probabilities, partial_sums, masked, heads, in_place,
+    logits, logits_under_loss_parallel, probabilities, partial_sums, masked, heads, tokens, in_place,
     many_dimensions, contrastive, kernels,
 ]  # fmt: skip
 

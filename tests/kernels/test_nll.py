@@ -15,7 +15,7 @@ from tests.support.nll_cases import (
     GRADIENT_BUDGET,
     OPTIONS,
     draw,
-    drawn_weight,
+    drawn_weights,
     extreme_rows,
 )
 
@@ -23,7 +23,7 @@ from tests.support.nll_cases import (
 def check(backend, rng, options, vocab, dtype, probabilities=False):
     """Forward, backward, and both in one pass over the logits, against the oracle."""
     logits, target = draw(rng, 5, vocab, dtype, probabilities)
-    options = drawn_weight(options, vocab, rng)
+    options = drawn_weights(options, 5, vocab, rng)
     grad, grad_lse, grad_entropy = rng.standard_normal((3, 5))
     given = {"grad_lse": grad_lse, "grad_entropy": grad_entropy, **options}
     truth = reference.nll(logits, target, reduction="none", grad_loss=grad, **given)

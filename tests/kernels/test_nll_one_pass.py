@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smoothing": {"label_smoothing": 0.1},
     "weight": {"weight": True},
     "weight, smoothing": {"weight": True, "label_smoothing": 0.1, "z_loss": 0.01},
+    "token_weight": {"token_weight": True},
     "scale": {"logit_scale": 0.5},
     "softcap": {"softcap": 3.0, "z_loss": 0.01},
     "probabilities": {"probabilities": True, "label_smoothing": 0.1},
@@ -48,6 +49,9 @@ class Call:
         real = np.float64 if dtype == "float64" else np.float32
         weight = rng.uniform(0.1, 2.0, self.vocab).astype(real)
         self.weight = weight if options.pop("weight", False) else None
+        of_rows = rng.uniform(0.1, 2.0, self.rows).astype(real)
+        of_rows[-1] = 0
+        self.token_weight = of_rows if options.pop("token_weight", False) else None
         self.target = rng.integers(0, self.vocab, self.rows)
         self.target[self.rows // 2] = IGNORED
         drawn = rng.dirichlet(np.ones(self.vocab), self.rows)
@@ -66,10 +70,11 @@ class Call:
 
     def problem(self, logits=None):
         logits = self.logits if logits is None else logits
-        address = [0 if x is None else x.ctypes.data for x in (self.probs, self.weight)]
+        given = (self.probs, self.weight, self.token_weight)
+        address = [0 if x is None else x.ctypes.data for x in given]
         target = 0 if self.probs is not None else self.target.ctypes.data
         return (CODES[self.dtype], self.rows, self.vocab, logits.ctypes.data, self.stride, target,
-                address[0], self.vocab, address[1], IGNORED, *self.options.values())  # fmt: skip
+                address[0], self.vocab, *address[1:], IGNORED, *self.options.values())  # fmt: skip
 
     def stats(self):
         return self.loss.ctypes.data, self.lse.ctypes.data, self.low.ctypes.data, 0, 0, 0

@@ -14,7 +14,7 @@ from tests.support.nll_cases import (
     BUDGET,
     GRADIENT_BUDGET,
     OPTIONS,
-    drawn_weight,
+    drawn_weights,
     extreme_rows,
 )
 from tests.support.positions import Call, as_rows, places
@@ -38,7 +38,7 @@ def draw(rng, shape, dtype, layout, probabilities=False):
 def check(backend, rng, shape, dtype, layout, options, probabilities=False):
     """Forward, backward, and both in one pass over the logits, against the oracle."""
     logits, target = draw(rng, shape, dtype, layout, probabilities)
-    options = drawn_weight(options, shape[1], rng)
+    options = drawn_weights(options, shape[0] * shape[2], shape[1], rng)
     rows = shape[0] * shape[2]
     grad, *others = rng.standard_normal((3, rows))
     upstream = dict(zip(("grad_lse", "grad_entropy"), others, strict=True))

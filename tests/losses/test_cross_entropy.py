@@ -38,11 +38,13 @@ def loss_and_gradient(function, logits, *arguments, **options):
 
 def truth(logits, target, **options):
     """The oracle's answer as torch tensors, for (N, C) logits."""
-    weight = options.pop("weight", None)
+    options = {
+        name: x.double().numpy() if isinstance(x, torch.Tensor) else x
+        for name, x in options.items()
+    }
     result = reference.nll(
         logits.detach().double().numpy(),
         target.double().numpy() if target.dim() == 2 else target.numpy(),
-        weight=None if weight is None else weight.double().numpy(),
         **options,
     )
     return torch.from_numpy(result.loss), torch.from_numpy(result.grad)
@@ -201,6 +203,15 @@ def test_bfloat16_gradients_round_to_nearest_even(kernel_backend, logit_scale):
     torch.testing.assert_close(logits.grad[:, 0], expected, rtol=0, atol=0, equal_nan=True)
 
 
+def with_weights(options, dtype=torch.float32):
+    """The options with weights for 301 classes and 11 rows, one of them 0 and some below."""
+    weights = {
+        "weight": torch.linspace(0.1, 2, 301, dtype=dtype),
+        "token_weight": torch.linspace(-0.5, 2, 11, dtype=dtype) * (torch.arange(11) != 5),
+    }
+    return {**options, **{name: x for name, x in weights.items() if options.get(name)}}
+
+
 # How options reach kernel and formula, and what each reduction does to the upstream. In each dtype
 # they are in tests/kernels.
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -208,9 +219,7 @@ def test_bfloat16_gradients_round_to_nearest_even(kernel_backend, logit_scale):
 @pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
 def test_options_against_the_oracle(backend, options, reduction, probabilities):
     logits, target = draw((11, 301), torch.float64, probabilities)
-    options = {**options, "reduction": reduction}
-    if options.get("weight"):
-        options["weight"] = torch.linspace(0.1, 2, 301).double()
+    options = {**with_weights(options, torch.float64), "reduction": reduction}
     expected, slope = truth(logits, target, **options)
     with dispatch.record() as ran:
         loss, gradient = loss_and_gradient(neglog.cross_entropy, logits, target, **options)
@@ -231,9 +240,7 @@ def test_a_softcap_beyond_float32_is_none(backend):
 
 def test_composite_agrees_with_the_kernels():
     for options in OPTIONS.values():
-        options = {**options, "return_stats": True, "num_items": 5}
-        if options.get("weight"):
-            options["weight"] = torch.linspace(0.1, 2, 301)
+        options = {**with_weights(options), "return_stats": True, "num_items": 5}
         logits, target = draw((11, 301), torch.float32)
         results = []
         for backend in ("torch", *KERNELS):

@@ -241,13 +241,13 @@ def test_opcheck(reduction, probabilities, last):
     logits, target = draw((2, 5, 7), probabilities=probabilities, last=last)
     target = target if probabilities else target.flatten()
     options = (reduction, -100, 0.1, 1.0, 0.0, 0.0)
-    forward = (logits.requires_grad_(), target, None, None, *options, True, "")
+    forward = (logits.requires_grad_(), target, None, None, None, *options, True, "")
     outcome = opcheck(torch.ops.neglog.nll.default, forward)
     assert set(outcome.values()) == {"SUCCESS"}
     _, lse, low, total, _, entropy, _ = torch.ops.neglog.nll.default(*forward)
     grad = torch.rand(() if reduction else (14,), requires_grad=True)
     upstream = (grad, torch.rand(14), torch.rand(14))
-    kept = (logits, target, None, lse.detach(), low, entropy.detach(), total)
+    kept = (logits, target, None, None, lse.detach(), low, entropy.detach(), total)
     outcome = opcheck(torch.ops.neglog.nll_backward.default, (*upstream, *kept, *options, ""))
     assert set(outcome.values()) == {"SUCCESS"}
 

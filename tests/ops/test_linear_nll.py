@@ -14,16 +14,17 @@ from tests.support.processes import python
 
 # Gradients formed in the backward, and in the forward.
 @pytest.mark.parametrize("reduction", [0, 1])
-def test_opcheck(reduction):
+@pytest.mark.parametrize("token_weight", [None, torch.rand(6)])
+def test_opcheck(token_weight, reduction):
     x, w, b, target = draw(6, 3, 5, dtype=torch.float32)
     options = (reduction, -100, 0.1, 1.0, 0.0, 0.0)
     wanted = [reduction != 0] * 3
     tiles = (1 << 20, torch.float32, 1e-3, "")
-    arguments = (x, w, b, target, None, None, *options, True, wanted, *tiles)
+    arguments = (x, w, b, target, None, token_weight, None, *options, True, wanted, *tiles)
     opcheck(torch.ops.neglog.linear_nll.default, arguments)
     loss, _, total, _, _, _, *formed = torch.ops.neglog.linear_nll.default(*arguments)
-    arguments = (torch.ones_like(loss), None, None, x, w, b, target, None, total, *formed, *options,
-                 [True] * 3, *tiles)  # fmt: skip
+    arguments = (torch.ones_like(loss), None, None, x, w, b, target, None, token_weight, total,
+                 *formed, *options, [True] * 3, *tiles)  # fmt: skip
     arguments = tuple(
         a.detach().requires_grad_(a.is_floating_point() and a.requires_grad)
         if isinstance(a, torch.Tensor) else a for a in arguments

@@ -35,8 +35,8 @@ def test_opcheck_backward(reduction, grad_lse, grad_entropy):
     logits, target, *rest = forward_arguments(reduction=reduction)
     _, lse, low, total, _, entropy, _ = torch.ops.neglog.nll.default(logits, target, *rest)
     grad = torch.rand(() if reduction else (6,), requires_grad=True)
-    options, name = rest[2:8], rest[-1]
-    kept = (logits, target, None, lse.detach(), low, entropy.detach(), total)
+    options, name = rest[3:9], rest[-1]
+    kept = (logits, target, None, None, lse.detach(), low, entropy.detach(), total)
     outcome = opcheck(
         torch.ops.neglog.nll_backward.default,
         (grad, grad_lse, grad_entropy, *kept, *options, name),
@@ -323,7 +323,7 @@ def test_numbers_in_tensors_give_the_bits_of_floats():
     x = X.clone().requires_grad_()
     found = []
     for numbers in (NUMBERS, [torch.tensor(v, dtype=torch.float64) for v in NUMBERS]):
-        loss, lse, *_ = schema.forward(x, TARGET, WEIGHT, None, 1, -100, *numbers, False, "")
+        loss, lse, *_ = schema.forward(x, TARGET, WEIGHT, None, None, 1, -100, *numbers, False, "")
         grads = torch.autograd.grad(2 * loss + lse.sum(), x, create_graph=True)
         found.append((loss, lse, *grads, *torch.autograd.grad(grads[0].square().sum(), x)))
     torch.testing.assert_close(*found, rtol=0, atol=0)
@@ -333,8 +333,8 @@ def test_opcheck_of_numbers_in_tensors():
     numbers = torch.tensor(NUMBERS, dtype=torch.float64)
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     x, w = X.clone().requires_grad_(), HEAD.clone().requires_grad_()
-    given = (x, TARGET, WEIGHT, None, 1, -100, numbers, False, "")
+    given = (x, TARGET, WEIGHT, None, None, 1, -100, numbers, False, "")
     opcheck(torch.ops.neglog.nll_numbers.default, given, test_utils=utilities)
     tiles = ([1, 1, 0], 1 << 16, torch.float32, 0.0, "")
-    given = (x, w, None, TARGET, WEIGHT, None, 1, -100, numbers, False, *tiles)
+    given = (x, w, None, TARGET, WEIGHT, None, None, 1, -100, numbers, False, *tiles)
     opcheck(torch.ops.neglog.linear_nll_numbers.default, given, test_utils=utilities)

@@ -38,13 +38,13 @@ def tensors(shape=(6, 40), dtype=torch.float32):
     return logits.detach()[7:].clone().requires_grad_(), target[7:]
 
 
-def loss_of(logits, target, options=PLAIN, weight=None, backend=""):
-    return nll(logits, target, weight, None, options, False, backend).loss
+def loss_of(logits, target, options=PLAIN, weights=(None, None), backend=""):
+    return nll(logits, target, *weights, None, options, False, backend).loss
 
 
-def by_two_passes(logits, target, options=PLAIN, weight=None, backend="", upstream=1.0):
+def by_two_passes(logits, target, options=PLAIN, weights=(None, None), backend="", upstream=1.0):
     """Loss and gradient by a forward and a backward."""
-    given = (logits.detach(), target, weight)
+    given = (logits.detach(), target, *weights)
     out = cpu.forward(schema.forward.Arguments(*given, None, *options, True, backend))
     upstream = torch.tensor(upstream, dtype=out.lses.dtype)
     lses = cpu.lse_and_low(out.lses, len(target), out.lses.dtype)
@@ -77,7 +77,7 @@ def equal(found, expected):
     ids=str,
 )
 @pytest.mark.parametrize("options", [PLAIN, ALL, ALL._replace(reduction=MEAN)], ids=str)
-@pytest.mark.parametrize("kind", ["indices", "weight", "probabilities"])
+@pytest.mark.parametrize("kind", ["indices", "weights", "probabilities"])
 @pytest.mark.parametrize("shape", [(1, 1), (6, 40), (31, 5000)], ids=str)
 def test_the_bits_are_those_of_two_passes(backend, dtype, options, kind, shape):
     logits, target = tensors(shape, dtype)
@@ -85,8 +85,10 @@ def test_the_bits_are_those_of_two_passes(backend, dtype, options, kind, shape):
     if kind == "probabilities":
         target = torch.softmax(logits.detach().float().flip(1), 1).to(dtype)
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    weight = torch.linspace(0.5, 2, shape[1], dtype=real) if kind == "weight" else None
-    given = (logits, target, options, weight, backend)
+    weights = (None, None)
+    if kind == "weights":
+        weights = tuple(torch.linspace(0.5, 2, size, dtype=real) for size in reversed(shape))
+    given = (logits, target, options, weights, backend)
     for upstream in UPSTREAMS:
         expected_loss, expected = by_two_passes(*given, upstream)
         gradient(loss_of(*given), logits, upstream)
@@ -189,11 +191,12 @@ def test_hooks_of_tensors_see_and_change_what_flows(kernel_backend, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("changed", ["logits", "target", "weight"])
+@pytest.mark.parametrize("changed", ["logits", "target", "weight", "token_weight"])
 def test_what_was_changed_in_place_before_the_backward_is_an_error(kernel_backend, shape, changed):
     logits, target = tensors(shape)
-    given = {"logits": logits * 1, "target": target, "weight": torch.ones(shape[1])}
-    loss = loss_of(**given, backend=kernel_backend)
+    weights = {"weight": torch.ones(shape[1]), "token_weight": torch.ones(shape[0])}
+    given = {"logits": logits * 1, "target": target, **weights}
+    loss = loss_of(given["logits"], target, PLAIN, tuple(weights.values()), kernel_backend)
     assert loss.grad_fn.formed is not None
     given[changed].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -217,7 +220,7 @@ def test_statistics_and_an_upstream_of_the_log_sum_exps(kernel_backend, shape):
     """The gradient is formed for an upstream of the loss alone."""
     logits, target = tensors(shape)
     for weight, formed in ((0.0, True), (0.5, True), (0.5, True), (0.5, False)):
-        made = nll(logits, target, None, None, PLAIN, True, kernel_backend)
+        made = nll(logits, target, None, None, None, PLAIN, True, kernel_backend)
         assert (made.loss.grad_fn.formed is not None) == formed
         total = made.loss + weight * made.lse.sum() if weight else made.loss
         found = gradient(total, logits)
@@ -264,7 +267,7 @@ def test_a_loss_that_dies_frees_what_it_kept(reduction, stats, formed):
     gc.disable()
     try:
         with neglog.options(gradient=formed):
-            made = nll(x, target, None, None, options, stats, "")
+            made = nll(x, target, None, None, None, options, stats, "")
         kept = [made.loss.grad_fn.formed, x]
         assert (kept[0] is None) == (formed == "backward" or reduction == NONE)
         alive = [weakref.ref(tensor) for tensor in kept if tensor is not None]

@@ -17,7 +17,7 @@ def run(logits, target, options=PLAIN, grad=1.0, grad_lse=0.0, grad_entropy=0.0)
     """Loss, lse, correct, entropy, argmax and gradient by the formula, and the oracle's."""
     x = torch.from_numpy(logits).requires_grad_()
     loss, lse, _, correct, entropy, argmax = formula.nll(
-        x, torch.from_numpy(target), None, None, options, True
+        x, torch.from_numpy(target), None, None, None, options, True
     )
     total = loss * grad + lse * torch.as_tensor(grad_lse)
     if np.any(grad_entropy):  # 0 * NaN otherwise
@@ -57,7 +57,7 @@ def test_ignored_rows_of_nan_have_no_gradient_under_a_softcap_and_twice():
     logits.requires_grad_()
     target = torch.tensor([0, -100, -100])
     options = Options(NONE, -100, 0.1, 1.5, 3.0, 0.1)
-    loss, lse, *_ = formula.nll(logits, target, None, None, options, False)
+    loss, lse, *_ = formula.nll(logits, target, None, None, None, options, False)
     upstream = loss.sum() + lse[0]
     (grad,) = torch.autograd.grad(upstream, logits, create_graph=True)
     (second,) = torch.autograd.grad((grad**2).sum(), logits)
@@ -89,7 +89,7 @@ def test_derivatives_under_a_softcap():
     options = Options(NONE, -100, 0.1, 1.5, 3.0, 0.1)
 
     def loss_and_lse(x):
-        return formula.nll(x, target, None, None, options, False)[:2]
+        return formula.nll(x, target, None, None, None, options, False)[:2]
 
     assert torch.autograd.gradcheck(loss_and_lse, logits, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(loss_and_lse, logits)
@@ -102,9 +102,9 @@ def test_no_classes(label_smoothing, probabilities):
     logits = torch.zeros(3, 0, requires_grad=True)
     target = torch.zeros(3, 0) if probabilities else torch.full((3,), -100)
     options = PLAIN._replace(label_smoothing=label_smoothing)
-    loss, lse, _, correct, entropy, _ = formula.nll(logits, target, None, None, options, True)
+    loss, lse, _, correct, entropy, _ = formula.nll(logits, target, None, None, None, options, True)
     assert (loss.tolist(), entropy.tolist(), correct.tolist()) == ([0] * 3, [0] * 3, [False] * 3)
     assert lse.tolist() == [-torch.inf] * 3
     assert torch.autograd.grad(loss.sum() + lse.sum(), logits)[0].shape == (3, 0)
-    mean = formula.nll(logits, target, None, None, options._replace(reduction=MEAN), False)[0]
+    mean = formula.nll(logits, target, None, None, None, options._replace(reduction=MEAN), False)[0]
     assert mean.isnan()

@@ -55,14 +55,14 @@ def _nll(ops: Any, dtype: torch.dtype) -> Iterator[Call]:
         for name, options in OPTIONS.items():
             for kind, target in (("index", index), ("probabilities", probabilities)):
                 values = (MEAN, -100, *options)
-                out = ops.nll(logits, target, weight, None, *values, True, "")
+                out = ops.nll(logits, target, weight, None, None, *values, True, "")
                 upstream = torch.tensor(0.7, dtype=real)
                 lse, lse_low, total_weight = out[1:4]
-                kept = (logits, target, weight, lse, lse_low, None, total_weight)
+                kept = (logits, target, weight, None, lse, lse_low, None, total_weight)
                 grad = ops.nll_backward(upstream, None, None, *kept, *values, "")
                 yield f"nll, {name}, {kind}, {rows} x {vocab}", [*out, grad]
             memory = logits.clone()
-            out = ops.nll_(memory, index, weight, None, SUM, -100, *options, True, "")
+            out = ops.nll_(memory, index, weight, None, None, SUM, -100, *options, True, "")
             ops.nll_scale_(memory, torch.linspace(-1, 2, rows, dtype=real))
             yield f"nll in place, {name}, {rows} x {vocab}", [*out, memory]
 
@@ -78,13 +78,13 @@ def _linear(dtype: torch.dtype) -> Iterator[Call]:
         tail = (reduction, -100, *OPTIONS["all"])
         wanted = [reduction != NONE] * 3
         tiles = (1, dtype, 0.0, "")
-        given = (*head, target, weight, None, *tail, True, wanted, *tiles)
+        given = (*head, target, weight, None, None, *tail, True, wanted, *tiles)
         out = linear_schedule.forward(CudaRows, linear_schema.forward.Arguments(*given))
         grad = normal(*out[0].shape, seed=5).to(real)
         for name, grad_lse in (("loss", None), ("lse", normal(rows, seed=6).to(real))):
             given = (
-                grad, grad_lse, None, *head, target, weight, out[2], *out[6:], *tail, [True] * 3,
-                *tiles,
+                grad, grad_lse, None, *head, target, weight, None, out[2], *out[6:], *tail,
+                [True] * 3, *tiles,
             )  # fmt: skip
             grads = linear_schedule.backward(CudaRows, linear_schema.backward.Arguments(*given))
             yield f"linear_nll, {reduction}, through {name}", [*out, *grads]

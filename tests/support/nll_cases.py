@@ -12,9 +12,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smoothing": {"label_smoothing": 0.1},
     "weight": {"weight": True},
     "weight, smoothing, z_loss": {"weight": True, "label_smoothing": 0.3, "z_loss": 1e-2},
+    "token_weight": {"token_weight": True},
     "scale, softcap": {"logit_scale": 0.5, "softcap": 3.0},
     "all": {
         "weight": True,
+        "token_weight": True,
         "label_smoothing": 0.2,
         "z_loss": 0.1,
         "logit_scale": 1.7,
@@ -27,11 +29,16 @@ BUDGET = {"float32": 6e-7, "float64": 2e-15, "float16": 6e-7}
 GRADIENT_BUDGET = {"float32": 2e-6, "float64": 5e-15, "float16": 5e-4}
 
 
-def drawn_weight(options: dict, vocab: int, rng: np.random.Generator) -> dict:
-    """The options with weights drawn for this vocabulary if they have weights."""
-    if not options.get("weight"):
-        return options
-    return {**options, "weight": rng.uniform(0.1, 2.0, vocab).astype(np.float32)}
+def drawn_weights(options: dict, rows: int, vocab: int, rng: np.random.Generator) -> dict:
+    """The options with weights drawn for these classes and rows if they have weights. One row's is
+    0, and one below."""
+    drawn = dict(options)
+    if options.get("weight"):
+        drawn["weight"] = rng.uniform(0.1, 2.0, vocab).astype(np.float32)
+    if options.get("token_weight"):
+        drawn["token_weight"] = np.linspace(-0.5, 2.0, rows, dtype=np.float32)
+        drawn["token_weight"][1:2] = 0
+    return drawn
 
 
 def draw(rng, rows, vocab, dtype, probabilities=False):

@@ -32,9 +32,9 @@ def forward_arguments(requires_grad=True, probabilities=False, **changes):
     logits = torch.randn(6, 40, requires_grad=requires_grad)
     target = torch.rand(6, 40) if probabilities else torch.randint(0, 40, (6,))
     arguments = {
-        "logits": logits, "target": target, "weight": None, "num_items": None, "reduction": 1,
-        "ignore_index": -100, "label_smoothing": 0.1, "logit_scale": 1.0, "softcap": 0.0,
-        "z_loss": 0.0, "stats": True, "backend": "",
+        "logits": logits, "target": target, "weight": None, "token_weight": None, "num_items": None,
+        "reduction": 1, "ignore_index": -100, "label_smoothing": 0.1, "logit_scale": 1.0,
+        "softcap": 0.0, "z_loss": 0.0, "stats": True, "backend": "",
     }  # fmt: skip
     return tuple({**arguments, **changes}.values())
 

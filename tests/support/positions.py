@@ -59,6 +59,8 @@ class Call:
         self.index = None if target.ndim == 3 else np.ascontiguousarray(target, np.int64)
         weight = options.get("weight")
         self.weight = None if weight is None else np.ascontiguousarray(weight, self.real)
+        of_rows = options.get("token_weight")
+        self.token_weight = None if of_rows is None else np.ascontiguousarray(of_rows, self.real)
         self.options = options
         self.rows = logits.shape[0] * logits.shape[2]
 
@@ -68,8 +70,9 @@ class Call:
             DTYPE_CODES[self.logits.dtype.name], self.rows, self.logits.shape[1],
             _address(self.logits), _strides(self.logits)[0], _address(self.index),
             _address(self.probs), _strides(self.probs)[0], _address(self.weight),
-            option("ignore_index", -100), option("label_smoothing", 0.0),
-            option("logit_scale", 1.0), option("softcap") or 0.0, option("z_loss", 0.0),
+            _address(self.token_weight), option("ignore_index", -100),
+            option("label_smoothing", 0.0), option("logit_scale", 1.0), option("softcap") or 0.0,
+            option("z_loss", 0.0),
         )  # fmt: skip
 
     def _layout(self, out: NDArray[Any] | None) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from neglog.torch_state import PLAIN
 
-_COMMON = frozenset((*PLAIN, type(None), int, float))
+_COMMON = frozenset((*PLAIN, type(None), int, float, bool))
 
 
 def any_distributed(*arguments: Any) -> bool:

@@ -67,7 +67,7 @@ class _Rows:
         largest = -(-self.shards.vocab // self.shards.world)
         compact = not (a.input.is_cuda and torch_state.capturing(a.input.device))
         self.tiles = Tiles(
-            head, contiguous(a.target, "target"), a.ignore_index, a.workspace, a.tile_dtype,
+            head, contiguous(a.target, "target"), None, a.ignore_index, a.workspace, a.tile_dtype,
             a.wanted[1], compact, columns=largest,
         )  # fmt: skip
         availability.ran(op, a.backend or availability.best(a.input.device.type) or "torch")
@@ -133,10 +133,11 @@ def _forward(a: Any) -> tuple[Tensor, ...]:
 def _joined(rows: _Rows, found: list[Any], to_send: bool) -> Merged:
     """Of all counted rows."""
     if to_send:
-        width = len(vocab_rows.numbers_to_send(rows.arguments(None, rows.tiles.target)))
+        target = rows.tiles.of_counted(rows.tiles.target)
+        width = len(vocab_rows.numbers_to_send(rows.arguments(None, target)))
         nothing = rows.a.input.new_empty(0, width, dtype=rows.real)
         sent = all_find(torch.cat(found) if found else nothing, rows.a.group)
-        return rows.merge(sent, rows.tiles.target, rows.targets(rows.tiles.target))
+        return rows.merge(sent, target, rows.targets(target))
     if not found:
         none = rows.a.input.new_empty(0, dtype=rows.real)
         return Merged(none, none, none, none.bool(), none.clone(), none.clone())
@@ -208,7 +209,8 @@ def _second(ctx: Any, grad: Any) -> dict[str, Any]:
         loss = loss / kept["divisor"] if a.reduction == MEAN else loss
         return (loss, lse)[: len(upstream)]
 
-    return second_derivative_of_head(of_logits, upstream, kept, a.ignore_index, grad)
+    counted = kept["target"] != a.ignore_index
+    return second_derivative_of_head(of_logits, upstream, kept, counted, grad)
 
 
 def _shapes(a: Any) -> tuple[Tensor, ...]:

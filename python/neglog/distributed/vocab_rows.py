@@ -132,7 +132,7 @@ def find(a: Any, logits: Tensor, t: Targets, shards: Shards) -> Tensor:
         if a.label_smoothing:
             smoothing, weight = 1.0, shards.own_weight(a.weight)
     options = (NONE, IGNORED, smoothing, a.logit_scale, a.softcap, 0.0)
-    made = schema.forward(logits, target, weight, None, *options, a.stats, a.backend)
+    made = schema.forward(logits, target, weight, None, None, *options, a.stats, a.backend)
     low = torch.where(made.lse == -torch.inf, 0, made.lse_low)  # where it is no number
     parts: dict[int, Tensor] = {HIGH: made.lse, LOW: low}
     score = formula.scores(logits.gather(1, t.local[:, None]), a.logit_scale, a.softcap)
@@ -287,7 +287,8 @@ def gradient(
         target = torch.where(t.counted, t.local, IGNORED)
     one = high.new_ones(())
     options = (NONE, IGNORED, smoothing, a.logit_scale, a.softcap, 0.0, a.backend)
-    given = (grad_loss, through_lse, None, logits, target, weight, high, low, None, one, *options)
+    of_rows = (logits, target, weight, None, high, low, None, one)
+    given = (grad_loss, through_lse, None, *of_rows, *options)
     if in_place and logits.is_cpu:
         made = cpu.backward(schema.backward.Arguments(*given), 1.0, logits)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,20 +35,14 @@ class RowOptions(NamedTuple):
     inplace_backward: bool = False
     return_stats: bool = False
     loss_dtype: torch.dtype | None = None
+    token_weight: Tensor | None = None  # (N,)
 
     def for_op(self) -> Options:
         # The sum over num_items is a mean whose divisor is given.
         reduction = "mean" if self.num_items is not None else self.reduction
         softcap = 0.0 if self.softcap is None else self.softcap
-        tensors = isinstance(softcap, Tensor) or isinstance(self.z_loss, Tensor)
-        if tensors or torch_state.compiling():  # which is sooner asked than of each number
-            numbers = (self.label_smoothing, self.logit_scale, softcap, self.z_loss)
-            if any(map(torch_state.varies, numbers)):
-                return Options(REDUCTIONS[reduction], self.ignore_index, *_as_tensors(numbers))
-        return Options(
-            REDUCTIONS[reduction], self.ignore_index, float(self.label_smoothing),
-            float(self.logit_scale), float(softcap), float(self.z_loss),
-        )  # fmt: skip
+        numbers = (self.label_smoothing, self.logit_scale, softcap, self.z_loss)
+        return Options(REDUCTIONS[reduction], self.ignore_index, *as_numbers(numbers))
 
     def divisor(self, logits_dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """num_items as an op takes it."""
@@ -60,6 +56,7 @@ class RowOptions(NamedTuple):
             isinstance(self.logit_scale, Tensor) or self.logit_scale != 1.0
             or isinstance(self.z_loss, Tensor) or self.z_loss != 0.0
             or self.softcap is not None or self.num_items is not None
+            or self.token_weight is not None
             # Anything but False: what is no bool must reach the checks.
             or self.return_stats is not False or self.inplace_backward is not False
         )  # fmt: skip
@@ -83,6 +80,15 @@ def _as_torch_has_it(loss: Tensor, dtype: torch.dtype) -> Tensor:
     return loss if loss.dtype == dtype or under_autocast(loss) else loss.to(dtype)
 
 
+def as_numbers(numbers: tuple) -> tuple[Any, ...]:
+    """Floats; each a tensor where one of them is no number that is known to a graph."""
+    # The first two are sooner asked than the third.
+    may_vary = torch_state.compiling() or any(isinstance(x, Tensor) for x in numbers)
+    if may_vary and any(map(torch_state.varies, numbers)):
+        return _as_tensors(numbers)
+    return tuple(map(float, numbers))
+
+
 def _as_tensors(numbers: tuple) -> tuple[Tensor, ...]:
     """Each () on the CPU, where an op reads them when it runs."""
     cpu = torch.device("cpu")
@@ -96,7 +102,7 @@ def plain_loss_of_rows(
     """loss_of_rows of logits that are `eager_on_cpu`, without any option but these: 3 microseconds
     less of the 26 that a small call takes."""
     options = Options(REDUCTIONS[reduction], ignore_index, float(label_smoothing), 1.0, 0.0, 0.0)
-    loss = nll_on_cpu(logits, target, None, None, options, False, where.demanded)
+    loss = nll_on_cpu(logits, target, None, None, None, options, False, where.demanded)
     return _as_torch_has_it(loss, logits.dtype)
 
 
@@ -120,12 +126,17 @@ def rows_by_op(
 ) -> Rows:
     """The same as the op neglog::nll has it: a loss in the dtype that is computed in, an entropy
     that is differentiable."""
+    real = real_dtype(logits.dtype)
+    if learns_weight(options):
+        run = partial(rows_by_op, where, logits, target, weight)
+        return times_learned_weight(run, target, weight, real, options)
     if isinstance(options.logit_scale, Tensor):
         logits, target, options = _scaled(logits, target, options)
-    if weight is not None:
-        weight = weight.to(real_dtype(logits.dtype))
+    weight, token_weight = (
+        None if x is None else x.to(real) for x in (weight, options.token_weight)
+    )
     num_items, for_op = options.divisor(logits.dtype, logits.device), options.for_op()
-    given = (logits, target, weight, num_items, for_op, options.return_stats)
+    given = (logits, target, weight, token_weight, num_items, for_op, options.return_stats)
     if where.backend == "torch":
         return _by_formula(*given)
     if where.backend == "cuda":  # the others' ops say so themselves
@@ -133,6 +144,41 @@ def rows_by_op(
     if options.inplace_backward and for_op.known() and may_overwrite(logits, target):
         return nll_in_place(*given, where.demanded)
     return nll(*given, where.demanded)
+
+
+def learns_weight(options: RowOptions) -> bool:
+    """Whether token_weight has a gradient."""
+    return (
+        options.token_weight is not None and options.token_weight.requires_grad
+        and torch.is_grad_enabled()
+    )  # fmt: skip
+
+
+def counted_by(options: RowOptions, labels: Tensor) -> Tensor | None:
+    """Which rows count (N,), None for all. A weight of 0 that has a gradient does."""
+    token_weight = None if learns_weight(options) else options.token_weight
+    return formula.counted_rows(labels, token_weight, options.ignore_index)
+
+
+def times_learned_weight(
+    run: Callable[[RowOptions], Any], target: Tensor, weight: Tensor | None, real: torch.dtype,
+    options: RowOptions,
+) -> Any:  # fmt: skip
+    """The rows that `run` finds, their losses times a token_weight that has a gradient."""
+    assert options.token_weight is not None
+    token_weight = options.token_weight.to(real)
+    rows = run(options._replace(reduction="none", num_items=None, token_weight=None))
+    loss = rows.loss * token_weight
+    if options.num_items is not None or options.reduction == "mean":
+        divisor = options.divisor(real, loss.device)
+        if divisor is None:
+            target = target if target.dim() == 1 else as_rows(target)
+            counted = counted_by(options, target)
+            divisor = formula.total_weight(target, counted, weight, real, token_weight)
+        loss = loss.sum() / divisor
+    elif options.reduction == "sum":
+        loss = loss.sum()
+    return rows._replace(loss=loss)
 
 
 def _scaled(
@@ -145,7 +191,8 @@ def _scaled(
     rows, target = as_rows(logits), target if target.dim() == 1 else as_rows(target)
     counted = None
     if target.dim() == 1:
-        counted = target != options.ignore_index
+        counted = counted_by(options, target)
+        assert counted is not None
         if options.return_stats:  # the log-sum-exp of an ignored row may be used
             counted = counted | rows.detach().isfinite().all(1)
     return times_scale(rows, scale, counted), target, options._replace(logit_scale=1.0)
@@ -167,13 +214,15 @@ def times_scale(rows: Tensor, scale: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def _by_formula(
-    logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
-    options: Options, stats: bool,
+    logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None,
+    num_items: Tensor | None, options: Options, stats: bool,
 ) -> Rows:  # fmt: skip
     availability.ran("nll", "torch")
     if target.dim() == 1 and torch_state.readable(target):
-        check_range(logits, target, options.ignore_index)
-    loss, lse, _, *found = formula.nll(logits, target, weight, num_items, options, stats)
+        counted = formula.counted_rows(target, token_weight, options.ignore_index)
+        check_range(logits, target[counted], options.ignore_index)
+    given = (logits, target, weight, token_weight, num_items, options, stats)
+    loss, lse, _, *found = formula.nll(*given)
     return Rows(loss, lse, *found) if stats else Rows(loss)
 
 

@@ -26,17 +26,19 @@ from neglog.checks import (
     to_rows,
 )
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
-from neglog.losses._result import LossStats, change_rows, public, without_stats
+from neglog.losses._result import LossStats, change_rows, public
 from neglog.losses._rows import (
     RowOptions,
     common_dtype,
+    learns_weight,
     loss_of_rows,
     may_overwrite,
     plain_loss_of_rows,
     torch_loss,
+    zero_unless,
 )
+from neglog.losses._token_weight import weighted, without_weights
 from neglog.losses._types import Backend, Reduction
-from neglog.ops.dtypes import real_dtype
 from neglog.ops.memory import check_not_freed
 
 # The ignore_index of positions outside a mask.
@@ -49,7 +51,8 @@ def cross_entropy(
     ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
     label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
-    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    num_items: int | Tensor | None = None, token_weight: Tensor | None = None,
+    per_sequence: bool | Tensor = False, inplace_backward: bool = False,
     return_stats: Literal[False] = False, loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
@@ -59,7 +62,8 @@ def cross_entropy(
     ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
     label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
-    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    num_items: int | Tensor | None = None, token_weight: Tensor | None = None,
+    per_sequence: bool | Tensor = False, inplace_backward: bool = False,
     return_stats: Literal[True], loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> LossStats: ...  # fmt: skip
@@ -69,7 +73,8 @@ def cross_entropy(
     ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
     label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
-    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    num_items: int | Tensor | None = None, token_weight: Tensor | None = None,
+    per_sequence: bool | Tensor = False, inplace_backward: bool = False,
     return_stats: bool, loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> Tensor | LossStats: ...  # fmt: skip
@@ -78,7 +83,8 @@ def cross_entropy(
     ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
     label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
-    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    num_items: int | Tensor | None = None, token_weight: Tensor | None = None,
+    per_sequence: bool | Tensor = False, inplace_backward: bool = False,
     return_stats: bool = False, loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> Tensor | LossStats:  # fmt: skip
@@ -106,6 +112,15 @@ def cross_entropy(
         num_items: if given, the loss is the sum over this number, for gradient accumulation over
             batches of unequal length. Not with reduction="none". Over 0 it is inf, or NaN where the
             sum is 0.
+        token_weight: a weight for each position, of the targets' shape or one that broadcasts to
+            it. It multiplies the position's loss, and "mean" divides by the sum of token_weight,
+            times the class weight. A position of weight 0 counts nothing, as with ignore_index. One
+            that requires grad gets its gradient; then a weight of 0 is a factor like others.
+        per_sequence: for "mean". True: the mean over sequences of each one's own mean, where the
+            last axis of the targets is that of a sequence. A Tensor (S + 1,), int32 or int64: the
+            boundaries of S sequences in the flattened positions, 0 first, as flash attention's
+            cu_seqlens. A sequence without counted positions counts nothing. With num_items, the sum
+            of the sequences' means over num_items.
         inplace_backward: the gradient of the logits overwrites `input` during the forward, which
             needs no memory beyond O(N). `input` must not be a leaf that requires grad. It must not
             be read afterwards: autograd raises if an operation before this one needs it for its
@@ -124,13 +139,15 @@ def cross_entropy(
         RuntimeError: other shapes, dtypes, label_smoothing, the length of weight.
         TypeError: input or target is not a tensor, an option not of its type.
     """
-    if any_distributed(input, target, weight, logit_scale, num_items):
+    if any_distributed(input, target, weight, logit_scale, num_items, token_weight, per_sequence):
         return _of_tensors(locals())
-    if has_torch_function_variadic(input, target, weight):
+    tensors = (input, target, weight, token_weight)
+    if has_torch_function_variadic(*tensors):
         return handle_torch_function(
-            cross_entropy, (input, target, weight), input, target, weight, size_average,
+            cross_entropy, tensors, input, target, weight, size_average,
             ignore_index, reduce, reduction, label_smoothing, logit_scale=logit_scale,
-            softcap=softcap, z_loss=z_loss, num_items=num_items, inplace_backward=inplace_backward,
+            softcap=softcap, z_loss=z_loss, num_items=num_items, token_weight=token_weight,
+            per_sequence=per_sequence, inplace_backward=inplace_backward,
             return_stats=return_stats, loss_dtype=loss_dtype, backend=backend,
         )  # fmt: skip
     if size_average is not None or reduce is not None:
@@ -145,6 +162,7 @@ def cross_entropy(
         torch_state.eager_on_cpu(input) and input.dim() == 2 and not probabilities
         and weight is None and softcap is None and num_items is None and loss_dtype is None
         and inplace_backward is False and return_stats is False
+        and token_weight is None and per_sequence is False
         and type(logit_scale) is float and logit_scale == 1.0
         and type(z_loss) is float and z_loss == 0.0
     )  # fmt: skip
@@ -157,6 +175,8 @@ def cross_entropy(
         reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, num_items,
         inplace_backward, return_stats, loss_dtype,
     )  # fmt: skip
+    labels = None if probabilities else to_indices(target)
+    options = weighted(options, token_weight, per_sequence, input, row_shape(input), labels, weight)
     extends_torch = options.extends_torch()
     if extends_torch:
         check_flags(inplace_backward=inplace_backward, return_stats=return_stats)
@@ -165,12 +185,12 @@ def cross_entropy(
     if where.backend == "torch" and not extends_torch:
         return torch_loss(input, target, weight, options)
     arrange = to_rows if where.backend in ("cuda", "torch") else to_positions
-    if probabilities:
+    if labels is None:
         common = common_dtype(input, target, weight)
-        logits, target_rows = arrange(input.to(common)), arrange(target.to(common))
+        logits, labels = arrange(input.to(common)), arrange(target.to(common))
     else:
-        logits, target_rows = arrange(input), to_indices(target)
-    result = loss_of_rows(where, logits, target_rows, weight, options)
+        logits = arrange(input)
+    result = loss_of_rows(where, logits, labels, weight, options)
     if reduction != "none" and not return_stats:
         return result.loss
     shape = row_shape(input)
@@ -198,7 +218,8 @@ def masked_cross_entropy(
     input: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None,
     reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
-    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    num_items: int | Tensor | None = None, token_weight: Tensor | None = None,
+    per_sequence: bool | Tensor = False, inplace_backward: bool = False,
     return_stats: Literal[False] = False, loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
@@ -207,7 +228,8 @@ def masked_cross_entropy(
     input: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None,
     reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
-    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    num_items: int | Tensor | None = None, token_weight: Tensor | None = None,
+    per_sequence: bool | Tensor = False, inplace_backward: bool = False,
     return_stats: Literal[True], loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> LossStats: ...  # fmt: skip
@@ -216,7 +238,8 @@ def masked_cross_entropy(
     input: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None,
     reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
-    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    num_items: int | Tensor | None = None, token_weight: Tensor | None = None,
+    per_sequence: bool | Tensor = False, inplace_backward: bool = False,
     return_stats: bool, loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> Tensor | LossStats: ...  # fmt: skip
@@ -224,7 +247,8 @@ def masked_cross_entropy(
     input: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None,
     reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
     logit_scale: float | Tensor = 1.0, softcap: float | None = None, z_loss: float = 0.0,
-    num_items: int | Tensor | None = None, inplace_backward: bool = False,
+    num_items: int | Tensor | None = None, token_weight: Tensor | None = None,
+    per_sequence: bool | Tensor = False, inplace_backward: bool = False,
     return_stats: bool = False, loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> Tensor | LossStats:  # fmt: skip
@@ -244,7 +268,9 @@ def masked_cross_entropy(
     Raises:
         As `cross_entropy`, and RuntimeError for a mask of another dtype, device or shape.
     """
-    if any_distributed(input, target, mask, weight, logit_scale, num_items):
+    if any_distributed(
+        input, target, mask, weight, logit_scale, num_items, token_weight, per_sequence
+    ):
         return _masked_of_tensors(locals())
     check_masked(input, target, mask)
     _, label_smoothing = to_options(MASKED, reduction, label_smoothing)
@@ -263,41 +289,41 @@ def masked_cross_entropy(
     counted = mask.expand(positions).flatten()
     logits = rows_of_last_axis(input)
     if probabilities:
-        result = masked_rows(where, logits, rows_of_last_axis(target), counted, weight, options)
+        labels, token_weight = None, within_mask(mask, token_weight)
     else:
         # A counted target that is MASKED itself moves to the next number, which is no class either.
         index = to_indices(target).clamp(min=MASKED + 1)
         labels = torch.where(counted, index, MASKED)
+    options = weighted(options, token_weight, per_sequence, input, positions, labels, weight)
+    if labels is None:
+        if learns_weight(options):  # which leaves no row out
+            logits = zero_unless(counted, logits, -1)
+        labels = rows_of_last_axis(target)
+        result = _of_probabilities(where, logits, labels, counted, weight, options)
+    else:
         result = loss_of_rows(where, logits, labels, weight, options)
-        if return_stats:
-            result = _zero_stats(result.loss, result, counted)
+    if return_stats:
+        result = _zero_stats(result.loss, result, counted)
     return public(change_rows(result, lambda x: x.view(positions), reduction), return_stats)
 
 
-def masked_rows(
+def _of_probabilities(
     where: route.Route, logits: Tensor, target: Tensor, counted: Tensor, weight: Tensor | None,
     options: RowOptions,
 ) -> LossStats:  # fmt: skip
-    """Rows with a distribution as target, of which `counted` (N,) says which count."""
-    run = _masked_by_selection if torch_state.concrete(counted) else _masked_by_zeros
-    return run(where, logits, target, counted, weight, options)
-
-
-def _masked_by_selection(
-    where: route.Route, logits: Tensor, target: Tensor, counted: Tensor, weight: Tensor | None,
-    options: RowOptions,
-) -> LossStats:  # fmt: skip
-    """Rows with a distribution as target have no ignore_index: those that count are selected.
-
-    Before they are converted, which copies them too; if all count, nothing is copied.
-    """
+    """Rows, of which token_weight leaves out those that are not counted. Where they must be
+    converted to the wider dtype, which copies them, those that count are copied alone."""
+    common = common_dtype(logits, target, weight)
+    alike = logits.dtype == target.dtype == common
+    if alike or not torch_state.concrete(counted):
+        return loss_of_rows(where, logits.to(common), target.to(common), weight, options)
     if options.inplace_backward:
         may_overwrite(logits, target)  # its errors do not depend on the mask
     rows = counted.nonzero().squeeze(1)
-    if len(rows) == len(counted):
-        return loss_of_rows(where, *with_probabilities(logits, target, weight), weight, options)
     selected = with_probabilities(logits[rows], target[rows], weight)
-    result = loss_of_rows(where, *selected, weight, options)
+    assert options.token_weight is not None
+    of_rows = options._replace(token_weight=options.token_weight[rows])
+    result = loss_of_rows(where, *selected, weight, of_rows)
 
     def among_all(x: Tensor) -> Tensor:
         return x.new_zeros(counted.shape[0]).index_put((rows,), x)
@@ -305,24 +331,9 @@ def _masked_by_selection(
     return change_rows(result, among_all, options.reduction)
 
 
-def _masked_by_zeros(
-    where: route.Route, logits: Tensor, target: Tensor, counted: Tensor, weight: Tensor | None,
-    options: RowOptions,
-) -> LossStats:  # fmt: skip
-    """The same with all rows, where no size may depend on data: under tracers and torch.func."""
-    kept, dtype = counted[:, None], common_dtype(logits, target, weight)
-    x, q = (torch.where(kept, part, 0).to(real_dtype(dtype)) for part in (logits, target))
-    result = loss_of_rows(
-        where, x, q, weight, options._replace(reduction="none", num_items=None, loss_dtype=None)
-    )
-    loss = torch.where(counted, result.loss, 0)
-    if options.num_items is not None or options.reduction == "mean":
-        divisor = options.divisor(dtype, loss.device)
-        loss = loss.sum() / (counted.sum() if divisor is None else divisor)
-    elif options.reduction == "sum":
-        loss = loss.sum()
-    loss = options.cast(loss, dtype)
-    return _zero_stats(loss, result, counted) if options.return_stats else without_stats(loss)
+def within_mask(mask: Tensor, token_weight: Any) -> Tensor:
+    """token_weight, 0 where the mask is False: a distribution as target has no ignore_index."""
+    return torch.where(mask, token_weight, 0) if isinstance(token_weight, Tensor) else mask
 
 
 def _zero_stats(loss: Tensor, stats: LossStats, counted: Tensor) -> LossStats:
@@ -338,8 +349,10 @@ def _of_tensors(arguments: dict[str, Any]) -> Any:
     from neglog.losses.vocab_parallel import vocab_parallel_cross_entropy
 
     legacy = {name: arguments[name] for name in ("size_average", "reduce")}
-    if all(x is None for x in legacy.values()) and isinstance(arguments["input"], Tensor):
-        given = {name: x for name, x in arguments.items() if name not in legacy}
+    given = without_weights(arguments)
+    plain = given is not None and all(x is None for x in legacy.values())
+    if given is not None and plain and isinstance(given["input"], Tensor):
+        given = {name: x for name, x in given.items() if name not in legacy}
         axis = class_dim(given["input"])
         found = sharded_logits(given, axis, cross_entropy, vocab_parallel_cross_entropy)
         if found is not None:
@@ -350,9 +363,10 @@ def _of_tensors(arguments: dict[str, Any]) -> Any:
 def _masked_of_tensors(arguments: dict[str, Any]) -> Any:
     from neglog.losses._sharded import sharded_logits
 
-    if isinstance(arguments["input"], Tensor):
-        axis = arguments["input"].dim() - 1
-        found = sharded_logits(arguments, axis, masked_cross_entropy, _masked_of_classes)
+    given = without_weights(arguments)
+    if given is not None and isinstance(given["input"], Tensor):
+        axis = given["input"].dim() - 1
+        found = sharded_logits(given, axis, masked_cross_entropy, _masked_of_classes)
         if found is not None:
             return found
     return on_whole_tensors(masked_cross_entropy, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -24,9 +25,19 @@ from neglog.checks import (
 )
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._result import LossStats, change_rows, public, stats_of
-from neglog.losses._rows import RowOptions, loss_of_rows, times_scale, zero_unless
+from neglog.losses._rows import (
+    RowOptions,
+    common_dtype,
+    counted_by,
+    learns_weight,
+    loss_of_rows,
+    times_learned_weight,
+    times_scale,
+    zero_unless,
+)
+from neglog.losses._token_weight import shifted, weighted, without_weights
 from neglog.losses._types import Backend, Reduction, TileOptions
-from neglog.losses.cross_entropy import masked_rows, to_indices, with_probabilities
+from neglog.losses.cross_entropy import to_indices, with_probabilities, within_mask
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.linear_nll.autograd import cast, linear_nll
 from neglog.ops.nll.autograd import Rows
@@ -46,6 +57,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
     mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
+    token_weight: Tensor | None = None, per_sequence: bool | Tensor = False,
     return_stats: Literal[False] = False, loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
@@ -56,6 +68,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
     mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
+    token_weight: Tensor | None = None, per_sequence: bool | Tensor = False,
     return_stats: Literal[True], loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> LossStats: ...  # fmt: skip
@@ -66,6 +79,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
     mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
+    token_weight: Tensor | None = None, per_sequence: bool | Tensor = False,
     return_stats: bool, loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> Tensor | LossStats: ...  # fmt: skip
@@ -75,6 +89,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0, options: TileOptions | LinearCrossEntropyOptions | None = None,
     mask: Tensor | None = None, shift: bool = False, logit_scale: float | Tensor = 1.0,
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
+    token_weight: Tensor | None = None, per_sequence: bool | Tensor = False,
     return_stats: bool = False, loss_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> Tensor | LossStats:  # fmt: skip
@@ -97,8 +112,10 @@ def linear_cross_entropy(
         mask: bool, broadcast to the targets' shape (...): True where a position counts.
         shift: position t of the next to last axis is held against target t + 1, as causal language
             models are trained; the last position does not count, and "none" is one shorter.
-        logit_scale, softcap, z_loss, num_items, loss_dtype, backend: as in `cross_entropy`. A
-            logit_scale that requires grad multiplies the input and linear_bias instead.
+        logit_scale, softcap, z_loss, num_items, token_weight, per_sequence, loss_dtype, backend: as
+            in `cross_entropy`. With `shift` the weights and boundaries are those of the targets
+            before they are shifted, as the mask is. A logit_scale that requires grad multiplies the
+            input and linear_bias instead.
         return_stats: LossStats(loss, logsumexp, correct, entropy); all 0 where a row is ignored.
 
     Options:
@@ -114,9 +131,10 @@ def linear_cross_entropy(
             the sum of the norms of the inputs. The loss and linear_bias have no error. It saves
             time for a trained model only.
 
-    With probabilities, a K-dimensional linear_weight and on devices without kernels the logits are
-    made in memory. Where gradients are formed in the forward the first
-    backward has their memory; a second through the same graph (retain_graph) runs the forward anew.
+    With a K-dimensional linear_weight, probabilities or a token_weight of them that require grad,
+    and on devices without kernels the logits are made in memory. Where gradients are formed in the
+    forward the first backward has their memory; a second through the same graph (retain_graph) runs
+    the forward anew.
 
     Raises:
         As `cross_entropy`, and RuntimeError for in_features, linear_bias or mask that do not fit.
@@ -124,16 +142,19 @@ def linear_cross_entropy(
     Source: torch.nn.functional.linear_cross_entropy; arXiv:2411.09009 for the idea.
     """
     if any_distributed(
-        input, linear_weight, target, linear_bias, weight, mask, logit_scale, num_items
-    ):
+        input, linear_weight, target, linear_bias, weight, mask, logit_scale, num_items,
+        token_weight, per_sequence,
+    ):  # fmt: skip
         return _of_tensors(locals())
-    if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
+    tensors = (input, linear_weight, target, linear_bias, weight, token_weight)
+    if has_torch_function_variadic(*tensors):
         return handle_torch_function(
-            linear_cross_entropy, (input, linear_weight, target, linear_bias, weight), input,
-            linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
-            ignore_index=ignore_index, label_smoothing=label_smoothing, options=options, mask=mask,
-            shift=shift, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss,
-            num_items=num_items, return_stats=return_stats, loss_dtype=loss_dtype, backend=backend,
+            linear_cross_entropy, tensors, input, linear_weight, target, linear_bias=linear_bias,
+            weight=weight, reduction=reduction, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, options=options, mask=mask, shift=shift,
+            logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, num_items=num_items,
+            token_weight=token_weight, per_sequence=per_sequence, return_stats=return_stats,
+            loss_dtype=loss_dtype, backend=backend,
         )  # fmt: skip
     ignored, label_smoothing = to_options(
         -100 if ignore_index is None else ignore_index, reduction, label_smoothing
@@ -142,20 +163,26 @@ def linear_cross_entropy(
     check_flags(return_stats=return_stats)
     check_extensions(input, reduction, logit_scale, softcap, z_loss, num_items)
     check_loss_dtype(loss_dtype, input)
-    workspace, filter_eps = tile_options(options, input)
+    tiles = tile_options(options, input)
     row_options = RowOptions(
         reduction, ignored, label_smoothing, logit_scale, softcap, z_loss, num_items, False,
         return_stats, loss_dtype,
     )  # fmt: skip
-    head = (input, linear_weight, linear_bias)
+    head, weights = (input, linear_weight, linear_bias), (token_weight, per_sequence)
     if linear_weight.dim() > 2:
-        result = _of_many_dimensions(head, target, ignore_index, weight, row_options, backend)
+        result = _of_many_dimensions(
+            head, target, ignore_index, weight, row_options, weights, backend
+        )
     elif target.dim() == input.dim():  # one more than the positions
         check_no_ignore_index(ignore_index)
-        result = _of_probabilities(head, target, mask, shift, weight, row_options, backend)
+        result = _of_probabilities(
+            head, target, mask, shift, weight, row_options, weights, tiles, backend
+        )
     else:
         labels = labels_of(target, mask, shift, ignored)
-        tiles = (workspace, filter_eps)
+        row_options = weighted(
+            row_options, *weights, input, labels.shape, labels.flatten(), weight, shift
+        )
         result = _of_labels(head, labels, weight, row_options, tiles, backend)
         if shift:
             result = change_rows(result, lambda x: x[..., :-1], reduction)
@@ -198,7 +225,7 @@ def _of_labels(
     positions, linear_weight = labels.shape, head[1]
     labels = labels.flatten()
     head = (rows_of_last_axis(head[0]), *head[1:])
-    head, options = scaled_head(head, labels != options.ignore_index, options)
+    head, options = scaled_head(head, counted_by(options, labels), options)
     rows = head[0].to(autocast_dtype(head[0]))
     if weight is not None:
         check_weight(weight, linear_weight.shape[0], rows)
@@ -211,7 +238,9 @@ def _of_labels(
     return change_rows(result, lambda x: x.view(positions), options.reduction)
 
 
-def scaled_head(head: tuple, counted: Tensor, options: RowOptions) -> tuple[tuple, RowOptions]:
+def scaled_head(
+    head: tuple, counted: Tensor | None, options: RowOptions
+) -> tuple[tuple, RowOptions]:
     """Rows (N, D) and bias times a logit_scale that is no number for an op, and 1 in its place."""
     given, linear_weight, linear_bias = head
     scale = options.scale_as_tensor()
@@ -239,15 +268,20 @@ def rows_by_tiles(
 ) -> Rows:  # fmt: skip
     """The same as the op neglog::linear_nll has it; see `rows_by_op`."""
     rows, real = head[0], real_dtype(dtype)
-    weight = None if weight is None else weight.to(real)
+    if learns_weight(options):
+        run = partial(rows_by_tiles, where, head, dtype, labels, weight, filter_eps=filter_eps)
+        return times_learned_weight(run, labels, weight, real, options)
+    weight, token_weight = (
+        None if x is None else x.to(real) for x in (weight, options.token_weight)
+    )
     num_items = options.divisor(dtype, rows.device)
     # The upstream of "none" is not known yet, so its gradients wait for the backward.
     early = torch.is_grad_enabled() and options.reduction != "none"
     early = early and not torch_state.jit_tracing()
     wanted = [early and part is not None and part.requires_grad for part in head]
     return linear_nll(
-        head, dtype, labels, weight, num_items, *options.for_op(), options.return_stats, wanted,
-        where.workspace, where.tile_dtype, filter_eps, where.demanded,
+        head, dtype, labels, weight, token_weight, num_items, *options.for_op(),
+        options.return_stats, wanted, where.workspace, where.tile_dtype, filter_eps, where.demanded,
     )  # fmt: skip
 
 
@@ -255,15 +289,17 @@ def _with_logits_in_memory(
     where: route.Route, head: tuple, dtype: torch.dtype, labels: Tensor, weight: Tensor | None,
     options: RowOptions,
 ) -> LossStats:  # fmt: skip
-    counted = labels != options.ignore_index
+    counted = counted_by(options, labels)
+    assert counted is not None
     logits = logits_in_memory(head, dtype, counted)
     return _stats_of(counted, loss_of_rows(where, logits, labels, weight, options))
 
 
-def logits_in_memory(head: tuple, dtype: torch.dtype, counted: Tensor) -> Tensor:
+def logits_in_memory(head: tuple, dtype: torch.dtype, counted: Tensor | None) -> Tensor:
     """Of rows that count; the gradient of the weight sums over all rows."""
     rows, linear_weight, linear_bias = cast(head, dtype)
-    return F.linear(zero_unless(counted, rows, -1), linear_weight, linear_bias)
+    rows = rows if counted is None else zero_unless(counted, rows, -1)
+    return F.linear(rows, linear_weight, linear_bias)
 
 
 def _stats_of(counted: Tensor, result: LossStats) -> LossStats:
@@ -276,32 +312,72 @@ def _stats_of(counted: Tensor, result: LossStats) -> LossStats:
 
 def _of_probabilities(
     head: tuple, target: Tensor, mask: Tensor | None, shift: bool, weight: Tensor | None,
-    options: RowOptions, backend: str | None,
+    options: RowOptions, weights: tuple[Any, Any], tiles: tuple[int, float], backend: str | None,
 ) -> LossStats:  # fmt: skip
-    """A distribution for each position is as large as the logits, which are made beside it."""
-    input, linear_weight, linear_bias = cast(head, autocast_dtype(head[0]))
-    if shift:
-        mask = None if mask is None else mask.expand(input.shape[:-1])[..., 1:]
-        input, target = input[..., :-1, :], target[..., 1:, :]
-    if weight is not None:
-        check_weight(weight, linear_weight.shape[0], input, converts=True)
-    where = route.choose(input, linear_weight, backend=backend, weight=weight)
-    positions = input.shape[:-1]
+    """A distribution (..., C) for each position. weights: token_weight, per_sequence."""
+    token_weight, per_sequence = weights
+    positions = head[0].shape[:-1]
     if mask is not None:
-        mask = mask.expand(positions)
-        input = zero_unless(mask, input, -1)
-    logits = F.linear(input, linear_weight, linear_bias)
-    rows = rows_of_last_axis(logits), rows_of_last_axis(target)
-    if mask is None:
-        result = loss_of_rows(where, *with_probabilities(*rows, weight), weight, options)
-    else:
-        result = masked_rows(where, *rows, mask.flatten(), weight, options)
-    return change_rows(result, lambda x: x.view(positions), options.reduction)
+        token_weight = within_mask(mask, token_weight)
+    elif shift and token_weight is None:  # the last position has nothing to be held against
+        token_weight = target.new_ones(positions, dtype=torch.bool)
+    given = (head[0], positions, None, weight, shift)
+    options = weighted(options, token_weight, per_sequence, *given)
+    rows, target = rows_of_last_axis(head[0]), rows_of_last_axis(target)
+    if mask is not None and learns_weight(options):  # which leaves no row out
+        mask = shifted(mask.expand(positions)) if shift else mask.expand(positions)
+        rows = zero_unless(mask.flatten(), rows, -1)
+    if shift:  # row t and target t + 1, where they lie
+        rows, target = rows[:-1], target[1:]
+        options = options._replace(token_weight=_without_last(options.token_weight))
+    result = _rows_of_probabilities((rows, *head[1:]), target, weight, options, tiles, backend)
+
+    def by_position(x: Tensor) -> Tensor:
+        count = positions.numel()
+        x = F.pad(x, (0, count - x.shape[0])).view(positions)
+        return x[..., :-1] if shift else x
+
+    return change_rows(result, by_position, options.reduction)
+
+
+def _without_last(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x[:-1]
+
+
+def _rows_of_probabilities(
+    head: tuple, target: Tensor, weight: Tensor | None, options: RowOptions,
+    tiles: tuple[int, float], backend: str | None,
+) -> LossStats:  # fmt: skip
+    """Rows (N, D) against distributions (N, C). By tiles, unless the target or token_weight has a
+    gradient."""
+    dtype = autocast_dtype(head[0])
+    if weight is not None:
+        check_weight(weight, head[1].shape[0], head[0].to(dtype), converts=True)
+    counted = counted_by(options, target)
+    head, options = scaled_head(head, counted, options)
+    workspace, filter_eps = tiles
+    rows = head[0].to(dtype)
+    where = route.choose(rows, head[1], backend=backend, weight=weight, workspace=workspace)
+    common = common_dtype(rows, target, weight)
+    learns = learns_weight(options) or (target.requires_grad and torch.is_grad_enabled())
+    if where.backend != "torch" and not learns:
+        wide = torch.promote_types(where.tile_dtype, common)
+        given = (where._replace(tile_dtype=wide), head, real_or(dtype, common), target, weight)
+        found = rows_by_tiles(*given, options, filter_eps)
+        return stats_of(found._replace(loss=options.cast(found.loss, common)))
+    logits = logits_in_memory(head, dtype, counted)
+    result = loss_of_rows(where, *with_probabilities(logits, target, weight), weight, options)
+    return result if counted is None else _stats_of(counted, result)
+
+
+def real_or(dtype: torch.dtype, common: torch.dtype) -> torch.dtype:
+    """What a head is rounded to: its own dtype, but for float64 of others float64."""
+    return common if common == torch.float64 else dtype
 
 
 def _of_many_dimensions(
     head: tuple, target: Tensor, ignore_index: int | None, weight: Tensor | None,
-    options: RowOptions, backend: str | None,
+    options: RowOptions, weights: tuple[Any, Any], backend: str | None,
 ) -> LossStats:  # fmt: skip
     """Logits (N, C, d1, ..., dK), in memory."""
     input, linear_weight, linear_bias = cast(head, autocast_dtype(head[0]))
@@ -315,12 +391,14 @@ def _of_many_dimensions(
     logits = F.linear(input, flat, bias).view(input.shape[0], *linear_weight.shape[:-1])
     if target.shape == logits.shape:
         check_no_ignore_index(ignore_index)
-    if check_cross_entropy(logits, target, weight, options.ignore_index):
+    probabilities = check_cross_entropy(logits, target, weight, options.ignore_index)
+    labels = None if probabilities else to_indices(target)
+    options = weighted(options, *weights, input, positions, labels, weight)
+    if labels is None:
         result = loss_of_rows(where, *with_probabilities(logits, target, weight), weight, options)
     else:
-        index = to_indices(target)
-        result = loss_of_rows(where, to_rows(logits), index, weight, options)
-        result = _stats_of(index != options.ignore_index, result)
+        result = loss_of_rows(where, to_rows(logits), labels, weight, options)
+        result = _stats_of(labels != options.ignore_index, result)
     return change_rows(result, lambda x: x.view(positions), options.reduction)
 
 
@@ -329,5 +407,7 @@ def _of_tensors(arguments: dict[str, Any]) -> Any:
     from neglog.losses._sharded import sharded_head
     from neglog.losses.vocab_parallel import vocab_parallel_linear_cross_entropy as parallel
 
-    found = sharded_head(arguments, labels_of, linear_cross_entropy, parallel)
+    given, found = without_weights(arguments), None
+    if given is not None:
+        found = sharded_head(given, labels_of, linear_cross_entropy, parallel)
     return on_whole_tensors(linear_cross_entropy, arguments) if found is None else found

@@ -126,9 +126,9 @@ def linear_token_logprobs(
     Raises:
         As `token_logprobs`, and RuntimeError for an in_features or linear_bias that does not fit.
     """
-    tensors = (input, linear_weight, target, linear_bias, mask)
-    if any_distributed(*tensors, logit_scale, temperature):
+    if any_distributed(input, linear_weight, target, linear_bias, mask, logit_scale, temperature):
         return on_whole_tensors(linear_token_logprobs, locals())
+    tensors = (input, linear_weight, target, linear_bias, mask)
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(
             linear_token_logprobs, tensors, input, linear_weight, target, linear_bias=linear_bias,

@@ -47,8 +47,9 @@ def _setup(ctx: Any, a: Any, results: Any) -> None:
     ctx.mark_non_differentiable(results.total_weight, results.correct, results.argmax, *formed)
     save(
         ctx, input=a.input, linear_weight=a.linear_weight, linear_bias=a.linear_bias,
-        target=a.target, weight=a.weight, total_weight=results.total_weight,
-        grad_input=formed[0], grad_weight=formed[1], grad_bias=formed[2],
+        target=a.target, weight=a.weight, token_weight=a.token_weight,
+        total_weight=results.total_weight, grad_input=formed[0], grad_weight=formed[1],
+        grad_bias=formed[2],
     )  # fmt: skip
     ctx.options = Options.of(a)
     ctx.tiles = (a.workspace, a.tile_dtype, a.filter_eps, a.backend)
@@ -65,7 +66,7 @@ def _gradients(
     """By the registered op, which is itself differentiable. upstream: of loss, lse and entropy."""
     grad_loss, *others = upstream
     if grad_loss is None:
-        total_weight = kept[5]
+        total_weight = kept[6]
         grad_loss = total_weight.new_zeros(())
     made = schema.backward(grad_loss, *others, *kept, *ctx.options, list(wanted), *ctx.tiles)
     return {name: g for name, g, want in zip(HEAD, made, wanted, strict=True) if want}
@@ -75,7 +76,7 @@ def _setup_backward(ctx: Any, a: Any, results: Any) -> None:
     save(
         ctx, grad_loss=a.grad_loss, grad_lse=a.grad_lse, grad_entropy=a.grad_entropy,
         input=a.input, linear_weight=a.linear_weight, linear_bias=a.linear_bias, target=a.target,
-        weight=a.weight, total_weight=a.total_weight,
+        weight=a.weight, token_weight=a.token_weight, total_weight=a.total_weight,
     )  # fmt: skip
     ctx.options = Options.of(a)
 
@@ -87,22 +88,25 @@ def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
     upstream = formula.upstream_of(kept)
 
     def of_logits(logits: Tensor) -> tuple[Tensor, ...]:
-        given = (kept["target"], kept["weight"], kept["total_weight"])
+        given = (kept["target"], kept["weight"], kept["token_weight"], kept["total_weight"])
         return formula.differentiable(upstream, logits, *given, options)
 
-    return second_derivative_of_head(of_logits, upstream, kept, options.ignore_index, grad)
+    counted = formula.counted_rows(kept["target"], kept["token_weight"], options.ignore_index)
+    return second_derivative_of_head(of_logits, upstream, kept, counted, grad)
 
 
 def second_derivative_of_head(
     of_logits: Callable[[Tensor], tuple[Tensor, ...]], upstream: dict[str, Tensor],
-    kept: dict[str, Any], ignore_index: int, grad: Any,
+    kept: dict[str, Any], counted: Tensor | None, grad: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Of the results that `of_logits` gives, for each of which `upstream` has a gradient, a loss
-    first. kept: HEAD and target. grad: what arrives for the gradients of HEAD."""
-    counted = kept["target"] != ignore_index
+    first. kept: HEAD. counted: which rows do, None for all. grad: what arrives for the gradients of
+    HEAD."""
     inputs = {name: kept[name] for name in HEAD if kept[name] is not None}
 
     def forward(input: Tensor, *projection: Tensor) -> tuple[Tensor, ...]:
+        if counted is None:
+            return of_logits(torch.nn.functional.linear(input, *projection))
         rows = torch.where(counted[:, None], input, 0)  # what does not count may be NaN
         loss, *others = of_logits(torch.nn.functional.linear(rows, *projection))
         # The op computes no log-sum-exp of ignored rows.
@@ -133,8 +137,9 @@ class EagerLinearNLL(Function):
         )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(correct, argmax)
-        ctx.save_for_backward(*head, a.target, a.weight, a.num_items, total_weight)
-        ctx.dtype, ctx.rest = dtype, others[3:]
+        given = (a.target, a.weight, a.token_weight, a.num_items)
+        ctx.save_for_backward(*head, *given, total_weight)
+        ctx.dtype, ctx.rest = dtype, others[len(given) :]
         ctx.options = Options.of(a)
         ctx.tiles = (a.workspace, a.tile_dtype, a.filter_eps, a.backend)
         return loss, lse, correct, entropy, argmax
@@ -146,7 +151,7 @@ class EagerLinearNLL(Function):
         none = (None,) * ARGUMENTS
         if grad_loss is None and grad_lse is None and grad_entropy is None:
             return none
-        *head, target, weight, num_items, total_weight = ctx.saved_tensors
+        *head, target, weight, token_weight, num_items, total_weight = ctx.saved_tensors
         wanted, dtypes = ctx.needs_input_grad[:3], [None if x is None else x.dtype for x in head]
         formed, ctx.formed = ctx.formed, None
         # With create_graph the gradients have a graph of their own.
@@ -154,14 +159,16 @@ class EagerLinearNLL(Function):
         alone = alone and torch_state.plain_upstream(grad_loss)
         if alone and ctx.options.reduction != NONE:
             if formed is None:
-                formed = _formed(head, ctx.dtype, (target, weight, num_items, *ctx.rest))[-3:]
-            given = scaled_in_place(
+                given = (target, weight, token_weight, num_items, *ctx.rest)
+                formed = _formed(head, ctx.dtype, given)[-3:]
+            scaled = scaled_in_place(
                 grad_loss, formed, total_weight, ctx.options.reduction, wanted, dtypes, ctx.dtype
             )
-            if given is not None:
-                return *given, *none[3:]
+            if scaled is not None:
+                return *scaled, *none[3:]
         rounded = cast(head, ctx.dtype)
-        kept = (*rounded, target, weight, total_weight, *(formed or nothing_formed(rounded[0])))
+        given = (target, weight, token_weight, total_weight)
+        kept = (*rounded, *given, *(formed or nothing_formed(rounded[0])))
         found = _gradients(ctx, (grad_loss, grad_lse, grad_entropy), kept, wanted)
         wide = (
             found[name].to(dtype) if name in found else None

@@ -18,11 +18,11 @@ from neglog.ops.nll.schema import MEAN, NONE
 class CpuRows:
     """Loss and statistics of the counted rows, a tile at a time."""
 
-    def __init__(self, op: str, a: Any, tiles: Tiles, weight: Tensor | None) -> None:
-        self.a, self.tiles, self.weight = a, tiles, weight
+    def __init__(self, op: str, a: Any, tiles: Tiles) -> None:
+        self.a, self.tiles = a, tiles
         self._kernel = nll_cpu.load_kernel(op, a.backend)
         self._threads = allowed(torch.get_num_threads())
-        count, real = len(tiles.target), real_dtype(a.input.dtype)
+        count, real = tiles.count, real_dtype(a.input.dtype)
         new = a.input.new_empty
         self.loss, self.lse, self.lse_low = (new(count, dtype=real) for _ in range(3))
         stats, through_entropy = getattr(a, "stats", False), getattr(a, "grad_entropy", None)
@@ -38,11 +38,13 @@ class CpuRows:
     def begin(self) -> None:
         """Find the divisor of the mean and what the gradients are formed for."""
         a = self.a
-        target = a.target
+        of_class = a.target.dim() == 1
+        index, probabilities = (a.target, None) if of_class else (None, a.target)
         # Formed in any case: it checks that targets are in range.
         total = self._kernel.total_weight(
-            len(target), self.tiles.head.vocab, address(target), 0, address(self.weight),
-            a.ignore_index, DTYPE_CODES[a.input.dtype],
+            len(a.target), self.tiles.head.vocab, address(index), address(probabilities),
+            address(a.weight), address(a.token_weight), a.ignore_index,
+            DTYPE_CODES[a.input.dtype],
         )  # fmt: skip
         total = rounded(total, real_dtype(a.input.dtype))
         self._divisor = total if a.num_items is None else float(a.num_items)
@@ -89,7 +91,8 @@ class CpuRows:
         return loss, self.lse, total_weight, self.correct, self.entropy, self.argmax
 
     def _problem(self, tile: Tile) -> tuple:
-        return nll_cpu.problem(tile.logits, tile.target, self.weight, self.a)
+        given = (tile.logits, tile.target, self.a.weight, tile.token_weight)
+        return nll_cpu.problem(*given, self.a)
 
     def _outputs(self, tile: Tile) -> tuple[int, ...]:
         stats = (self.correct, self.entropy, self.argmax)

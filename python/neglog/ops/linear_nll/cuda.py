@@ -24,8 +24,8 @@ ops = torch.ops.neglog
 class CudaRows:
     """Loss and statistics of the counted rows, a tile at a time."""
 
-    def __init__(self, op: str, a: Any, tiles: Tiles, weight: Tensor | None) -> None:
-        self.a, self.weight, self.options = a, weight, Options.of(a)
+    def __init__(self, op: str, a: Any, tiles: Tiles) -> None:
+        self.a, self.options = a, Options.of(a)
         self.real = real_dtype(a.input.dtype)
         self._found: list[tuple[Tensor, ...]] = []
         availability.ran(op, "cuda")
@@ -36,10 +36,11 @@ class CudaRows:
 
     def begin(self) -> None:
         a = self.a
-        counted = a.target != a.ignore_index
         self._divisor = a.num_items
         if self._divisor is None:
-            self._divisor = formula.total_weight(a.target, counted, self.weight, self.real)
+            counted = formula.counted_rows(a.target, a.token_weight, a.ignore_index)
+            given = (a.target, counted, a.weight, self.real, a.token_weight)
+            self._divisor = formula.total_weight(*given)
         late = divides_late(a.input.dtype)
         self.largest = 1 / self._divisor if a.reduction == MEAN and not late else 1.0
 
@@ -58,7 +59,8 @@ class CudaRows:
         self, tile: Tile, grad_loss: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None
     ) -> Tensor:
         of_rows = self.options._replace(reduction=NONE)
-        given, stats = (tile.logits, tile.target, self.weight), grad_entropy is not None
+        given = (tile.logits, tile.target, self.a.weight, tile.token_weight)
+        stats = grad_entropy is not None
         _, lse, lse_low, one, _, entropy, _ = ops.nll(*given, None, *of_rows, stats, "")
         upstream = (grad_loss, grad_lse, grad_entropy)
         grads = (None if g is None else g[tile.rows] for g in upstream)
@@ -79,5 +81,6 @@ class CudaRows:
 
     def _given(self, tile: Tile) -> tuple:
         return (
-            tile.logits, tile.target, self.weight, self._divisor, *self.options, self.a.stats, "",
+            tile.logits, tile.target, self.a.weight, tile.token_weight, self._divisor,
+            *self.options, self.a.stats, "",
         )  # fmt: skip

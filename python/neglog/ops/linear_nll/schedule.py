@@ -25,7 +25,7 @@ from neglog.ops.linear_nll import schema
 from neglog.ops.linear_nll.cpu import CpuRows
 from neglog.ops.linear_nll.cuda import CudaRows
 from neglog.ops.linear_nll.tiles import NARROW, Gradients, Head, Tiles
-from neglog.ops.memory import aligned, contiguous, new_gradient
+from neglog.ops.memory import adjacent_columns, aligned, contiguous, new_gradient
 from neglog.ops.nll.autograd import late_divisor, scale_in_place
 from neglog.ops.nll.schema import MEAN, NONE
 
@@ -34,13 +34,17 @@ ROWS: dict[str, Any] = {"cpu": CpuRows, "cuda": CudaRows}
 
 def _prepare(kind: Any, op: str, a: Any, wide: bool) -> tuple[Tiles, Any]:
     head = Head(a.input, a.linear_weight, a.linear_bias).contiguous()
-    a = a._replace(target=contiguous(a.target, "target"))
+    ready_target = contiguous if a.target.dim() == 1 else adjacent_columns
+    ready: dict[str, Tensor | None] = {"target": ready_target(a.target, "target")}
+    for name in ("weight", "token_weight"):
+        given = getattr(a, name)
+        ready[name] = None if given is None else contiguous(given, name)
+    a = a._replace(**ready)
     tiles = Tiles(
-        head, a.target, a.ignore_index, a.workspace, a.tile_dtype, a.wanted[1],
+        head, a.target, a.token_weight, a.ignore_index, a.workspace, a.tile_dtype, a.wanted[1],
         kind.compacts(a.input.device), wide,
     )  # fmt: skip
-    weight = None if a.weight is None else contiguous(a.weight, "weight")
-    return tiles, kind(op, a, tiles, weight)
+    return tiles, kind(op, a, tiles)
 
 
 def forward(kind: Any, a: Any, wide: Sequence[bool] = NARROW) -> tuple[Tensor, ...]:

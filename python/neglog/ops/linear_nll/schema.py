@@ -5,11 +5,11 @@ neglog::linear_nll            loss and statistics, and the gradients for an upst
 neglog::linear_nll_backward   those gradients times the upstream; formed anew where the upstream is
                               not one number (reduction "none", a gradient of the lse)
 
-Shapes: input (N, D), linear_weight (V, D), linear_bias (V,), target (N,) int64; weight (V,) and
-num_items () in the accumulation dtype. Returned: loss () or (N,), lse (N,), total_weight ();
-correct, entropy and argmax (N,), or (0,) without stats; and gradients of input, linear_weight and
-linear_bias, or (0,) where not wanted. Rows that are ignored have lse, entropy, argmax and gradient
-0.
+Shapes: input (N, D), linear_weight (V, D), linear_bias (V,), target (N,) int64 or (N, V) of
+floating point; weight (V,), token_weight (N,) and num_items () in the accumulation dtype.
+Returned: loss () or (N,), lse (N,), total_weight (); correct, entropy and argmax (N,), or (0,)
+without stats; and gradients of input, linear_weight and linear_bias, or (0,) where not wanted. Rows
+that are ignored have lse, entropy, argmax and gradient 0.
 workspace: bytes for the logits of one tile, which have the dtype tile_dtype. Both ops have another,
 named `..._numbers`, as those of nll have.
 """
@@ -28,7 +28,8 @@ from neglog.ops.nll.schema import NONE, NUMBERS, OPTIONS
 TILES = "int workspace, ScalarType tile_dtype, float filter_eps, str backend"
 forward = Op(
     "linear_nll(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
-    f"Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, int[3] wanted, {TILES}) -> "
+    "Tensor? weight, Tensor? token_weight, Tensor? num_items, "
+    f"{OPTIONS}, bool stats, int[3] wanted, {TILES}) -> "
     "(Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, Tensor entropy, Tensor argmax, "
     "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     numbers=NUMBERS,
@@ -36,7 +37,7 @@ forward = Op(
 backward = Op(
     "linear_nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor input, "
     "Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
-    "Tensor total_weight, Tensor grad_input, "
+    "Tensor? token_weight, Tensor total_weight, Tensor grad_input, "
     f"Tensor grad_weight, Tensor grad_bias, {OPTIONS}, int[3] wanted, {TILES}) -> "
     "(Tensor input, Tensor linear_weight, Tensor linear_bias)",
     numbers=NUMBERS,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neglog.ops.dtypes import divides_late, real_dtype
 from neglog.ops.memory import contiguous, new_gradient, new_rows
+from neglog.ops.nll.formula import counted_rows
 from neglog.tiles import gemm, plan
 
 NARROW = (False, False, False)
@@ -35,12 +36,14 @@ class Head(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Some rows: which of the counted ones, which of all, their input, target and logits."""
+    """Some rows: which of the counted ones, which of all, their input, target, token_weight and
+    logits."""
 
     part: slice
     rows: Tensor | slice
     input: Tensor
     target: Tensor
+    token_weight: Tensor | None
     logits: Tensor
 
 
@@ -48,45 +51,58 @@ class Tiles:
     """The rows that count, tile by tile, over a workspace that holds the logits of one."""
 
     def __init__(
-        self, head: Head, target: Tensor, ignore_index: int, workspace: int, dtype: torch.dtype,
-        learns: bool, compact: bool = True, wide: bool = False, columns: int | None = None,
+        self, head: Head, target: Tensor, token_weight: Tensor | None, ignore_index: int,
+        workspace: int, dtype: torch.dtype, learns: bool, compact: bool = True, wide: bool = False,
+        columns: int | None = None,
     ) -> None:  # fmt: skip
-        """dtype: of the logits. learns: the weight's gradient is wanted; wide: in the accumulation
-        dtype. Not compact: rows that do not count stay, as 0. columns: of a weight that is shared
-        out to processes, the most of any. Then a tile has as many rows in all of them: it depends
-        neither on this one's columns nor on `dtype`, which each finds out by itself.
+        """target (N,) or (N, V), token_weight (N,). dtype: of the logits. learns: the weight's
+        gradient is wanted; wide: in the accumulation dtype. Not compact: rows that do not count
+        stay, as 0. columns: of a weight that is shared out to processes, the most of any. Then a
+        tile has as many rows in all of them: it depends neither on this one's columns nor on
+        `dtype`, which each finds out by itself.
 
         single: one tile, whose product is rounded to the weight's gradient, with no wider sum
         beside it.
         """
-        self.head = head
-        counted = target != ignore_index
-        self.kept = None if compact else counted[:, None]
-        self.rows = counted.nonzero().squeeze(1) if compact else None
-        if self.rows is not None and self.rows.shape == target.shape:
-            self.rows = None
-        self.target = target if self.rows is None else target[self.rows]
+        self.head, self.target, self.token_weight = head, target, token_weight
+        self.count = len(target)
+        self.kept = self.rows = None
+        counted = counted_rows(target, token_weight, ignore_index)
+        if counted is not None and not compact:
+            self.kept = counted[:, None]
+        elif counted is not None:
+            rows = counted.nonzero().squeeze(1)
+            if len(rows) != self.count:
+                self.rows, self.count = rows, len(rows)
         itemsize = dtype.itemsize if columns is None else real_dtype(head.input.dtype).itemsize
         row_bytes = plan.row_stride(head.vocab if columns is None else columns, itemsize) * itemsize
-        rows = self.target.shape[0]
-        self.height = plan.rows_per_tile(rows, row_bytes, workspace)
+        self.height = plan.rows_per_tile(self.count, row_bytes, workspace)
         self.single = dtype == head.weight.dtype and not divides_late(head.input.dtype) and not wide
         # A single tile may have the memory of the sum that it makes needless.
         spared = head.weight.numel() * real_dtype(dtype).itemsize if dtype.itemsize == 2 else 0
-        if self.single and learns and columns is None and rows * row_bytes <= workspace + spared:
-            self.height = rows
-        self.single = self.single and rows <= self.height
+        fits = self.count * row_bytes <= workspace + spared
+        if self.single and learns and columns is None and fits:
+            self.height = self.count
+        self.single = self.single and self.count <= self.height
         self.logits = new_rows(self.height, head.vocab, head.input, dtype)
 
     def __iter__(self) -> Iterator[Tile]:
-        for part in plan.row_tiles(self.target.shape[0], self.height):
+        for part in plan.row_tiles(self.count, self.height):
             rows = part if self.rows is None else self.rows[part]
             x = self.head.input[rows]
             if self.kept is not None:  # what does not count may be NaN
                 x = torch.where(self.kept[part], x, 0)
             logits = self.logits[: x.shape[0]]
             gemm.linear(x, self.head.weight, self.head.bias, logits)
-            yield Tile(part, rows, x, self.target[part], logits)
+            of_rows = None if self.token_weight is None else self.token_weight[rows]
+            target = self.target[rows]
+            if target.dim() == 2:
+                target = target.to(logits.dtype)
+            yield Tile(part, rows, x, target, of_rows, logits)
+
+    def of_counted(self, of_all: Tensor) -> Tensor:
+        """Of numbers of all rows, those of the counted ones."""
+        return of_all if self.rows is None else of_all[self.rows]
 
     def among_all(self, of_counted: Tensor, rows: int) -> Tensor:
         """Numbers of the counted rows among all rows; 0 for the others."""

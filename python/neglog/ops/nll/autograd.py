@@ -55,8 +55,9 @@ def _setup(ctx: Any, a: Any, results: Any) -> None:
         results.lse_low, results.total_weight, results.correct, results.argmax
     )
     save(
-        ctx, logits=a.logits, target=a.target, weight=a.weight, lse=results.lse,
-        lse_low=results.lse_low, entropy=results.entropy, total_weight=results.total_weight,
+        ctx, logits=a.logits, target=a.target, weight=a.weight, token_weight=a.token_weight,
+        lse=results.lse, lse_low=results.lse_low, entropy=results.entropy,
+        total_weight=results.total_weight,
     )  # fmt: skip
     ctx.options, ctx.backend = Options.of(a), a.backend
 
@@ -79,8 +80,8 @@ def gradients(
         )
     if ctx.wanted.target:
         found["target"] = formula.target_gradient(
-            grad_loss, kept["logits"], kept["target"], kept["weight"], kept["total_weight"],
-            ctx.options,
+            grad_loss, kept["logits"], kept["target"], kept["weight"], kept["token_weight"],
+            kept["total_weight"], ctx.options,
         )  # fmt: skip
     return found
 
@@ -88,7 +89,8 @@ def gradients(
 def _setup_backward(ctx: Any, a: Any, results: Any) -> None:
     save(
         ctx, grad_loss=a.grad_loss, grad_lse=a.grad_lse, grad_entropy=a.grad_entropy,
-        logits=a.logits, target=a.target, weight=a.weight, total_weight=a.total_weight,
+        logits=a.logits, target=a.target, weight=a.weight, token_weight=a.token_weight,
+        total_weight=a.total_weight,
     )  # fmt: skip
     ctx.options = Options.of(a)
 
@@ -104,7 +106,7 @@ def _double_backward(ctx: Any, grad: Any) -> dict[str, Any]:
         inputs["target"] = target
 
     def forward(logits: Tensor, target: Tensor = target) -> tuple[Tensor, ...]:
-        given = (kept["weight"], kept["total_weight"], ctx.options)
+        given = (kept["weight"], kept["token_weight"], kept["total_weight"], ctx.options)
         return formula.differentiable(upstream, logits, target, *given)
 
     return second_derivative(forward, upstream, inputs, {"logits": grad.result})
@@ -188,8 +190,9 @@ class InPlaceNLL(Function):
         ctx.save_for_backward(a.logits.detach())
         ctx.divisor = late_divisor(made.total_weight, a.logits.dtype, a.reduction)
         # Of an ignored row the upstream may be anything, and its gradient stays 0.
-        by_row = a.reduction == NONE and a.target.dim() == 1
-        ctx.counted = a.target != a.ignore_index if by_row else None
+        ctx.counted = None
+        if a.reduction == NONE:
+            ctx.counted = formula.counted_rows(a.target, a.token_weight, a.ignore_index)
         return made.loss, *stats
 
     @staticmethod

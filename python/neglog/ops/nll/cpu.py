@@ -74,9 +74,12 @@ def threads_for(numbers: int) -> int:
     return 1 if grains < 2 else allowed(min(torch.get_num_threads(), grains))
 
 
-def problem(logits: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> tuple:
+def problem(
+    logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None,
+    options: Any,
+) -> tuple:  # fmt: skip
     """The arguments that every kernel begins with. The tensors must outlive the call: rows of
-    logits with adjacent columns or logits (B, V, P), target and weight contiguous, all aligned."""
+    logits with adjacent columns or logits (B, V, P), the others contiguous, all aligned."""
     if target.dim() == 1:
         index, probabilities, probabilities_stride = address(target), 0, 0
     else:
@@ -84,21 +87,25 @@ def problem(logits: Tensor, target: Tensor, weight: Tensor | None, options: Any)
     return (
         DTYPE_CODES[logits.dtype], count_rows(logits), logits.shape[1], logits.data_ptr(),
         logits.stride()[0], index, probabilities, probabilities_stride, address(weight),
-        options.ignore_index, options.label_smoothing, options.logit_scale, options.softcap,
-        options.z_loss,
+        address(token_weight), options.ignore_index, options.label_smoothing, options.logit_scale,
+        options.softcap, options.z_loss,
     )  # fmt: skip
 
 
 def _ready(
-    logits: Tensor, target: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """As a kernel reads them: logits as rows, or as they are where the classes come not last."""
     if logits.dim() == 3:
         logits, target = _positions(aligned(logits, "input"), target)
     else:
         logits = adjacent_columns(logits, "input")
     target = _READY[target.dim()](target, "target")
-    return logits, target, None if weight is None else contiguous(weight, "weight")
+    if weight is not None:
+        weight = contiguous(weight, "weight")
+    if token_weight is not None:
+        token_weight = contiguous(token_weight, "token_weight")
+    return logits, target, weight, token_weight
 
 
 _READY = {1: contiguous, 2: adjacent_columns, 3: aligned}
@@ -128,7 +135,7 @@ def _layout(alive: Any, gradient: Tensor | None) -> tuple[int, ...] | None:
     """The last argument of a kernel: where the numbers of logits (B, V, P) lie."""
     if alive is None or alive[0].dim() == 2:
         return None
-    logits, target, _ = alive
+    logits, target = alive[:2]
     of_target = (1, 0) if target.dim() == 1 else target.stride()[1:]
     of_gradient = (1, 0) if gradient is None else gradient.stride()[1:]
     return (logits.shape[2], *logits.stride()[1:], *of_target, *of_gradient)
@@ -142,35 +149,36 @@ def _row_stride(gradient: Tensor, alive: Any) -> int:
 
 
 def _arguments(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options
-) -> tuple[tuple, Any]:
+    logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None,
+    options: Options,
+) -> tuple[tuple, Any]:  # fmt: skip
     """What every kernel begins with, of any tensors; and those that must outlive the call, or None
     where these are the given ones."""
     first, index = logits.data_ptr(), target.data_ptr()
     # As nearly always; to see it saves 0.8 of 26 microseconds that a small call takes.
     if (
-        weight is None and target.dim() == 1 and logits.dim() == 2 and logits.is_contiguous()
-        and target.is_contiguous() and first >= LOW_ADDRESS <= index
+        weight is None and token_weight is None and target.dim() == 1 and logits.dim() == 2
+        and logits.is_contiguous() and target.is_contiguous() and first >= LOW_ADDRESS <= index
         and not first % logits.itemsize and not index % 8
         and not (logits.is_neg() or target.is_neg())
     ):  # fmt: skip
         rows, columns = logits.shape
-        begin = (DTYPE_CODES[logits.dtype], rows, columns, first, columns, index, 0, 0, 0)
+        begin = (DTYPE_CODES[logits.dtype], rows, columns, first, columns, index, 0, 0, 0, 0)
         return (*begin, *options[1:]), None
-    ready = _ready(logits, target, weight)
+    ready = _ready(logits, target, weight, token_weight)
     return problem(*ready, options), ready
 
 
 def _divisor(kernel: Any, given: tuple, num_items: Tensor | None, real: torch.dtype) -> float:
-    code, rows, vocab, _, _, target, probabilities, _, weight, ignore_index = given[:10]
+    code, rows, vocab, _, _, target, probabilities, _, *weights, ignore_index = given[:11]
     # Formed in any case: it checks that targets are in range.
-    total = kernel.total_weight(rows, vocab, target, probabilities, weight, ignore_index, code)
+    total = kernel.total_weight(rows, vocab, target, probabilities, *weights, ignore_index, code)
     return rounded(total, real) if num_items is None else float(num_items)
 
 
 def _begin(op: str, a: Any) -> tuple[Any, tuple, Any]:
     """The kernels, their first arguments, and the tensors that must outlive the call."""
-    given, alive = _arguments(a.logits, a.target, a.weight, Options.of(a))
+    given, alive = _arguments(a.logits, a.target, a.weight, a.token_weight, Options.of(a))
     return load_kernel(op, a.backend), given, alive
 
 
@@ -193,8 +201,8 @@ def _addresses(stats: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 def forward_with_gradient(
-    logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
-    options: Options, stats: bool, backend: str, upstream: float,
+    logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None,
+    num_items: Tensor | None, options: Options, stats: bool, backend: str, upstream: float,
 ) -> tuple[Tensor, Tensor, bytearray, float, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """The reduced loss, and in the same pass the gradient of the logits for an upstream of it;
     lses, divisor and statistics as in Outputs.
@@ -202,7 +210,7 @@ def forward_with_gradient(
     Of a small input the fixed cost of calls is all that is felt: hence one kernel, and no names for
     what it returns.
     """
-    given, alive = _arguments(logits, target, weight, options)
+    given, alive = _arguments(logits, target, weight, token_weight, options)
     itemsize, one_number = _OF_DTYPE[given[0]]
     loss, gradient = torch.empty_like(one_number), new_gradient_of(logits)
     of_rows = bytearray(3 * given[1] * itemsize)

@@ -19,11 +19,11 @@ from neglog.ops.nll.schema import NONE, Options, count_rows
 
 
 def nll(
-    logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
-    options: Options, stats: bool, backend: str,
+    logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None,
+    num_items: Tensor | None, options: Options, stats: bool, backend: str,
 ) -> Rows:  # fmt: skip
     """Loss and statistics. Arguments as the op neglog::nll."""
-    given = (logits, target, weight, num_items)
+    given = (logits, target, weight, token_weight, num_items)
     if torch_state.eager_on_cpu(logits):
         found = nll_on_cpu(*given, options, stats, backend)
         return Rows(*found) if stats else Rows(found)
@@ -33,11 +33,12 @@ def nll(
 
 
 def nll_on_cpu(
-    logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
-    options: Options, stats: bool, backend: str,
+    logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None,
+    num_items: Tensor | None, options: Options, stats: bool, backend: str,
 ) -> Any:  # fmt: skip
     """The same of logits that are `eager_on_cpu`: the loss, or with stats a tuple of all."""
-    rest = (weight, num_items, options, stats, backend, _record(logits, target, options.reduction))
+    record = _record(logits, target, options.reduction)
+    rest = (weight, token_weight, num_items, options, stats, backend, record)
     return torch_state.apply(EagerNLL, logits, target, rest)
 
 
@@ -56,11 +57,11 @@ class EagerNLL(Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, rest: tuple) -> Any:
-        weight, num_items, options, stats, backend, record = rest
-        ctx.save_for_backward(logits, target, weight)
+        weight, token_weight, num_items, options, stats, backend, record = rest
+        ctx.save_for_backward(logits, target, weight, token_weight)
         ctx.options, ctx.backend, ctx.record = options, backend, record
         ctx.upstream = upstream = None if record is None else record.forward()
-        given = (logits, target, weight, num_items)
+        given = (logits, target, weight, token_weight, num_items)
         lses: Any
         if upstream is None:
             out = cpu.forward(schema.forward.Arguments(*given, *options, stats, backend))
@@ -113,9 +114,10 @@ class EagerNLL(Function):
 
 def _kept(ctx: Any, tensors: tuple) -> dict[str, Any]:
     """What the backward of the op neglog::nll takes from its forward."""
-    logits, target, weight = tensors
+    logits, target, weight, token_weight = tensors
     lse, lse_low = cpu.lse_and_low(ctx.lses, count_rows(logits), real_dtype(logits.dtype))
     return {
-        "logits": logits, "target": target, "weight": weight, "lse": lse, "lse_low": lse_low,
-        "entropy": ctx.entropy, "total_weight": number(ctx.divisor, lse.dtype),
+        "logits": logits, "target": target, "weight": weight, "token_weight": token_weight,
+        "lse": lse, "lse_low": lse_low, "entropy": ctx.entropy,
+        "total_weight": number(ctx.divisor, lse.dtype),
     }  # fmt: skip

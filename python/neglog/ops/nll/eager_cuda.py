@@ -37,11 +37,11 @@ def takes(logits: Tensor, target: Tensor, options: Options, stats: bool) -> bool
 
 
 def nll(
-    logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
-    options: Options,
+    logits: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None,
+    num_items: Tensor | None, options: Options,
 ) -> Tensor:  # fmt: skip
     """The loss ()."""
-    return torch_state.apply(CudaNLL, logits, (target, weight, num_items, options))
+    return torch_state.apply(CudaNLL, logits, (target, weight, token_weight, num_items, options))
 
 
 class Record:
@@ -73,8 +73,8 @@ class CudaNLL(Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rest: tuple) -> Tensor:
-        target, weight, num_items, options = rest
-        ctx.save_for_backward(logits, target, weight)
+        target, weight, token_weight, num_items, options = rest
+        ctx.save_for_backward(logits, target, weight, token_weight)
         ctx.options, ctx.backend = options, ""
         ctx.record, forms = None, False
         # Where hooks take the logits away, a gradient as large would stay in their place.
@@ -86,7 +86,7 @@ class CudaNLL(Function):
             ctx.record.misses += 1
             on_device = ctx.record.remembered
         loss, ctx.kept, formed = ops.nll_with_gradient.default(
-            logits, target, weight, num_items, on_device, *options, forms
+            logits, target, weight, token_weight, num_items, on_device, *options, forms
         )
         ctx.formed = formed if forms else None
         return loss
@@ -117,5 +117,6 @@ def _new_gradient(logits: Tensor) -> Tensor:
 def _kept(ctx: Any, tensors: tuple) -> dict[str, Any]:
     """What the backward of the op neglog::nll takes from its forward."""
     lse, lse_low, _ = ctx.kept[:-2].view(3, len(tensors[0]))
-    names = ("logits", "target", "weight", "lse", "lse_low", "entropy", "total_weight")
-    return dict(zip(names, (*tensors, lse, lse_low, None, ctx.kept[-2]), strict=True))
+    names = ("logits", "target", "weight", "token_weight", "lse", "lse_low", "entropy")
+    found = dict(zip(names, (*tensors, lse, lse_low, None), strict=True))
+    return {**found, "total_weight": ctx.kept[-2]}

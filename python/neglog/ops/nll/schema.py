@@ -20,10 +20,12 @@ On the CPU the host reads the upstream itself, and needs neither op.
 
 Shapes: logits (N, V), any row stride; on the CPU also (B, V, P), any strides, for N = B * P rows,
 whose gradient is laid out as they are. target (N,) int64, or probabilities of the logits' shape and
-dtype. weight (V,) and num_items () in the accumulation dtype, float32 or for float64 logits
-float64. Returned: loss () or (N,), lse (N,), lse_low (N,), total_weight (); correct (N,) bool,
-entropy (N,) and argmax (N,) int64, or (0,) without stats. lse + lse_low is the log-sum-exp to twice
-the digits. grad_entropy (N,) is given with the entropy that the forward returned.
+dtype. weight (V,), token_weight (N,) and num_items () in the accumulation dtype, float32 or for
+float64 logits float64. A row's loss is multiplied by its token_weight, and so is its share of
+total_weight; where that is 0 the row is ignored, as where its target is ignore_index.
+Returned: loss () or (N,), lse (N,), lse_low (N,), total_weight (); correct (N,) bool, entropy (N,)
+and argmax (N,) int64, or (0,) without stats. lse + lse_low is the log-sum-exp to twice the digits.
+grad_entropy (N,) is given with the entropy that the forward returned.
 reduction: 0 none, 1 mean, 2 sum, as in aten. backend: "cython" or "numba"; "" is the best that can
 run, so that a graph exported on one machine runs on another.
 
@@ -46,31 +48,33 @@ NONE, MEAN, SUM = 0, 1, 2
 NUMBERS = "float label_smoothing, float logit_scale, float softcap, float z_loss"
 OPTIONS = f"int reduction, SymInt ignore_index, {NUMBERS}"
 forward = Op(
-    f"nll(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, bool stats, "
-    "str backend) -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor total_weight, "
-    "Tensor correct, Tensor entropy, Tensor argmax)",
+    "nll(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor? num_items, "
+    f"{OPTIONS}, bool stats, str backend) -> (Tensor loss, Tensor lse, Tensor lse_low, "
+    "Tensor total_weight, Tensor correct, Tensor entropy, Tensor argmax)",
     numbers=NUMBERS,
 )
 backward = Op(
     "nll_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor logits, "
-    "Tensor target, Tensor? weight, Tensor lse, Tensor lse_low, Tensor? entropy, "
-    f"Tensor total_weight, {OPTIONS}, str backend) -> Tensor",
+    "Tensor target, Tensor? weight, Tensor? token_weight, Tensor lse, Tensor lse_low, "
+    f"Tensor? entropy, Tensor total_weight, {OPTIONS}, str backend) -> Tensor",
     numbers=NUMBERS,
 )
 in_place = Op(
-    f"nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? num_items, {OPTIONS}, "
-    "bool stats, str backend) -> (Tensor loss, Tensor lse, Tensor total_weight, Tensor correct, "
-    "Tensor entropy, Tensor argmax)"
+    "nll_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? token_weight, "
+    f"Tensor? num_items, {OPTIONS}, bool stats, str backend) -> (Tensor loss, Tensor lse, "
+    "Tensor total_weight, Tensor correct, Tensor entropy, Tensor argmax)"
 )
 scale_in_place = Op("nll_scale_(Tensor(a!) grad, Tensor factor) -> ()")
 with_gradient = Op(
-    "nll_with_gradient(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, "
-    f"Tensor? remembered, {OPTIONS}, bool form) -> (Tensor loss, Tensor kept, Tensor gradient)",
+    "nll_with_gradient(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, "
+    f"Tensor? num_items, Tensor? remembered, {OPTIONS}, bool form) -> "
+    "(Tensor loss, Tensor kept, Tensor gradient)",
     compiled=False,
 )
 gradient_for = Op(
     "nll_gradient_for_(Tensor(a!) gradient, Tensor grad_loss, Tensor kept, Tensor(b!)? remembered, "
-    f"Tensor logits, Tensor target, Tensor? weight, {OPTIONS}, bool formed) -> ()",
+    "Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, "
+    f"{OPTIONS}, bool formed) -> ()",
     compiled=False,
 )
 
