@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 SOURCES = Path("kernels/cython")
-FAMILIES = ["nll", "pairs"]
+FAMILIES = ["nll", "kl", "pairs"]
 X86_64_LEVELS = {
     "x86_64_v2": ["-march=x86-64-v2"],
     "x86_64_v3": ["-march=x86-64-v3"],

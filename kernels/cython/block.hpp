@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "exp.hpp"
 
@@ -55,8 +56,29 @@ inline M lowest_of() {
     return lowest;
 }
 
+// A block of which each register's numbers are at an address of their own.
 template <class M>
-inline RealOf<M> block_maximum(const M* z, ptrdiff_t n) {
+struct Scattered {
+    const M* const* registers;
+};
+
+// Where the numbers of a register begin, from column j on, of adjacent ones and of scattered ones.
+template <class M>
+inline const M* address_in(const M* z, ptrdiff_t j) {
+    return z + j;
+}
+template <class M>
+inline const M* address_in(Scattered<M> z, ptrdiff_t j) {
+    return z.registers[j / kPacked<M>];
+}
+template <class Block>
+using MemoryOf =
+    typename std::remove_const<typename std::remove_pointer<decltype(address_in(
+        std::declval<Block>(), ptrdiff_t()))>::type>::type;
+
+template <class Block>
+inline auto block_maximum(Block z, ptrdiff_t n) -> RealOf<MemoryOf<Block>> {
+    using M = MemoryOf<Block>;
     using T = RealOf<M>;
     constexpr int step = 4 / kRegistersOf<M> * kPacked<M>;
     const M lowest = lowest_of<M>();
@@ -65,11 +87,11 @@ inline RealOf<M> block_maximum(const M* z, ptrdiff_t n) {
     ptrdiff_t j = 0;
     for (; j + step <= n; j += step)
         for (int r = 0; r < 4; r += kRegistersOf<M>) {
-            const Wide<M> wide = Memory<M>::widen(load(z + j + r * kWidth<T>));
+            const Wide<M> wide = Memory<M>::widen(load(address_in(z, j + r * kWidth<T>)));
             for (int k = 0; k < kRegistersOf<M>; ++k) best[r + k] = larger(wide.x[k], best[r + k]);
         }
     for (; j < n; j += kPacked<M>) {
-        const Wide<M> wide = Memory<M>::widen(load_some(z + j, n - j, lowest));
+        const Wide<M> wide = Memory<M>::widen(load_some(address_in(z, j), n - j, lowest));
         for (int k = 0; k < kRegistersOf<M>; ++k) best[k] = larger(wide.x[k], best[k]);
     }
     best[0] = larger(larger(best[0], best[1]), larger(best[2], best[3]));
@@ -117,8 +139,9 @@ inline const M* ahead_of(const M* z) {
 // The sum of e^(z - shift). Meanwhile the blocks after the next are brought into L2: a maximum
 // reads its block faster than memory gives it. A forward took 0.68 copies without, 0.51 with.
 // Not inlined, because beside another loop GCC for x86-64-v3 kept the sums in memory: 35% slower.
-template <class M>
-__attribute__((noinline)) double block_exp_sum(const M* z, ptrdiff_t n, RealOf<M> shift) {
+template <class Block, class M = MemoryOf<Block>>
+__attribute__((noinline)) double block_exp_sum(Block z, ptrdiff_t n, RealOf<M> shift,
+                                               const M* ahead) {
     using T = RealOf<M>;
     constexpr int registers = kLanes / kWidth<T>, line = kCacheLine / int(sizeof(M));
     const M lowest = lowest_of<M>();
@@ -132,25 +155,31 @@ __attribute__((noinline)) double block_exp_sum(const M* z, ptrdiff_t n, RealOf<M
     ptrdiff_t j = 0;
     for (; j + kLanes <= n; j += kLanes) {
         for (int k = 0; k < kLanes; k += line)
-            prefetch_to_l2(ahead_of(z + j + k));
+            prefetch_to_l2(ahead + j + k);
 #pragma GCC unroll 16
-        for (int r = 0; r < registers; r += kRegistersOf<M>) add(load(z + j + r * kWidth<T>), r);
+        for (int r = 0; r < registers; r += kRegistersOf<M>)
+            add(load(address_in(z, j + r * kWidth<T>)), r);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < registers; r += kRegistersOf<M>, j += kPacked<M>)
-        if (j < n) add(load_some(z + j, n - j, lowest), r);
+        if (j < n) add(load_some(address_in(z, j), n - j, lowest), r);
     return block_sum(reinterpret_cast<const T*>(sums), kLanes);
 }
 
-// Adds a block to the state.
-template <class T, class M>
-inline void update(LseState<T>& state, const M* z, ptrdiff_t n) {
+// Adds a block to the state. Meanwhile the numbers from `ahead` on are brought into L2.
+template <class T, class Block>
+inline void update(LseState<T>& state, Block z, ptrdiff_t n, const MemoryOf<Block>* ahead) {
     const T block = block_maximum(z, n);
     const T maximum = block > state.maximum ? block : state.maximum;
     const T shift = LseState<T>::shift_for(maximum);
     const double kept = state.sum * exp_nonpositive(state.maximum - shift);
-    state.sum = kept + block_exp_sum(z, n, shift);
+    state.sum = kept + block_exp_sum(z, n, shift, ahead);
     state.maximum = maximum;
+}
+
+template <class T, class M>
+inline void update(LseState<T>& state, const M* z, ptrdiff_t n) {
+    update(state, z, n, ahead_of(z));
 }
 
 // A log-sum-exp as the unevaluated sum of two numbers. One float near 1e4 would be off by 5e-4, and
@@ -281,6 +310,23 @@ inline void block_softmax(const M* z, ptrdiff_t n, Lse<RealOf<M>> lse, RealOf<M>
             of_each(Memory<M>::widen(load_some(z + j, left, M())), [=](Lanes<T> x) {
                 return scaled_exp<ExpOfGradient<M>>(x - lse.high, scales) - offset;
             }));
+    });
+}
+
+// out = patch(j, end, scale * softmax(z)) of each register, which is of the columns from j to before
+// `end`, in their order.
+// `out` may be `z`. For a scale up to half of the largest number.
+template <class M, class Patch>
+inline void block_softmax(const M* z, ptrdiff_t n, Lse<RealOf<M>> lse, RealOf<M> scale,
+                          Destination<M> to, Patch patch) {
+    using T = RealOf<M>;
+    const Lanes<T> scales = Lanes<T>{} + scale * std::exp(-lse.low);
+    store_gradient(to, n, [=](ptrdiff_t j, ptrdiff_t left) {
+        const Wide<M> wide = Memory<M>::widen(load_some(z + j, left, M()));
+        const Wide<M> softmax = of_each(wide, [=](Lanes<T> x) {
+            return scaled_exp<ExpOfGradient<M>>(x - lse.high, scales);
+        });
+        return patch(j, j + std::min<ptrdiff_t>(left, kPacked<M>), Memory<M>::narrow(softmax));
     });
 }
 

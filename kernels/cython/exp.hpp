@@ -1,4 +1,4 @@
-// exp and tanh, of one number or of lanes.
+// exp and tanh, of one number or of lanes, and log of one number.
 //
 // (a) One number is for loops that the compiler vectorises, under `#pragma omp simd`. Lanes are
 //     those of lanes.hpp; with AVX-512 they have 2^n by one instruction.
@@ -105,7 +105,7 @@ inline V times_power_of_two(V fraction, [[maybe_unused]] V n, V shifted) {
 // scale * e^x for x <= 0 and |scale| up to a half of the largest number, within about 1 ulp. It
 // holds for x > 0 too, until 2^n overflows. P has the polynomial.
 template <class P, class V>
-inline V scaled_exp(V x, V scale) {
+__attribute__((always_inline)) inline V scaled_exp(V x, V scale) {
     using R = Real<NumberOf<V>>;
     constexpr bool by_scalef = NEGLOG_AVX512 && is_lanes<V>;
     x = larger(V{} + (by_scalef ? R::scalef_lowest : R::exp_lowest), x);
@@ -117,7 +117,7 @@ inline V scaled_exp(V x, V scale) {
 }
 
 template <class V>
-inline V exp_nonpositive(V x) {
+__attribute__((always_inline)) inline V exp_nonpositive(V x) {
     return scaled_exp<Real<NumberOf<V>>>(x, V{} + NumberOf<V>(1));
 }
 
@@ -137,6 +137,32 @@ inline T tanh_any(T y) {
     const T large = std::copysign((T(1) - decay) / (T(1) + decay), y);
     const T small = y + y * square * horner(Real<T>::tanh_poly, square);
     return magnitude < T(0.625) ? small : large;
+}
+
+// log of a number from 0, -inf of 0, within 2 ulp: by x = 2^n m, m around 1, and atanh's series
+// log m = 2 (s + s^3 / 3 + s^5 / 5 + ...) of s = (m - 1) / (m + 1), which is at most 0.172.
+template <class T>
+__attribute__((always_inline)) inline T log_nonnegative(T x) {
+    using R = Real<T>;
+    using Bits = BitsOf<T>;
+    using Signed = typename std::make_signed<Bits>::type;
+    constexpr T infinity = std::numeric_limits<T>::infinity();
+    constexpr int terms = sizeof(T) == 4 ? 5 : 11;
+    // A number below the smallest normal one has no exponent of its own.
+    const bool tiny = x < std::numeric_limits<T>::min();
+    const T up = T(Bits(1) << (R::mantissa_bits + 1));
+    const Bits bits = bit_cast<Bits>(tiny ? x * up : x);
+    const Bits half = bit_cast<Bits>(T(0.70710678118654752440));
+    const Signed n = Signed(bits - half) >> R::mantissa_bits;
+    const T m = bit_cast<T>(bits - (Bits(n) << R::mantissa_bits));
+    const T s = (m - T(1)) / (m + T(1)), square = s * s;
+    T series = T(1) / T(2 * terms - 1);
+#pragma GCC unroll 16
+    for (int k = terms - 2; k >= 0; --k) series = series * square + T(1) / T(2 * k + 1);
+    const T exponent = T(n) - (tiny ? T(R::mantissa_bits + 1) : T(0));
+    const T value = exponent * R::ln2_hi + (exponent * R::ln2_lo + T(2) * s * series);
+    const T of_others = x == T(0) ? -infinity : std::numeric_limits<T>::quiet_NaN();
+    return x > T(0) ? (x < infinity ? value : x) : of_others;
 }
 
 // The derivative of tanh, 1 - tanh^2, which written so would have no digit where tanh is near 1.

@@ -9,7 +9,10 @@ from neglog.losses.clip import siglip_loss as siglip_loss
 from neglog.losses.cross_entropy import cross_entropy as cross_entropy
 from neglog.losses.cross_entropy import masked_cross_entropy as masked_cross_entropy
 from neglog.losses.info_nce import info_nce as info_nce
+from neglog.losses.kl_div import KLDivStats as KLDivStats
+from neglog.losses.kl_div import kl_div_loss as kl_div_loss
 from neglog.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from neglog.losses.linear_kl_div import linear_kl_div_loss as linear_kl_div_loss
 from neglog.losses.nt_xent import dcl as dcl
 from neglog.losses.nt_xent import nt_xent as nt_xent
 from neglog.losses.similarity import similarity_logsumexp as similarity_logsumexp

@@ -154,6 +154,11 @@ def tokens(rank, world):
     tensors = {"input": normal(ROWS, WIDTH), "target": TARGET, **HEAD}
     layouts = [{"input": BY_ROW}, {"linear_weight": BY_ROW}]
     same(neglog.linear_token_logprobs, tensors, {}, *layouts)
+    teacher = {"teacher": normal(ROWS, CLASSES, seed=6)}
+    layouts = [{"input": BY_CLASS}, {"teacher": BY_ROW}]
+    same(neglog.kl_div_loss, {"input": LOGITS["input"]}, teacher, *layouts)
+    tensors = {"input": normal(ROWS, WIDTH), **HEAD}
+    same(neglog.linear_kl_div_loss, tensors, teacher, {"linear_weight": BY_ROW})
 
 
 def in_place(rank, world):
@@ -235,8 +240,8 @@ def kernels(rank, world):
 
 
 CHECKS = [
-    logits, logits_under_loss_parallel, probabilities, partial_sums, masked, heads, tokens, in_place,
-    many_dimensions, contrastive, kernels,
+    logits, logits_under_loss_parallel, probabilities, partial_sums, masked, heads, tokens,
+    in_place, many_dimensions, contrastive, kernels,
 ]  # fmt: skip
 
 

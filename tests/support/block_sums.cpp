@@ -5,7 +5,9 @@
 using namespace neglog;
 
 extern "C" {
-double exp_sum(const float* z, ptrdiff_t n, float lse, float*) { return block_exp_sum(z, n, lse); }
+double exp_sum(const float* z, ptrdiff_t n, float lse, float*) {
+    return block_exp_sum(z, n, lse, ahead_of(z));
+}
 
 double log_probability_sum(const float* z, ptrdiff_t n, float lse, float*) {
     return block_log_probability_sum(z, n, Lse<float>{lse, 0});

@@ -79,6 +79,34 @@ ROW_CALLS = {
     "linear_cross_entropy, by torch": (
         lambda x, t, w: neglog.linear_cross_entropy(x, w, t, backend="torch"), (X, TARGET, HEAD),
     ),
+    "token_logprobs": (lambda x, t: sum(neglog.token_logprobs(x, t)[:3]), (X, TARGET)),
+    "linear_token_logprobs": (
+        lambda x, t, w: sum(neglog.linear_token_logprobs(x, w, t)[:3]), (X, TARGET, HEAD),
+    ),
+    "cross_entropy, weights of rows": (
+        lambda x, t: neglog.cross_entropy(x, t, token_weight=t % 3, per_sequence=True), (X, TARGET),
+    ),
+    "kl_div_loss": (lambda x, y: neglog.kl_div_loss(x, y), (X, Y)),
+    "kl_div_loss, mixed": (
+        lambda x, y, t: neglog.kl_div_loss(x, y, t, beta=0.3, temperature=2.0, hard_weight=0.5),
+        (X, Y, TARGET),
+    ),
+    "kl_div_loss, named": (
+        lambda x, y: neglog.kl_div_loss(
+            x, y.log_softmax(1)[:, :2] - 1,
+            teacher_ids=torch.arange(2, device=x.device).expand(x.shape[0], 2),
+        ),
+        (X, Y),
+    ),
+    "kl_div_loss, by torch": (
+        lambda x, y: neglog.kl_div_loss(x, y, beta=1.0, backend="torch"), (X, Y),
+    ),
+    "linear_kl_div_loss": (
+        lambda x, y, w: neglog.linear_kl_div_loss(x, w, y, teacher_weight=w), (X, Y, HEAD),
+    ),
+    "linear_kl_div_loss, none": (
+        lambda x, y, w: neglog.linear_kl_div_loss(x, w, y, reduction="none"), (X, Y, HEAD),
+    ),
     "CrossEntropyLoss": (neglog.nn.CrossEntropyLoss(z_loss=0.1), (X, TARGET)),
 }  # fmt: skip
 PAIR_CALLS = {

@@ -29,8 +29,9 @@ class Head(NamedTuple):
     def vocab(self) -> int:
         return self.weight.shape[0]
 
-    def contiguous(self) -> Head:
-        names = ("input", "linear_weight", "linear_bias")
+    def contiguous(self, *names: str) -> Head:
+        """names: of the parts, for errors, if they are other than linear_nll's."""
+        names = names or ("input", "linear_weight", "linear_bias")
         parts = zip(self, names, strict=True)
         return Head(*(None if x is None else contiguous(x, name) for x, name in parts))  # type: ignore[arg-type]
 
@@ -53,13 +54,14 @@ class Tiles:
     def __init__(
         self, head: Head, target: Tensor, token_weight: Tensor | None, ignore_index: int,
         workspace: int, dtype: torch.dtype, learns: bool, compact: bool = True, wide: bool = False,
-        columns: int | None = None,
+        columns: int | None = None, beside: int = 0,
     ) -> None:  # fmt: skip
         """target (N,) or (N, V), token_weight (N,). dtype: of the logits. learns: the weight's
         gradient is wanted; wide: in the accumulation dtype. Not compact: rows that do not count
         stay, as 0. columns: of a weight that is shared out to processes, the most of any. Then a
         tile has as many rows in all of them: it depends neither on this one's columns nor on
-        `dtype`, which each finds out by itself.
+        `dtype`, which each finds out by itself. beside: bytes for each row that lie in the
+        workspace beside its logits.
 
         single: one tile, whose product is rounded to the weight's gradient, with no wider sum
         beside it.
@@ -76,6 +78,7 @@ class Tiles:
                 self.rows, self.count = rows, len(rows)
         itemsize = dtype.itemsize if columns is None else real_dtype(head.input.dtype).itemsize
         row_bytes = plan.row_stride(head.vocab if columns is None else columns, itemsize) * itemsize
+        row_bytes += beside
         self.height = plan.rows_per_tile(self.count, row_bytes, workspace)
         self.single = dtype == head.weight.dtype and not divides_late(head.input.dtype) and not wide
         # A single tile may have the memory of the sum that it makes needless.
