@@ -428,6 +428,25 @@ def check_loss_dtype(loss_dtype: Any, input: Tensor) -> None:
         )
 
 
+def to_logits_dtype(logits_dtype: Any, input: Tensor) -> torch.dtype | None:
+    """As torch.dtype; None for what the product of a head has by itself."""
+    if logits_dtype is None:
+        return None
+    if logits_dtype == "float32":
+        logits_dtype = torch.float32
+    if not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(
+            f"logits_dtype: expected a torch.dtype, 'float32' or None, got {logits_dtype!r}"
+        )
+    own = autocast_dtype(input)
+    if logits_dtype != own and (logits_dtype != torch.float32 or own.itemsize > 2):
+        raise ValueError(
+            f"logits_dtype: expected {own}, that of the product, or for 16 bits torch.float32, "
+            f"got {logits_dtype}"
+        )
+    return logits_dtype
+
+
 def check_number(
     name: str, value: Any, input: Tensor, real: torch.dtype, learns: bool = False
 ) -> None:

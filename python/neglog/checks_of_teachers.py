@@ -122,7 +122,25 @@ def check_distillation(
         )
 
 
-def check_teacher_head(
+def check_teacher_of_head(
+    input: Tensor, classes: int, teacher: Any, weight: Any, bias: Any, teacher_ids: Any,
+    teacher_probabilities: Any, logit_scale: Any, softcap: Any,
+) -> None:  # fmt: skip
+    """What is compared with a student's hidden states: hidden states and a head, or as without."""
+    if weight is None and bias is None:
+        check_teacher(input, classes, teacher, teacher_ids, teacher_probabilities)
+    else:
+        given = (teacher, weight, bias, teacher_ids, teacher_probabilities)
+        _check_teacher_head(input, classes, *given)
+    _check_teacher_scores(input, logit_scale, softcap)
+    plain = softcap is None and not isinstance(logit_scale, Tensor) and logit_scale == 1
+    if not plain and (teacher_ids is not None or teacher_probabilities):
+        raise ValueError(
+            "teacher_logit_scale, teacher_softcap: expected none for a teacher of probabilities"
+        )
+
+
+def _check_teacher_head(
     input: Tensor, classes: int, teacher: Any, weight: Any, bias: Any, teacher_ids: Any,
     teacher_probabilities: Any,
 ) -> None:  # fmt: skip
@@ -162,7 +180,7 @@ def _check_frozen(name: str, x: Any, input: Tensor) -> None:
     check_teacher_tensor(name, x.detach() if isinstance(x, Tensor) else x, input)
 
 
-def check_teacher_scores(input: Tensor, logit_scale: Any, softcap: Any) -> None:
+def _check_teacher_scores(input: Tensor, logit_scale: Any, softcap: Any) -> None:
     """The numbers that change a teacher's logits, by their names."""
     real = real_dtype(input.dtype)
     check_number("teacher_logit_scale", logit_scale, input, real)

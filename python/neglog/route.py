@@ -112,12 +112,14 @@ def choose(
     backend: str | None = None,
     weight: Tensor | None = None,
     workspace: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     by_torch: str | None = None,
 ) -> Route:
     """Where scores of `x`, and of what it is multiplied with, are worked on.
 
     weight: class weights, whose gradient only torch's formula gives. workspace: bytes for tiles of
-    scores; None where the scores are given. by_torch: the reason if no kernel is for this loss.
+    scores; None where the scores are given. logits_dtype: of a tile, None for the fastest.
+    by_torch: the reason if no kernel is for this loss.
 
     Raises RuntimeError if a backend is demanded that cannot take the call.
     """
@@ -136,7 +138,8 @@ def choose(
     elif where.backend == "torch" and demanded not in (None, "torch"):
         raise RuntimeError(f"backend={demanded!r} cannot take this call: {where.why}")
     if workspace is not None and where.backend != "torch":
-        where = where._replace(tiled=True, tile_dtype=gemm.tile_dtype(x), workspace=workspace)
+        tile_dtype = gemm.tile_dtype(x) if logits_dtype is None else logits_dtype
+        where = where._replace(tiled=True, tile_dtype=tile_dtype, workspace=workspace)
     if not compiling and _explaining.get():
         raise _Explained(where)
     return where

@@ -117,6 +117,17 @@ def _plain_arguments(arguments: dict[str, Any]) -> bool:
 # Logits
 
 
+# What no shard of classes takes, and what each is without.
+WHOLE_ONLY: dict[str, Any] = {"token_weight": None, "per_sequence": False, "logits_dtype": None}
+
+
+def of_shards(arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments without those that no shard takes; None where one of these is given."""
+    if any(arguments.get(name, plain) is not plain for name, plain in WHOLE_ONLY.items()):
+        return None
+    return {name: x for name, x in arguments.items() if name not in WHOLE_ONLY}
+
+
 def sharded_logits(
     arguments: dict[str, Any], class_axis: int, function: Callable[..., Any],
     parallel: Callable[..., Any],

@@ -128,12 +128,3 @@ def _over_sequences(
     if num_items is None:
         num_items = (totals.detach() != 0).sum().to(of_rows.dtype)
     return options._replace(token_weight=of_rows, num_items=num_items)
-
-
-def without_weights(arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a loss but for these two; None where they are given, whose mean over the
-    shards of a DTensor is not written."""
-    if arguments["token_weight"] is not None or arguments["per_sequence"] is not False:
-        return None
-    names = ("token_weight", "per_sequence")
-    return {name: x for name, x in arguments.items() if name not in names}

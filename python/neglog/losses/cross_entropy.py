@@ -37,7 +37,7 @@ from neglog.losses._rows import (
     torch_loss,
     zero_unless,
 )
-from neglog.losses._token_weight import weighted, without_weights
+from neglog.losses._token_weight import weighted
 from neglog.losses._types import Backend, Reduction
 from neglog.ops.memory import check_not_freed
 
@@ -345,11 +345,11 @@ def _zero_stats(loss: Tensor, stats: LossStats, counted: Tensor) -> LossStats:
 
 
 def _of_tensors(arguments: dict[str, Any]) -> Any:
-    from neglog.losses._sharded import sharded_logits
+    from neglog.losses._sharded import of_shards, sharded_logits
     from neglog.losses.vocab_parallel import vocab_parallel_cross_entropy
 
     legacy = {name: arguments[name] for name in ("size_average", "reduce")}
-    given = without_weights(arguments)
+    given = of_shards(arguments)
     plain = given is not None and all(x is None for x in legacy.values())
     if given is not None and plain and isinstance(given["input"], Tensor):
         given = {name: x for name, x in given.items() if name not in legacy}
@@ -361,9 +361,9 @@ def _of_tensors(arguments: dict[str, Any]) -> Any:
 
 
 def _masked_of_tensors(arguments: dict[str, Any]) -> Any:
-    from neglog.losses._sharded import sharded_logits
+    from neglog.losses._sharded import of_shards, sharded_logits
 
-    given = without_weights(arguments)
+    given = of_shards(arguments)
     if given is not None and isinstance(given["input"], Tensor):
         axis = given["input"].dim() - 1
         found = sharded_logits(given, axis, masked_cross_entropy, _masked_of_classes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from neglog.checks import (
     check_no_ignore_index,
     check_weight,
     rows_of_last_axis,
+    to_logits_dtype,
     to_options,
     to_rows,
 )
@@ -35,18 +36,20 @@ from neglog.losses._rows import (
     times_scale,
     zero_unless,
 )
-from neglog.losses._token_weight import shifted, weighted, without_weights
-from neglog.losses._types import Backend, Reduction, TileOptions
+from neglog.losses._token_weight import shifted, weighted
+from neglog.losses._types import Backend, LogitsDtype, Reduction, TileOptions
 from neglog.losses.cross_entropy import to_indices, with_probabilities, within_mask
 from neglog.ops.dtypes import real_dtype
 from neglog.ops.linear_nll.autograd import cast, linear_nll
 from neglog.ops.nll.autograd import Rows
 from neglog.tiles import plan
-from neglog.torch_state import autocast_dtype
+from neglog.torch_state import autocast_dtype, under_autocast
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
 
+# Bytes of the workspace, filter_eps, logits_dtype.
+Tiles: TypeAlias = tuple[int, float, torch.dtype | None]
 TORCH_OPTIONS: Any = getattr(torch.nn, "LinearCrossEntropyOptions", ())  # new in torch 2.13
 
 
@@ -59,7 +62,7 @@ def linear_cross_entropy(
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
     token_weight: Tensor | None = None, per_sequence: bool | Tensor = False,
     return_stats: Literal[False] = False, loss_dtype: torch.dtype | None = None,
-    backend: Backend | None = None,
+    logits_dtype: LogitsDtype = None, backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
@@ -70,7 +73,7 @@ def linear_cross_entropy(
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
     token_weight: Tensor | None = None, per_sequence: bool | Tensor = False,
     return_stats: Literal[True], loss_dtype: torch.dtype | None = None,
-    backend: Backend | None = None,
+    logits_dtype: LogitsDtype = None, backend: Backend | None = None,
 ) -> LossStats: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
@@ -81,7 +84,7 @@ def linear_cross_entropy(
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
     token_weight: Tensor | None = None, per_sequence: bool | Tensor = False,
     return_stats: bool, loss_dtype: torch.dtype | None = None,
-    backend: Backend | None = None,
+    logits_dtype: LogitsDtype = None, backend: Backend | None = None,
 ) -> Tensor | LossStats: ...  # fmt: skip
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
@@ -91,7 +94,7 @@ def linear_cross_entropy(
     softcap: float | None = None, z_loss: float = 0.0, num_items: int | Tensor | None = None,
     token_weight: Tensor | None = None, per_sequence: bool | Tensor = False,
     return_stats: bool = False, loss_dtype: torch.dtype | None = None,
-    backend: Backend | None = None,
+    logits_dtype: LogitsDtype = None, backend: Backend | None = None,
 ) -> Tensor | LossStats:  # fmt: skip
     """cross_entropy(linear(input, linear_weight, linear_bias), target), without its logits.
 
@@ -117,6 +120,9 @@ def linear_cross_entropy(
             before they are shifted, as the mask is. A logit_scale that requires grad multiplies the
             input and linear_bias instead.
         return_stats: LossStats(loss, logsumexp, correct, entropy); all 0 where a row is ignored.
+        logits_dtype: None, or torch.float32 or "float32" for a head in 16 bits: its logits, and the
+            gradient that is made of them, are then not rounded to 16 bits. The product is of the
+            16-bit numbers, added up in float32.
 
     Options:
         workspace_mb: megabytes for the logits of one tile; otherwise NEGLOG_WORKSPACE_MB, else 64,
@@ -154,7 +160,7 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing, options=options, mask=mask, shift=shift,
             logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, num_items=num_items,
             token_weight=token_weight, per_sequence=per_sequence, return_stats=return_stats,
-            loss_dtype=loss_dtype, backend=backend,
+            loss_dtype=loss_dtype, logits_dtype=logits_dtype, backend=backend,
         )  # fmt: skip
     ignored, label_smoothing = to_options(
         -100 if ignore_index is None else ignore_index, reduction, label_smoothing
@@ -163,7 +169,7 @@ def linear_cross_entropy(
     check_flags(return_stats=return_stats)
     check_extensions(input, reduction, logit_scale, softcap, z_loss, num_items)
     check_loss_dtype(loss_dtype, input)
-    tiles = tile_options(options, input)
+    tiles = (*tile_options(options, input), to_logits_dtype(logits_dtype, input))
     row_options = RowOptions(
         reduction, ignored, label_smoothing, logit_scale, softcap, z_loss, num_items, False,
         return_stats, loss_dtype,
@@ -171,7 +177,7 @@ def linear_cross_entropy(
     head, weights = (input, linear_weight, linear_bias), (token_weight, per_sequence)
     if linear_weight.dim() > 2:
         result = _of_many_dimensions(
-            head, target, ignore_index, weight, row_options, weights, backend
+            head, target, ignore_index, weight, row_options, weights, tiles[2], backend
         )
     elif target.dim() == input.dim():  # one more than the positions
         check_no_ignore_index(ignore_index)
@@ -219,7 +225,7 @@ def labels_of(target: Tensor, mask: Tensor | None, shift: bool, ignored: int) ->
 
 def _of_labels(
     head: tuple, labels: Tensor, weight: Tensor | None, options: RowOptions,
-    tiles: tuple[int, float], backend: str | None,
+    tiles: Tiles, backend: str | None,
 ) -> LossStats:  # fmt: skip
     """Positions against their labels, by tiles if a kernel can."""
     positions, linear_weight = labels.shape, head[1]
@@ -229,10 +235,14 @@ def _of_labels(
     rows = head[0].to(autocast_dtype(head[0]))
     if weight is not None:
         check_weight(weight, linear_weight.shape[0], rows)
-    workspace, filter_eps = tiles
-    where = route.choose(rows, linear_weight, backend=backend, weight=weight, workspace=workspace)
+    workspace, filter_eps, logits_dtype = tiles
+    where = route.choose(
+        rows, linear_weight, backend=backend, weight=weight, workspace=workspace,
+        logits_dtype=logits_dtype,
+    )  # fmt: skip
     if where.backend == "torch":
-        result = _with_logits_in_memory(where, head, rows.dtype, labels, weight, options)
+        given = (where, head, rows.dtype, labels, weight, options)
+        result = _with_logits_in_memory(*given, logits_dtype)
     else:
         result = loss_by_tiles(where, head, rows.dtype, labels, weight, options, filter_eps)
     return change_rows(result, lambda x: x.view(positions), options.reduction)
@@ -287,19 +297,31 @@ def rows_by_tiles(
 
 def _with_logits_in_memory(
     where: route.Route, head: tuple, dtype: torch.dtype, labels: Tensor, weight: Tensor | None,
-    options: RowOptions,
+    options: RowOptions, logits_dtype: torch.dtype | None,
 ) -> LossStats:  # fmt: skip
     counted = counted_by(options, labels)
     assert counted is not None
-    logits = logits_in_memory(head, dtype, counted)
+    logits = logits_in_memory(head, dtype, counted, logits_dtype)
+    options = options._replace(loss_dtype=options.loss_dtype or _loss_dtype(logits, dtype))
     return _stats_of(counted, loss_of_rows(where, logits, labels, weight, options))
 
 
-def logits_in_memory(head: tuple, dtype: torch.dtype, counted: Tensor | None) -> Tensor:
+def _loss_dtype(logits: Tensor, dtype: torch.dtype) -> torch.dtype | None:
+    """Of wider logits than a head has: its own, or under autocast theirs."""
+    return None if logits.dtype == dtype or under_autocast(logits) else dtype
+
+
+def logits_in_memory(
+    head: tuple, dtype: torch.dtype, counted: Tensor | None,
+    logits_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """Of rows that count; the gradient of the weight sums over all rows."""
     rows, linear_weight, linear_bias = cast(head, dtype)
     rows = rows if counted is None else zero_unless(counted, rows, -1)
-    return F.linear(rows, linear_weight, linear_bias)
+    if logits_dtype in (None, dtype):
+        return F.linear(rows, linear_weight, linear_bias)
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear(*cast((rows, linear_weight, linear_bias), logits_dtype))
 
 
 def _stats_of(counted: Tensor, result: LossStats) -> LossStats:
@@ -312,7 +334,7 @@ def _stats_of(counted: Tensor, result: LossStats) -> LossStats:
 
 def _of_probabilities(
     head: tuple, target: Tensor, mask: Tensor | None, shift: bool, weight: Tensor | None,
-    options: RowOptions, weights: tuple[Any, Any], tiles: tuple[int, float], backend: str | None,
+    options: RowOptions, weights: tuple[Any, Any], tiles: Tiles, backend: str | None,
 ) -> LossStats:  # fmt: skip
     """A distribution (..., C) for each position. weights: token_weight, per_sequence."""
     token_weight, per_sequence = weights
@@ -346,7 +368,7 @@ def _without_last(x: Tensor | None) -> Tensor | None:
 
 def _rows_of_probabilities(
     head: tuple, target: Tensor, weight: Tensor | None, options: RowOptions,
-    tiles: tuple[int, float], backend: str | None,
+    tiles: Tiles, backend: str | None,
 ) -> LossStats:  # fmt: skip
     """Rows (N, D) against distributions (N, C). By tiles, unless the target or token_weight has a
     gradient."""
@@ -355,9 +377,12 @@ def _rows_of_probabilities(
         check_weight(weight, head[1].shape[0], head[0].to(dtype), converts=True)
     counted = counted_by(options, target)
     head, options = scaled_head(head, counted, options)
-    workspace, filter_eps = tiles
+    workspace, filter_eps, logits_dtype = tiles
     rows = head[0].to(dtype)
-    where = route.choose(rows, head[1], backend=backend, weight=weight, workspace=workspace)
+    where = route.choose(
+        rows, head[1], backend=backend, weight=weight, workspace=workspace,
+        logits_dtype=logits_dtype,
+    )  # fmt: skip
     common = common_dtype(rows, target, weight)
     learns = learns_weight(options) or (target.requires_grad and torch.is_grad_enabled())
     if where.backend != "torch" and not learns:
@@ -365,7 +390,7 @@ def _rows_of_probabilities(
         given = (where._replace(tile_dtype=wide), head, real_or(dtype, common), target, weight)
         found = rows_by_tiles(*given, options, filter_eps)
         return stats_of(found._replace(loss=options.cast(found.loss, common)))
-    logits = logits_in_memory(head, dtype, counted)
+    logits = logits_in_memory(head, dtype, counted, logits_dtype)
     result = loss_of_rows(where, *with_probabilities(logits, target, weight), weight, options)
     return result if counted is None else _stats_of(counted, result)
 
@@ -377,7 +402,8 @@ def real_or(dtype: torch.dtype, common: torch.dtype) -> torch.dtype:
 
 def _of_many_dimensions(
     head: tuple, target: Tensor, ignore_index: int | None, weight: Tensor | None,
-    options: RowOptions, weights: tuple[Any, Any], backend: str | None,
+    options: RowOptions, weights: tuple[Any, Any], logits_dtype: torch.dtype | None,
+    backend: str | None,
 ) -> LossStats:  # fmt: skip
     """Logits (N, C, d1, ..., dK), in memory."""
     input, linear_weight, linear_bias = cast(head, autocast_dtype(head[0]))
@@ -388,7 +414,9 @@ def _of_many_dimensions(
     if target.shape == positions:
         counted = target.long() != options.ignore_index
         input = zero_unless(counted.flatten(1).any(1), input, -1)
-    logits = F.linear(input, flat, bias).view(input.shape[0], *linear_weight.shape[:-1])
+    made = logits_in_memory((input, flat, bias), input.dtype, None, logits_dtype)
+    options = options._replace(loss_dtype=options.loss_dtype or _loss_dtype(made, input.dtype))
+    logits = made.view(input.shape[0], *linear_weight.shape[:-1])
     if target.shape == logits.shape:
         check_no_ignore_index(ignore_index)
     probabilities = check_cross_entropy(logits, target, weight, options.ignore_index)
@@ -404,10 +432,10 @@ def _of_many_dimensions(
 
 def _of_tensors(arguments: dict[str, Any]) -> Any:
     """Of DTensors."""
-    from neglog.losses._sharded import sharded_head
+    from neglog.losses._sharded import of_shards, sharded_head
     from neglog.losses.vocab_parallel import vocab_parallel_linear_cross_entropy as parallel
 
-    given, found = without_weights(arguments), None
+    given, found = of_shards(arguments), None
     if given is not None:
         found = sharded_head(given, labels_of, linear_cross_entropy, parallel)
     return on_whole_tensors(linear_cross_entropy, arguments) if found is None else found

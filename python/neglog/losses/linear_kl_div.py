@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from neglog import route, torch_state
@@ -20,17 +19,13 @@ from neglog.checks import (
     check_reduction,
     rows_of_last_axis,
     to_ignore_index,
+    to_logits_dtype,
 )
-from neglog.checks_of_teachers import (
-    check_distillation,
-    check_teacher,
-    check_teacher_head,
-    check_teacher_scores,
-)
+from neglog.checks_of_teachers import check_distillation, check_teacher_of_head
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._rows import RowOptions, counted_by, learns_weight, times_learned_weight
 from neglog.losses._token_weight import weighted
-from neglog.losses._types import Backend, Reduction, TileOptions
+from neglog.losses._types import Backend, LogitsDtype, Reduction, TileOptions
 from neglog.losses.kl_div import (
     Comparison,
     KLDivStats,
@@ -59,7 +54,8 @@ def linear_kl_div_loss(
     logit_scale: float | Tensor = 1.0, softcap: float | None = None,
     teacher_logit_scale: float | Tensor = 1.0, teacher_softcap: float | None = None,
     options: TileOptions | None = None, return_stats: Literal[False] = False,
-    loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
+    loss_dtype: torch.dtype | None = None, logits_dtype: LogitsDtype = None,
+    backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_kl_div_loss(
@@ -74,7 +70,8 @@ def linear_kl_div_loss(
     logit_scale: float | Tensor = 1.0, softcap: float | None = None,
     teacher_logit_scale: float | Tensor = 1.0, teacher_softcap: float | None = None,
     options: TileOptions | None = None, return_stats: Literal[True],
-    loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
+    loss_dtype: torch.dtype | None = None, logits_dtype: LogitsDtype = None,
+    backend: Backend | None = None,
 ) -> KLDivStats: ...  # fmt: skip
 @overload
 def linear_kl_div_loss(
@@ -89,7 +86,8 @@ def linear_kl_div_loss(
     logit_scale: float | Tensor = 1.0, softcap: float | None = None,
     teacher_logit_scale: float | Tensor = 1.0, teacher_softcap: float | None = None,
     options: TileOptions | None = None, return_stats: bool,
-    loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
+    loss_dtype: torch.dtype | None = None, logits_dtype: LogitsDtype = None,
+    backend: Backend | None = None,
 ) -> Tensor | KLDivStats: ...  # fmt: skip
 def linear_kl_div_loss(
     input: Tensor, linear_weight: Tensor, teacher: Tensor, target: Tensor | None = None, *,
@@ -103,7 +101,8 @@ def linear_kl_div_loss(
     logit_scale: float | Tensor = 1.0, softcap: float | None = None,
     teacher_logit_scale: float | Tensor = 1.0, teacher_softcap: float | None = None,
     options: TileOptions | None = None, return_stats: bool = False,
-    loss_dtype: torch.dtype | None = None, backend: Backend | None = None,
+    loss_dtype: torch.dtype | None = None, logits_dtype: LogitsDtype = None,
+    backend: Backend | None = None,
 ) -> Tensor | KLDivStats:  # fmt: skip
     """kl_div_loss of linear(input, linear_weight, linear_bias), without its logits.
 
@@ -124,7 +123,8 @@ def linear_kl_div_loss(
         target, teacher_ids, teacher_probabilities, beta, temperature, soft_weight, hard_weight,
             mask, shift, ignore_index, return_stats: as in `kl_div_loss`.
         reduction, token_weight, per_sequence, num_items, logit_scale, softcap, options, loss_dtype,
-            backend: as in `linear_cross_entropy`. The workspace holds a tile of both sides' logits.
+            logits_dtype, backend: as in `linear_cross_entropy`. The workspace holds a tile of both
+            sides' logits, and logits_dtype is that of both.
 
     Raises:
         As `kl_div_loss`, and RuntimeError for features or biases that do not fit.
@@ -148,7 +148,7 @@ def linear_kl_div_loss(
             per_sequence=per_sequence, num_items=num_items, logit_scale=logit_scale,
             softcap=softcap, teacher_logit_scale=teacher_logit_scale,
             teacher_softcap=teacher_softcap, options=options, return_stats=return_stats,
-            loss_dtype=loss_dtype, backend=backend,
+            loss_dtype=loss_dtype, logits_dtype=logits_dtype, backend=backend,
         )  # fmt: skip
     ignored = to_ignore_index(ignore_index)
     check_reduction(reduction)
@@ -156,23 +156,16 @@ def linear_kl_div_loss(
     if target is None and isinstance(input, Tensor):  # the mask is checked beside a target
         held = torch.empty(input.shape[:-1], dtype=torch.int64, device=input.device)
     check_linear(input, linear_weight, linear_bias, held, mask, shift, indices=True)
-    head = (teacher_weight, teacher_bias)
-    if teacher_weight is None and teacher_bias is None:
-        check_teacher(input, linear_weight.shape[0], teacher, teacher_ids, teacher_probabilities)
-    else:
-        check_teacher_head(input, linear_weight.shape[0], teacher, *head, teacher_ids,
-                           teacher_probabilities)  # fmt: skip
+    check_teacher_of_head(
+        input, linear_weight.shape[0], teacher, teacher_weight, teacher_bias, teacher_ids,
+        teacher_probabilities, teacher_logit_scale, teacher_softcap,
+    )  # fmt: skip
     check_distillation(input, target, beta, temperature, soft_weight, hard_weight)
-    changed = teacher_softcap is not None or not _is_one(teacher_logit_scale)
-    if changed and (teacher_ids is not None or teacher_probabilities):
-        raise ValueError(
-            "teacher_logit_scale, teacher_softcap: expected none for a teacher of probabilities"
-        )
     check_flags(return_stats=return_stats)
     check_extensions(input, reduction, logit_scale, softcap, 0.0, num_items)
-    check_teacher_scores(input, teacher_logit_scale, teacher_softcap)
     check_loss_dtype(loss_dtype, input)
     workspace, filter_eps = tile_options(options, input)
+    wide = to_logits_dtype(logits_dtype, input)
     labels = labels_of_positions(input, target, mask, shift, ignored)
     row_options = RowOptions(
         reduction, ignored, logit_scale=logit_scale, softcap=softcap, num_items=num_items,
@@ -186,24 +179,19 @@ def linear_kl_div_loss(
     )
     student = (rows_of_last_axis(input), linear_weight, linear_bias)
     given, ids = rows_of_teacher(teacher, teacher_ids)
-    taught = (given, *(None if x is None else x.detach() for x in head), ids)
-    labels_of_rows = labels.flatten()
-    student, row_options = scaled_head(
-        student, counted_by(row_options, labels_of_rows), row_options
-    )
+    head = (None if x is None else x.detach() for x in (teacher_weight, teacher_bias))
+    flat = labels.flatten()
+    student, row_options = scaled_head(student, counted_by(row_options, flat), row_options)
     dtype = autocast_dtype(input)
     where = route.choose(
-        student[0].to(dtype), linear_weight, backend=backend, workspace=workspace
+        student[0].to(dtype), linear_weight, backend=backend, workspace=workspace, logits_dtype=wide
     )  # fmt: skip
-    run = _by_logits if where.backend == "torch" else partial(_by_tiles, filter_eps=filter_eps)
-    rows = run(
-        where, student, dtype, taught, labels_of_rows, teacher_probabilities, how, row_options
-    )
+    run = partial(_by_tiles, filter_eps=filter_eps)
+    if where.backend == "torch":
+        run = partial(_by_logits, logits_dtype=wide)
+    taught = ((given, *head, ids), flat, teacher_probabilities, how)
+    rows = run(where, student, dtype, *taught, row_options)
     return by_position(rows, labels.shape, shift, dtype, row_options, return_stats)
-
-
-def _is_one(scale: Any) -> bool:
-    return not isinstance(scale, Tensor) and scale == 1
 
 
 def _by_tiles(
@@ -243,10 +231,11 @@ def _alike(taught: tuple) -> tuple[Tensor | None, ...]:
 def _by_logits(
     where: route.Route, head: tuple, dtype: torch.dtype, taught: tuple, labels: Tensor,
     probabilities: bool, how: Comparison, options: RowOptions,
+    logits_dtype: torch.dtype | None = None,
 ) -> Compared:  # fmt: skip
-    logits = logits_in_memory(head, dtype, counted_by(options, labels))
+    logits = logits_in_memory(head, dtype, counted_by(options, labels), logits_dtype)
     teacher, weight, bias, ids = _alike(taught)
     assert teacher is not None
     if weight is not None:
-        teacher = F.linear(teacher, weight, bias)
+        teacher = logits_in_memory((teacher, weight, bias), teacher.dtype, None, logits_dtype)
     return compared_rows(where, logits, teacher, ids, labels, probabilities, how, options)

@@ -15,10 +15,11 @@ from neglog.checks import (
     check_temperature,
     rows_of_last_axis,
     to_ignore_index,
+    to_logits_dtype,
 )
 from neglog.distributed.tensors import any_distributed, on_whole_tensors
 from neglog.losses._rows import RowOptions, rows_by_op
-from neglog.losses._types import Backend, TileOptions
+from neglog.losses._types import Backend, LogitsDtype, TileOptions
 from neglog.losses.linear_cross_entropy import (
     labels_of,
     logits_in_memory,
@@ -107,7 +108,8 @@ def linear_token_logprobs(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     temperature: float | Tensor = 1.0, mask: Tensor | None = None, shift: bool = False,
     ignore_index: int = -100, logit_scale: float | Tensor = 1.0, softcap: float | None = None,
-    options: TileOptions | None = None, backend: Backend | None = None,
+    options: TileOptions | None = None, logits_dtype: LogitsDtype = None,
+    backend: Backend | None = None,
 ) -> TokenLogprobs:  # fmt: skip
     """token_logprobs(linear(input, linear_weight, linear_bias), target), without its logits.
 
@@ -118,7 +120,7 @@ def linear_token_logprobs(
         input: hidden states (..., in_features).
         linear_weight: (C, in_features). linear_bias: (C,).
         target, temperature, mask, shift, ignore_index: as in `token_logprobs`.
-        logit_scale, softcap, options, backend: as in `linear_cross_entropy`.
+        logit_scale, softcap, options, logits_dtype, backend: as in `linear_cross_entropy`.
 
     Returns:
         TokenLogprobs(logprob, entropy, logsumexp, argmax, correct).
@@ -133,22 +135,24 @@ def linear_token_logprobs(
         return handle_torch_function(
             linear_token_logprobs, tensors, input, linear_weight, target, linear_bias=linear_bias,
             temperature=temperature, mask=mask, shift=shift, ignore_index=ignore_index,
-            logit_scale=logit_scale, softcap=softcap, options=options, backend=backend,
+            logit_scale=logit_scale, softcap=softcap, options=options, logits_dtype=logits_dtype,
+            backend=backend,
         )  # fmt: skip
     ignored = to_ignore_index(ignore_index)
     check_linear(input, linear_weight, linear_bias, target, mask, shift, indices=True)
     row_options = _options(input, ignored, temperature, logit_scale, softcap)
     workspace, filter_eps = tile_options(options, input)
+    wide = to_logits_dtype(logits_dtype, input)
     labels = labels_of(target, mask, shift, ignored)
     counted = labels.flatten() != ignored
     head = (rows_of_last_axis(input), linear_weight, linear_bias)
     head, row_options = scaled_head(head, counted, row_options)
     dtype = autocast_dtype(input)
     where = route.choose(
-        head[0].to(dtype), linear_weight, backend=backend, workspace=workspace
+        head[0].to(dtype), linear_weight, backend=backend, workspace=workspace, logits_dtype=wide
     )  # fmt: skip
     if where.backend == "torch":
-        logits = logits_in_memory(head, dtype, counted)
+        logits = logits_in_memory(head, dtype, counted, wide)
         rows = rows_by_op(where, logits, labels.flatten(), None, row_options)
     else:
         given = (where, head, dtype, labels.flatten(), None, row_options)

@@ -39,7 +39,8 @@ class _Teacher:
         if a.teacher_weight is not None:
             head = Head(a.teacher, a.teacher_weight, a.teacher_bias)
             self._head = head.contiguous("teacher", "teacher_weight", "teacher_bias")
-            self._dtype = gemm.tile_dtype(a.teacher)
+            alike = a.teacher.dtype == a.input.dtype
+            self._dtype = a.tile_dtype if alike else gemm.tile_dtype(a.teacher)
 
     def row_bytes(self) -> int:
         """Of the logits that it makes."""
