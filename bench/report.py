@@ -117,7 +117,10 @@ def _baselines(result: JSON) -> list[JSON]:
 
 
 def _units(result: JSON) -> str:
-    return "copies" if result["yardstick"]["label"].startswith("copy") else "of the matmuls"
+    label = result["yardstick"]["label"]
+    if label.startswith("copy"):
+        return "copies"
+    return "of the matmuls" if "matmuls" in label else "of cross_entropy"
 
 
 def large_table(result: JSON) -> Table:

@@ -45,6 +45,14 @@ reveal_type(found.entropy)  # shows Tensor
 reveal_type(neglog.linear_token_logprobs(x, head, target, shift=True))  # shows TokenLogprobs
 neglog.token_logprobs(x, target, reduction="mean")  # error call-arg
 
+reveal_type(neglog.kl_div_loss(x, x))  # shows Tensor
+parts: neglog.KLDivStats = neglog.kl_div_loss(x, x, target, hard_weight=0.5, return_stats=True)
+reveal_type(neglog.linear_kl_div_loss(x, head, x, teacher_weight=head))  # shows Tensor
+reveal_type(neglog.linear_kl_div_loss(x, head, x, return_stats=True))  # shows KLDivStats
+neglog.kl_div_loss(x, x, reduction="batchmean")  # error call-overload
+neglog.linear_cross_entropy(x, head, target, logits_dtype="float32")
+neglog.cross_entropy(x, target, token_weight=x[:, 0], per_sequence=True)
+
 # Losses with one result
 reveal_type(neglog.clip_loss(x, x, 10.0, options={"workspace_mb": 1}))  # shows Tensor
 reveal_type(neglog.vocab_parallel_cross_entropy(x, x, label_smoothing=0.1))  # shows Tensor
@@ -165,9 +173,9 @@ def test_the_program_uses_every_public_name():
 
 
 NAMES = {
-    neglog: """LossStats Route TokenLogprobs __version__ cached_step clip_loss cross_entropy dcl
-        dispatch explain
-        info_nce kernels linear_cross_entropy linear_token_logprobs masked_cross_entropy nn
+    neglog: """KLDivStats LossStats Route TokenLogprobs __version__ cached_step clip_loss
+        cross_entropy dcl dispatch explain info_nce kernels kl_div_loss linear_cross_entropy linear_kl_div_loss
+        linear_token_logprobs masked_cross_entropy nn
         nt_xent options patch_torch reference siglip_loss similarity_logsumexp sup_con
         token_logprobs
         vocab_parallel_cross_entropy vocab_parallel_linear_cross_entropy""",

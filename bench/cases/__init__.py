@@ -63,10 +63,31 @@ OPS = {
         {"rows": 8192, "features": 512},
         {"large": shapes(PAIRS, (8192, 512), (4096, 768)), "small": _SMALL_PAIRS},
     ),
+    "kl_div": Op(
+        {"rows": 2048, "vocab": 32000},
+        {
+            "large": shapes(ROWS, (8192, 8192), (2048, 32000), (512, 128256)),
+            "small": shapes(ROWS, (8, 10), (64, 1000), (512, 1000)),
+        },
+    ),
+    "kl_div_top_k": Op(
+        {"rows": 2048, "vocab": 32000},
+        {
+            "large": shapes(ROWS, (8192, 8192), (2048, 32000), (1024, 128256)),
+            "small": shapes(ROWS, (8, 10), (64, 1000), (512, 1000)),
+        },
+    ),
     "linear_cross_entropy": Op(
         {"rows": 2048, "features": 768, "vocab": 32000},
         {
             "large": shapes(HEAD, (2048, 768, 32000), (8192, 256, 65536)),
+            "small": shapes(HEAD, (8, 16, 10), (64, 64, 1000), (512, 64, 1000)),
+        },
+    ),
+    "linear_kl_div": Op(
+        {"rows": 2048, "features": 768, "vocab": 32000},
+        {
+            "large": shapes(HEAD, (2048, 768, 32000), (4096, 256, 65536)),
             "small": shapes(HEAD, (8, 16, 10), (64, 64, 1000), (512, 64, 1000)),
         },
     ),

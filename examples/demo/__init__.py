@@ -1,8 +1,9 @@
 """The losses at work: a small model trained on real text, once by torch's loss, once by neglog's.
 
-task: what tasks have in common. clm, mlm, simcse, clip: one task each. text, topics, sentences: the
-data. gpt, bert, minilm, towers: the models. large: a batch beyond memory. train: two runs. run:
-the command. plot: the picture. trainer: another's. pretrain, docstrings: what pretraining gives.
+task: what tasks have in common. clm, mlm, distill, simcse, clip: one task each. text, topics,
+sentences: the data. gpt, bert, minilm, towers: the models. large: a batch beyond memory. train: two
+runs. run: the command. plot: the picture. trainer: another's. pretrain, docstrings: what
+pretraining gives.
 Imports within this folder are relative, as in neglog.bench.
 """
 
@@ -16,6 +17,7 @@ from neglog.bench.run import positive
 TASKS = {
     "clm": "causal language model: the next token, maximum likelihood",
     "mlm": "masked language model: BERT's hidden tokens",
+    "distill": "a small GPT learns from a larger one by the classes that it thinks likeliest",
     "simcse": "sentence embeddings: MiniLM finds a sentence again behind dropout, among all others",
     "clip": "two towers: the words before, and those after, find each other in a batch of 2048",
 }

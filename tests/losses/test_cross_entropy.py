@@ -229,6 +229,21 @@ def test_options_against_the_oracle(backend, options, reduction, probabilities):
     torch.testing.assert_close(gradient, slope, rtol=1e-13, atol=1e-14)
 
 
+# Rows of few classes are computed in groups, longer ones alone.
+@pytest.mark.parametrize("vocab", [7, 129, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_in_any_batch(kernel_backend, vocab, dtype):
+    logits, target = draw((150, vocab), dtype)
+    options = {"reduction": "none", "loss_dtype": torch.float32, "backend": kernel_backend}
+    loss = neglog.cross_entropy(logits, target, **options)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    for rows in (slice(0, 1), slice(3, 70), slice(149, 150), [88, 2, 31]):
+        some = logits.detach()[rows].clone().requires_grad_()
+        found = neglog.cross_entropy(some, target[rows], **options)
+        assert torch.equal(found, loss[rows])
+        assert torch.equal(torch.autograd.grad(found.sum(), some)[0], gradient[rows])
+
+
 def test_a_softcap_beyond_float32_is_none(backend):
     """As inf it would make a NaN of inf * 0."""
     logits, target = draw((6, 40), torch.float32)

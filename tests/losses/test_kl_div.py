@@ -554,8 +554,8 @@ def test_autocast(kernel_backend):
     torch.testing.assert_close(found, wanted, rtol=0.1, atol=2e-3)
 
 
-def test_the_same_bits_for_any_number_of_threads_and_rows(kernel_backend):
-    """Of rows in another batch, and where the gradient is formed in the forward or after it."""
+def test_the_same_bits_in_any_batch(kernel_backend):
+    """For any number of threads too, and wherever the gradient is formed."""
     logits, _, _ = case(64, 2100, dtype=torch.float32)
     given = taught("named", logits.shape, torch.float32)
     teacher = given.pop("teacher")

@@ -294,7 +294,7 @@ def test_exports_with_dynamic_rows():
     torch.testing.assert_close(program.module()(logits.detach(), target), expected)
 
 
-def test_bits_of_a_row_depend_on_nothing_beside_it(kernel_backend):
+def test_the_same_bits_in_any_batch(kernel_backend):
     """Alone, in a batch of other rows, and by another number of threads."""
     logits, target, upstream = draw(40, 3000, dtype=torch.float32)
 
