@@ -1,6 +1,7 @@
 """neglog's CPU kernels, on NumPy arrays. Needs no torch.
 
     nll_forward, nll_backward, nll_forward_backward    log-softmax and negative log-likelihood
+    kl_forward, kl_forward_backward                    a student's divergence from a teacher
     pairs_forward, pairs_backward                      log-sum-exps of rows and columns, contrastive
     load, available, isa_builds, isa_level             which kernels run here, and why others do not
 
@@ -25,12 +26,15 @@ from neglog.kernels.builds import (
 __all__ = [
     "BACKENDS",
     "ISA_LEVELS",
+    "KL",
     "NLL",
     "Build",
     "Pairs",
     "available",
     "isa_builds",
     "isa_level",
+    "kl_forward",
+    "kl_forward_backward",
     "load",
     "nll_backward",
     "nll_forward",
@@ -40,11 +44,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from neglog.kernels.numpy.kl import KL, kl_forward, kl_forward_backward
     from neglog.kernels.numpy.nll import NLL, nll_backward, nll_forward, nll_forward_backward
     from neglog.kernels.numpy.pairs import Pairs, pairs_backward, pairs_forward
 else:
     # Imported when first used, because they import NumPy.
     _MODULES = {
+        "KL": "neglog.kernels.numpy.kl",
+        "kl_forward": "neglog.kernels.numpy.kl",
+        "kl_forward_backward": "neglog.kernels.numpy.kl",
         "NLL": "neglog.kernels.numpy.nll",
         "nll_backward": "neglog.kernels.numpy.nll",
         "nll_forward": "neglog.kernels.numpy.nll",

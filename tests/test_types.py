@@ -112,6 +112,8 @@ reveal_type(result)  # shows NLL
 reveal_type(kernels.nll_backward(np.ones(4), result, logits, labels))  # shows ndarray
 result, gradient = kernels.nll_forward_backward(logits, labels)
 reveal_type(gradient)  # shows ndarray
+taught: kernels.KL = kernels.kl_forward(logits, logits, beta=0.5)
+taught, gradient = kernels.kl_forward_backward(logits, logits)
 pair = kernels.pairs_forward(logits)
 reveal_type(pair)  # shows Pairs
 reveal_type(kernels.pairs_backward(pair, logits, grad_row_lse=np.ones(4)))  # shows ndarray
@@ -174,14 +176,16 @@ def test_the_program_uses_every_public_name():
 
 NAMES = {
     neglog: """KLDivStats LossStats Route TokenLogprobs __version__ cached_step clip_loss
-        cross_entropy dcl dispatch explain info_nce kernels kl_div_loss linear_cross_entropy linear_kl_div_loss
+        cross_entropy dcl dispatch explain info_nce kernels kl_div_loss linear_cross_entropy
+        linear_kl_div_loss
         linear_token_logprobs masked_cross_entropy nn
         nt_xent options patch_torch reference siglip_loss similarity_logsumexp sup_con
         token_logprobs
         vocab_parallel_cross_entropy vocab_parallel_linear_cross_entropy""",
     nn: """CLIPLoss CrossEntropyLoss DCLLoss InfoNCELoss LinearCrossEntropyLoss
         MaskedCrossEntropyLoss NTXentLoss Queue SigLIPLoss SupConLoss""",
-    kernels: """BACKENDS Build ISA_LEVELS NLL Pairs available isa_builds isa_level load nll_backward
+    kernels: """BACKENDS Build ISA_LEVELS KL NLL Pairs available isa_builds isa_level kl_forward
+        kl_forward_backward load nll_backward
         nll_forward nll_forward_backward pairs_backward pairs_forward""",
 }
 

@@ -1,4 +1,4 @@
-"""exp and tanh of one number: the Numba version of exp.hpp, with the same functions.
+"""exp, log and tanh of one number: the Numba version of exp.hpp, with the same functions.
 
 (a) LLVM vectorises the loops that call them. It forms 2^n by scalef too, for llvm.ldexp, but that
     asks for n as an integer, and a loop was no faster by it.
@@ -14,7 +14,8 @@ from numba import njit, types
 from numba.extending import overload
 
 from neglog.kernels.numba.intrinsics import (  # isort: skip
-    FUSED, INLINE, Pointer, Real, cast, polynomial, power_of_two, scaled_polynomial,
+    FUSED, INLINE, Pointer, Real, cast, exponent_of, mantissa_of, polynomial, power_of_two,
+    scaled_polynomial,
 )  # fmt: skip
 
 # log2(e); ln 2 in two parts, and in one; 1.5 * 2^mantissa + bias, by which 2^n needs no addition;
@@ -60,6 +61,46 @@ _tanh_tail = polynomial(
         ),
     },
 )  # fmt: skip
+
+
+# atanh(s) / s in s^2
+_atanh_series = polynomial(
+    "atanh_series",
+    {
+        types.float32: tuple(1 / (2 * k + 1) for k in range(5)),
+        types.float64: tuple(1 / (2 * k + 1) for k in range(11)),
+    },
+)
+# The smallest normal number, and what brings one below it up, with its log2.
+_SMALLEST: dict[Any, Any] = {
+    types.float32: (np.float32(2.0**-126), np.float32(2.0**24), np.float32(24)),
+    types.float64: (np.float64(2.0**-1022), np.float64(2.0**53), np.float64(53)),
+}
+
+
+def log_nonnegative(x: Real) -> Real:
+    """log x of x from 0, -inf of 0, within 2 ulp: see exp.hpp."""
+    raise NotImplementedError("only compiled functions may call this: they get the overload below")
+
+
+@overload(log_nonnegative, jit_options={**FUSED, **INLINE})
+def _log_nonnegative(x: Real) -> Real:
+    _, ln2_hi, ln2_lo, _, _, _ = _REALS[x]
+    smallest, up, log2_up = _SMALLEST[x]
+    real = type(smallest)
+    zero, one, two, infinity, nothing = (real(c) for c in (0, 1, 2, np.inf, np.nan))
+
+    def implementation(x: Real) -> Real:
+        tiny = x < smallest
+        y = x * up if tiny else x
+        m = mantissa_of(y)
+        s = (m - one) / (m + one)
+        n = exponent_of(y) - (log2_up if tiny else zero)
+        value = n * ln2_hi + (n * ln2_lo + two * s * _atanh_series(s * s))
+        of_others = -infinity if x == zero else nothing
+        return (value if x < infinity else x) if x > zero else of_others
+
+    return implementation
 
 
 def exp_nonpositive(x: Real) -> Real:

@@ -261,6 +261,40 @@ def power_of_two(typingctx, shifted):
     return shifted(shifted), lower
 
 
+# sqrt(1/2), by which a number x is 2^n m with m from it to sqrt(2).
+_SQRT_HALF = {types.float32: 0x3F3504F3, types.float64: 0x3FE6A09E667F3BCD}
+
+
+def _parts_of(builder, x, value):
+    """Bits of x, a normal number above 0, and its n shifted into the exponent's place."""
+    bits, mantissa = _FORMATS[x]
+    integer, constant = constants(bits)
+    of_x = builder.bitcast(value, integer)
+    n = builder.ashr(builder.sub(of_x, constant(_SQRT_HALF[x])), constant(mantissa))
+    return of_x, n, constant(mantissa)
+
+
+@intrinsic
+def exponent_of(typingctx, x):
+    """The n of x = 2^n m, as a number of x's type."""
+
+    def lower(context, builder, signature, args):
+        return builder.sitofp(_parts_of(builder, x, args[0])[1], args[0].type)
+
+    return x(x), lower
+
+
+@intrinsic
+def mantissa_of(typingctx, x):
+    """The m of x = 2^n m."""
+
+    def lower(context, builder, signature, args):
+        of_x, n, mantissa = _parts_of(builder, x, args[0])
+        return builder.bitcast(builder.sub(of_x, builder.shl(n, mantissa)), args[0].type)
+
+    return x(x), lower
+
+
 def _horner(builder, coefficients, x):
     """Coefficients that are LLVM values, the constant first."""
     first, *rest = reversed(coefficients)

@@ -251,18 +251,19 @@ def test_nothing_counts(name):
 @pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
 def test_derivatives(name, probabilities):
     hidden, head, target, token_weight, weight = case(probabilities=probabilities)
-    given = {"token_weight": token_weight, "weight": weight, "label_smoothing": 0.1, "z_loss": 0.01}
+    target = target[..., :6] if probabilities else target % 6
+    given = {"token_weight": token_weight, "weight": weight[:6], "z_loss": 0.01}
+    small = [x.detach()[..., :3].clone().requires_grad_() for x in (hidden, head[:6])]
 
     def loss(hidden, head):
-        return ours(name, hidden, head, target, **given)
+        return ours(name, hidden, head, target, label_smoothing=0.1, **given)
 
-    assert torch.autograd.gradcheck(loss, (hidden, head))
-    assert torch.autograd.gradgradcheck(loss, (hidden, head))
+    assert torch.autograd.gradcheck(loss, small)
+    assert torch.autograd.gradgradcheck(loss, small)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiles_whole(name, compiler):
+def test_compiles_whole(name):
     torch.compiler.reset()
     hidden, head, target, token_weight, _ = case(torch.float32)
 
@@ -270,7 +271,7 @@ def test_compiles_whole(name, compiler):
         given = {"token_weight": token_weight, "per_sequence": True}
         return ours(name, hidden, head, target, **given)
 
-    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     found, truth = (f(hidden, head, target, token_weight) for f in (compiled, loss))
     torch.testing.assert_close(found, truth)
     inputs = (hidden, head)
