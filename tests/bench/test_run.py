@@ -67,8 +67,8 @@ def two_shapes_a_suite(monkeypatch):
     monkeypatch.setitem(OPS, "cross_entropy", op)
 
 
-# float32 has the goal; the others are the smallest tolerance and the fewest digits.
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+# float32 has the goal, bfloat16 the fewest digits.
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("suite", ["small", "classes"])
 def test_suites_of_brief_calls(suite, dtype, two_shapes_a_suite, tmp_path, capsys):
     picture = tmp_path / "b.png"

@@ -480,8 +480,7 @@ def test_functional_gradient_and_vmap(kernel_backend):
 NUMBERS = (0.3, 1.5, 1.0, 0.4, 1.0, 0.0, 0.7, 0.0)
 
 
-@pytest.mark.parametrize("reduction", [0, 1])
-@pytest.mark.parametrize("kind", ["logits", "named"])
+@pytest.mark.parametrize(("kind", "reduction"), [("logits", 0), ("named", 1)])
 def test_opcheck(kind, reduction):
     logits, target, weight = case(6, 20, dtype=torch.float32)
     given = taught(kind, logits.shape, torch.float32)

@@ -169,8 +169,8 @@ def loss_of_probabilities(reduction, stats=True):
     return lambda x, t, m: neglog.masked_cross_entropy(x, t, m, **options)
 
 
-# While torch traces no size may depend on data, so other code runs, above all backends.
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum", "items"])
+# While torch traces no size may depend on data.
+@pytest.mark.parametrize("reduction", ["none", "items"])
 def test_probabilities_compile_whole(reduction):
     torch.compiler.reset()
     logits, target, mask = draw(8, 5, probabilities=True)
