@@ -1,4 +1,4 @@
-"""kl_div_loss and linear_kl_div_loss against the oracle, torch's own formulas, and each other."""
+"""kl_div_loss against the oracle and torch's own formulas."""
 
 from itertools import pairwise
 
@@ -9,43 +9,24 @@ from torch.library import opcheck
 
 import neglog
 from neglog import dispatch, reference
-from tests.support.allocations import largest_allocation
+from tests.support.distillation_cases import case, head_case, normal, plain, taught
 from tests.support.errors import relative_error
 
 BETAS = [0.0, 0.3, 1.0]
+
+
 KINDS = ["logits", "probabilities", "named"]
+
+
 BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+
 GRADIENT_BUDGET = {
     torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3,
 }  # fmt: skip
+
+
 NAN, INF = float("nan"), float("inf")
-
-
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def taught(kind, shape, dtype=torch.float64, seed=1, count=5):
-    """A teacher of logits (..., C), and the arguments that say what it is."""
-    logits = normal(*shape, seed=seed) * 2
-    if kind == "logits":
-        return {"teacher": logits.to(dtype)}
-    if kind == "probabilities":
-        return {"teacher": logits.softmax(-1).to(dtype), "teacher_probabilities": True}
-    found = logits.log_softmax(-1).topk(min(count, shape[-1]), -1)
-    return {"teacher": found.values.to(dtype), "teacher_ids": found.indices}
-
-
-def case(*shape, dtype=torch.float64, seed=0):
-    """A student's logits, a target of which some do not count, and weights of positions."""
-    logits = (normal(*shape, seed=seed) * 2).to(dtype).requires_grad_()
-    generator = torch.Generator().manual_seed(seed)
-    target = torch.randint(shape[-1], shape[:-1], generator=generator)
-    target.view(-1)[1::4] = -100
-    weight = normal(*shape[:-1], seed=seed + 7)
-    weight.view(-1)[2::5] = 0
-    return logits, target, weight
 
 
 def truth(logits, target, given, upstream=1.0, **options):
@@ -121,38 +102,6 @@ def test_dtypes_and_sizes(kernel_backend, dtype, kind, vocab):
             assert relative_error(loss.detach().view(1), expected.loss.reshape(1)) < BUDGET[dtype]
             error = (gradient.double() - torch.from_numpy(expected.grad)).abs().max()
             assert error <= GRADIENT_BUDGET[dtype] * max(1e-3, abs(expected.grad).max())
-
-
-def divergence(log_p, log_q, beta):
-    """As trainers write it in torch."""
-    if beta == 0:
-        return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-    if beta == 1:
-        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    share = torch.tensor(beta, dtype=log_p.dtype)
-    mixture = torch.logsumexp(
-        torch.stack([log_p + torch.log1p(-share), log_q + torch.log(share)]), dim=0
-    )
-    of_teacher = F.kl_div(mixture, log_q, reduction="none", log_target=True).sum(-1)
-    of_student = F.kl_div(mixture, log_p, reduction="none", log_target=True).sum(-1)
-    return share * of_teacher + (1 - share) * of_student
-
-
-def in_bins(logits, teacher, ids):
-    """Log-probabilities of the named classes, and of all others as one."""
-    log_p = logits.log_softmax(-1)
-    others = log_p.scatter(-1, ids, -INF).logsumexp(-1, keepdim=True)
-    rest = torch.log1p(-teacher.exp().sum(-1, keepdim=True))
-    return torch.cat([log_p.gather(-1, ids), others], -1), torch.cat([teacher, rest], -1)
-
-
-def plain(logits, given, beta, temperature=1.0):
-    teacher = given["teacher"].to(logits.dtype)
-    if "teacher_ids" in given:
-        return divergence(*in_bins(logits / temperature, teacher, given["teacher_ids"]), beta)
-    teacher = teacher.log() if "teacher_probabilities" in given else teacher
-    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (logits, teacher))
-    return divergence(log_p, log_q, beta)
 
 
 def hard_rows(dtype):
@@ -302,131 +251,6 @@ def test_a_weight_that_learns():
     torch.testing.assert_close(found, torch.autograd.grad(truth_of_mean, (logits, weight)))
 
 
-# The linear form
-
-
-def head_case(dtype=torch.float64, rows=(4, 9), features=6, vocab=53, of_teacher=4):
-    hidden, weight, bias = normal(*rows, features), normal(vocab, features, seed=2), normal(vocab)
-    student = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
-    states, head, shift = normal(*rows, of_teacher, seed=3), normal(vocab, of_teacher, seed=4), 0.1
-    teacher = (states.to(dtype), head.to(dtype), (normal(vocab, seed=5) + shift).to(dtype))
-    target = torch.randint(vocab, rows, generator=torch.Generator().manual_seed(0))
-    target.view(-1)[::5] = -100
-    return student, teacher, target
-
-
-def linear_given(kind, teacher):
-    """The arguments of each form, and those of kl_div_loss that say the same."""
-    states, head, bias = teacher
-    scores = F.linear(states, head, bias)
-    if kind == "hidden states":
-        return {"teacher": states, "teacher_weight": head, "teacher_bias": bias}, {
-            "teacher": scores
-        }
-    if kind == "named":
-        found = scores.double().log_softmax(-1).topk(4, -1)
-        given = {"teacher": found.values.to(states.dtype), "teacher_ids": found.indices}
-    elif kind == "probabilities":
-        given = {"teacher": scores.softmax(-1), "teacher_probabilities": True}
-    else:
-        given = {"teacher": scores}
-    return given, given
-
-
-LINEAR = ["hidden states", "logits", "probabilities", "named"]
-
-
-@pytest.mark.parametrize("kind", LINEAR)
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_linear_against_the_logits(backend, kind, beta, reduction):
-    (hidden, weight, bias), teacher, target = head_case()
-    given, alike = linear_given(kind, teacher)
-    options = {
-        "beta": beta, "temperature": 1.5, "hard_weight": 0.3, "reduction": reduction,
-        "logit_scale": 0.8, "softcap": 9.0, "mask": torch.arange(9) != 4, "return_stats": True,
-        "token_weight": normal(4, 9, seed=9),
-    }  # fmt: skip
-    expected = neglog.kl_div_loss(F.linear(hidden, weight, bias), target=target, **alike, **options)
-    with dispatch.record() as ran:
-        found = neglog.linear_kl_div_loss(
-            hidden, weight, target=target, linear_bias=bias, options={"workspace_mb": 0.01},
-            **given, **options,
-        )  # fmt: skip
-        upstream = torch.linspace(0.5, 2, found.loss.numel()).double().view(found.loss.shape)
-        gradients = torch.autograd.grad(found.loss, (hidden, weight, bias), upstream)
-    op = "kl" if backend == "torch" else "linear_kl"
-    late = backend != "torch" and reduction == "none"
-    assert ran == [f"{op}:{backend}", *([f"{op}_backward:{backend}"] if late else [])]
-    torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-11, atol=1e-11)
-    wanted = torch.autograd.grad(expected.loss, (hidden, weight, bias), upstream)
-    torch.testing.assert_close(gradients, wanted, rtol=1e-10, atol=1e-11)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", LINEAR)
-def test_linear_is_no_further_from_the_truth_than_torch(kernel_backend, dtype, kind):
-    student, teacher, target = head_case(dtype, rows=(64,), features=32, vocab=700, of_teacher=16)
-    given, alike = linear_given(kind, teacher)
-    wide = [x.detach().double().requires_grad_() for x in student]
-    of_rows = {name: x.double() if x is not True and x.is_floating_point() else x
-               for name, x in alike.items()}  # fmt: skip
-    if kind == "hidden states":
-        of_rows["teacher"] = F.linear(*(x.double() for x in teacher))
-    exact = plain(F.linear(*wide), of_rows, 0.0)[target != -100].mean()
-    theirs = plain(F.linear(*student), alike, 0.0)[target != -100].mean()
-    ours = neglog.linear_kl_div_loss(
-        student[0], student[1], target=target, linear_bias=student[2], backend=kernel_backend,
-        **given,
-    )  # fmt: skip
-    wanted, by_torch, found = (
-        torch.autograd.grad(loss, leaves)
-        for loss, leaves in ((exact, wide), (theirs, student), (ours, student))
-    )
-    for truth_of, other, made in zip(wanted, by_torch, found, strict=True):
-        assert made.dtype == dtype
-        errors = [(x.double() - truth_of).norm() for x in (other, made)]
-        assert errors[1] <= 1.05 * errors[0] + torch.finfo(dtype).eps * truth_of.norm()
-
-
-@pytest.mark.parametrize("kind", ["hidden states", "named"])
-def test_linear_writes_no_logits(kernel_backend, kind):
-    """Beyond the gradients, which are as large as what they are of."""
-    rows, vocab = 3000, 2000
-    student, teacher, target = head_case(
-        torch.float32, rows=(rows,), features=16, vocab=vocab, of_teacher=16
-    )
-    given, _ = linear_given(kind, teacher)
-
-    def step():
-        neglog.linear_kl_div_loss(
-            student[0], student[1], target=target, options={"workspace_mb": 2}, **given
-        ).backward()
-
-    assert largest_allocation(step) <= 2 << 20
-    assert rows * vocab * 4 > 8 * 2 << 20
-
-
-def test_a_scale_that_learns():
-    (hidden, weight, _), teacher, target = head_case()
-    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    given, alike = linear_given("hidden states", teacher)
-    leaves = (hidden, weight, scale)
-    found = neglog.linear_kl_div_loss(hidden, weight, target=target, logit_scale=scale, **given)
-    logits = F.linear(hidden, weight)
-    by_logits = neglog.kl_div_loss(logits, target=target, logit_scale=scale, **alike)
-    plainly = neglog.kl_div_loss(logits * scale, target=target, **alike)
-    for loss in (found, by_logits):
-        torch.testing.assert_close(loss, plainly)
-        torch.testing.assert_close(
-            torch.autograd.grad(loss, leaves, retain_graph=True),
-            torch.autograd.grad(plainly, leaves, retain_graph=True),
-        )
-
-
-# Derivatives, transforms, tracers
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", BETAS)
 def test_derivatives(backend, kind, beta):
@@ -442,22 +266,6 @@ def test_derivatives(backend, kind, beta):
 
     assert torch.autograd.gradcheck(loss, logits)
     assert torch.autograd.gradgradcheck(loss, logits)
-
-
-@pytest.mark.parametrize("kind", LINEAR)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_derivatives_of_a_head(kind, reduction):
-    (hidden, weight, bias), teacher, target = head_case(rows=(5,), features=3, vocab=7)
-    given, _ = linear_given(kind, teacher)
-
-    def loss(hidden, weight, bias):
-        return neglog.linear_kl_div_loss(
-            hidden, weight, target=target, linear_bias=bias, hard_weight=0.3, reduction=reduction,
-            **given,
-        )  # fmt: skip
-
-    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
-    assert torch.autograd.gradgradcheck(loss, (hidden, weight, bias))
 
 
 def test_functional_gradient_and_vmap(kernel_backend):
@@ -494,25 +302,6 @@ def test_opcheck(kind, reduction):
     assert set(outcome.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("reduction", [0, 1])
-def test_opcheck_of_a_head(reduction):
-    (hidden, weight, bias), teacher, target = head_case(torch.float32, rows=(6,))
-    tensors = (hidden, weight, bias, *teacher, None, target, None)
-    rest = (reduction, -100, False, *NUMBERS, [reduction] * 3, 1 << 16, torch.float32, 0.0, "")
-    opcheck(torch.ops.neglog.linear_kl.default, (*tensors, None, *rest))
-    made = torch.ops.neglog.linear_kl.default(*tensors, None, *rest)
-    kept = (torch.ones_like(made[0]), *tensors, made[1], *made[-3:])
-    kept = tuple(
-        x.detach().requires_grad_(x.is_floating_point() and x.requires_grad)
-        if isinstance(x, torch.Tensor) else x for x in kept
-    )  # fmt: skip
-    rest = (reduction, -100, False, *NUMBERS, [1] * 3, 1 << 16, torch.float32, 0.0, "")
-    opcheck(
-        torch.ops.neglog.linear_kl_backward.default, (*kept, *rest),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("form", ["logits", "head"])
 def test_compiles_whole_for_numbers_in_tensors(form):
     torch.compiler.reset()
@@ -533,23 +322,6 @@ def test_compiles_whole_for_numbers_in_tensors(form):
         torch.testing.assert_close(
             torch.autograd.grad(found, hidden), torch.autograd.grad(expected, hidden)
         )
-
-
-def test_autocast(kernel_backend):
-    (hidden, weight, bias), (states, head, shift), target = head_case(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = neglog.linear_kl_div_loss(
-            hidden, weight, states, target, linear_bias=bias, teacher_weight=head,
-            teacher_bias=shift, backend=kernel_backend,
-        )  # fmt: skip
-        scores = F.linear(hidden, weight, bias), F.linear(states, head, shift)
-        expected = neglog.kl_div_loss(*scores, target, backend=kernel_backend)
-    assert loss.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
-    found = torch.autograd.grad(loss, (hidden, weight, bias))
-    assert {x.dtype for x in found} == {torch.float32}
-    wanted = torch.autograd.grad(expected, (hidden, weight, bias))
-    torch.testing.assert_close(found, wanted, rtol=0.1, atol=2e-3)
 
 
 def test_the_same_bits_in_any_batch(kernel_backend):
@@ -657,57 +429,3 @@ def test_errors(kernel_backend, wrong):
     error, message, given, options = wrong
     with pytest.raises(error, match=message):
         neglog.kl_div_loss(*given, backend=kernel_backend, **options)
-
-
-def wrong_heads():
-    h, w = torch.randn(3, 4), torch.randn(5, 4)
-    s, v = torch.randn(3, 6), torch.randn(5, 6)
-    ids, logs = torch.tensor([[0, 1], [1, 0], [2, 2]]), torch.full((3, 2), -1.0)
-    return {
-        "features": (
-            RuntimeError, r"teacher: expected shape \[3, 6\], hidden states",
-            (h, w, s[:, :5]), {"teacher_weight": v},
-        ),
-        "classes": (
-            RuntimeError, r"teacher_weight: expected shape \[5, E\]", (h, w, s),
-            {"teacher_weight": v[:4]},
-        ),
-        "bias alone": (
-            ValueError, "teacher_bias: expected none without teacher_weight", (h, w, s),
-            {"teacher_bias": v[:, 0]},
-        ),
-        "bias": (
-            RuntimeError, r"teacher_bias: expected shape \[5\]", (h, w, s),
-            {"teacher_weight": v, "teacher_bias": v[:4, 0]},
-        ),
-        "dtype": (
-            RuntimeError, "teacher_weight: expected dtype torch.float32, got torch.float64",
-            (h, w, s), {"teacher_weight": v.double()},
-        ),
-        "ids beside a head": (
-            ValueError, "teacher_ids: expected none with teacher_weight", (h, w, s),
-            {"teacher_weight": v, "teacher_ids": ids},
-        ),
-        "softcap of probabilities": (
-            ValueError, "teacher_logit_scale, teacher_softcap: expected none",
-            (h, w, logs), {"teacher_ids": ids, "teacher_softcap": 3.0},
-        ),
-        "softcap": (
-            ValueError, "teacher_softcap: expected a finite number above 0", (h, w, s),
-            {"teacher_weight": v, "teacher_softcap": -1.0},
-        ),
-        "an id twice": (
-            ValueError, "teacher_ids: expected each class once in a row, got 2 twice at row 2",
-            (h, w, logs), {"teacher_ids": ids, "mask": torch.tensor([False, True, True])},
-        ),
-        "the student's head": (
-            RuntimeError, "linear_weight: expected in_features 4", (h, v, s), {},
-        ),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("wrong", wrong_heads().values(), ids=wrong_heads())
-def test_errors_of_a_head(wrong):
-    error, message, given, options = wrong
-    with pytest.raises(error, match=message):
-        neglog.linear_kl_div_loss(*given, **options)

@@ -239,7 +239,7 @@ def test_one_tile_has_the_memory_it_saves(monkeypatch, rows, dtype, wide, learns
     x, w = draw((rows, 32), (1000, 32), dtype=dtype)
     target = torch.zeros(rows, dtype=torch.int64)
     dtype = torch.float32 if wide else dtype
-    tiles = Tiles(Head(x, w, None), target, -100, 500_000, dtype, learns)
+    tiles = Tiles(Head(x, w, None), target, None, -100, 500_000, dtype, learns)
     gradients = Gradients(tiles, [True, learns, False], 0.0)
     assert tiles.single == single
     assert len(list(tiles)) == (1 if single else -(-rows // tiles.height))
