@@ -210,7 +210,7 @@ class TaughtRow {
         const T* logs =
             as_numbers(p.teacher, p.teacher_dtype, start, p.count, named.gradient.data());
         const double mass = block_sum_of<double>(
-            p.count, [=](ptrdiff_t k) { return exp_nonpositive(double(logs[k])); });
+            p.count, [=](ptrdiff_t k) { return exp_nonpositive(std::min(double(logs[k]), 1.0)); });
         if (mass > kLargestMass || !sort_named(ids, logs)) return false;
         const bool others = named.count() < p.vocab;  // else what the sum lacks is its rounding
         named.teacher.push_back(T(log_nonnegative(others ? std::max(1 - mass, 0.0) : 0.0)));

@@ -18,6 +18,9 @@ from neglog.kernels.numba.intrinsics import (  # isort: skip
 )  # fmt: skip
 
 
+FORWARD, REVERSE, BETWEEN = 0, 1, 2
+
+
 class Divergence(NamedTuple):
     """What a row's gradient needs: the divergence, and D or K of divergence.hpp."""
 
@@ -66,16 +69,6 @@ def terms_at(s: Scores, j: int, kind: int, share: Real) -> tuple[Real, Real]:
         return nothing, weighed(exp_nonpositive(log_p), log_p - log_q)
     of_p, of_q = over_mean(log_p, log_q, share)
     return weighed(exp_nonpositive(log_q), of_q), weighed(exp_nonpositive(log_p), of_p)
-
-
-FORWARD, REVERSE, BETWEEN = 0, 1, 2
-
-
-@njit(**EXACT)
-def kind_of(beta: float) -> int:
-    if beta == 0:
-        return FORWARD
-    return REVERSE if beta == 1 else BETWEEN
 
 
 @njit(**FUSED)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from neglog.kernels.numba.intrinsics import (  # isort: skip
     EXACT, PARALLEL, SERIAL, Pointer, fetch_add, finish_streams, itemsize, pointer,
 )  # fmt: skip
+from neglog.kernels.numba.kl_problem import Gradient, Output, Problem  # isort: skip
 from neglog.kernels.numba.kl_row import (  # isort: skip
-    FLOAT32, FLOAT64, INT64, Gradient, Output, Problem, row_backward, row_forward,
+    FLOAT64, INT64, row_backward, row_forward,
 )  # fmt: skip
 from neglog.kernels.numba.positions import array_at  # isort: skip
 from neglog.kernels.numba.threads import call_with_threads  # isort: skip
@@ -30,11 +31,11 @@ _TYPES = (np.float32, np.float64, np.uint16, np.float16)
 
 
 class _Named(NamedTuple):
-    """column (N, K) and bins (N, K + 1) of Problem, and a row whose classes are none, or -1."""
+    """column (N, K) and bins (N, K + 1) of Problem, and the rows whose classes are none."""
 
     column: NDArray[np.int64]
     bins: NDArray[Any]
-    invalid: int
+    invalid: NDArray[np.bool_]
 
 
 @njit(**EXACT)
@@ -92,9 +93,7 @@ def _softcap_of(real: Any, softcap: float) -> float:
     return max(float(softcap), float(limits.tiny))
 
 
-def _named(
-    ids: NDArray[np.int64], logs: NDArray[Any], vocab: int, counted: NDArray[np.bool_]
-) -> _Named:
+def _named(ids: NDArray[np.int64], logs: NDArray[Any], vocab: int) -> _Named:
     """Each row's classes in ascending order. One of probability 0 is left to the others."""
     named = logs > -np.inf
     named |= np.isnan(logs)
@@ -102,15 +101,14 @@ def _named(
     order = np.argsort(columns, axis=1, kind="stable")
     columns = np.take_along_axis(columns, order, 1)
     sorted_logs = np.take_along_axis(np.where(named, logs, -np.inf), order, 1)
-    mass = np.exp(sorted_logs.astype(np.float64)).sum(1)
+    # Above 1 they are refused, by whatever number.
+    mass = np.exp(np.minimum(sorted_logs.astype(np.float64), 1)).sum(1)
     twice = (columns[:, 1:] == columns[:, :-1]) & (columns[:, 1:] != vocab)
     outside = named & ((ids < 0) | (ids >= vocab))
-    bad = counted & (outside.any(1) | twice.any(1) | (mass > LARGEST_MASS))
-    with np.errstate(divide="ignore"):
-        rest = np.log(np.maximum(1 - mass, 0.0))
+    invalid = outside.any(1) | twice.any(1) | (mass > LARGEST_MASS)
+    rest = np.log(np.maximum(1 - mass, 0.0))
     rest = np.where(named.sum(1) < vocab, rest, -np.inf)  # else what is left is rounding
     bins = np.concatenate([sorted_logs, rest[:, None].astype(logs.dtype)], 1)
-    invalid = int(bad.argmax()) if bad.any() else -1
     return _Named(np.ascontiguousarray(columns), np.ascontiguousarray(bins), invalid)
 
 
@@ -137,13 +135,13 @@ def rows(
     logits for the upstream `grad * grad_scale`; without `grad`, `grad_scale`. `out` may be the
     address of the logits.
 
-    Return the sum of the losses, and a row whose ids or log-probabilities are none, or -1. With
-    such a row nothing is written.
+    Return the sum of the losses, and a row whose ids or log-probabilities are none, or -1. That row
+    has a loss and a gradient of 0.
     """
     real: Any = np.float64 if dtype == FLOAT64 else np.float32
-    size = 8 if dtype == FLOAT64 else 4 if dtype == FLOAT32 else 2
+    size = np.dtype(_TYPES[dtype]).itemsize
     column: NDArray[Any] = np.empty(0)
-    bins = column
+    bins, invalid = column, -1
     if ids != 0:
         labels = array_at(target, np.dtype(np.int64), (rows,), (1,))
         counted = labels != ignore_index
@@ -152,14 +150,19 @@ def rows(
         of_ids = array_at(ids, np.dtype(np.int64), (rows, count), (count, 1))
         kind = np.dtype(_TYPES[teacher_dtype])
         stored = array_at(teacher, kind, (rows, count), (teacher_stride, 1))
-        logs = _as_real(stored, teacher_dtype, real)
-        column, bins, invalid = _named(of_ids, logs, vocab, counted)
-        if invalid >= 0:
-            return 0.0, invalid
+        with np.errstate(all="ignore"):  # what is too large is inf, and the log of 0 -inf
+            logs = _as_real(stored, teacher_dtype, real)
+            column, bins, of_rows = _named(of_ids, logs, vocab)
+        of_rows &= counted
+        if of_rows.any():
+            invalid = int(of_rows.argmax())
+            labels = np.where(of_rows, ignore_index, labels)
+            target = labels.ctypes.data
+    named = count if ids != 0 else -1
     p = Problem(
         real(0), dtype, teacher_dtype, rows, vocab, logits, logits_stride, teacher, teacher_stride,
-        bool(probabilities), column.ctypes.data, bins.ctypes.data, count if ids != 0 else 0, target,
-        token_weight, ignore_index, float(beta), float(temperature), float(soft_weight),
+        bool(probabilities), column.ctypes.data, bins.ctypes.data, named, target, token_weight,
+        ignore_index, float(beta), float(temperature), float(soft_weight),
         float(hard_weight), float(logit_scale), _softcap_of(real, softcap), float(teacher_scale),
         _softcap_of(real, teacher_softcap),
     )  # fmt: skip
@@ -169,4 +172,4 @@ def rows(
     given = (p, Output(loss, divergence, cross_entropy), g, scratch.ctypes.data)
     chunk = _rows_per_chunk(p, size, threads)
     total: float = call_with_threads(threads, run_serial, run_parallel, *given, chunk)
-    return total, -1
+    return total, invalid

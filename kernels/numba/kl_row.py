@@ -12,9 +12,9 @@ import numpy as np
 from numba import njit
 
 from neglog.kernels.numba.block import (  # isort: skip
-    BFLOAT16, INT16, UINT16, Destination, Lse, block_copy, block_fill, block_multiply,
-    block_scale, block_softcap, block_softcap_and_slope, block_softmax, block_widen, finish,
-    log_probability, store_gradient, update,
+    BFLOAT16, INT16, UINT16, Destination, Lse, LseState, block_copy, block_fill, block_multiply,
+    block_scale, block_softcap, block_softcap_and_slope, block_softmax, finish, log_probability,
+    store_gradient, update, widen_block,
 )  # fmt: skip
 from neglog.kernels.numba.divergence import (  # isort: skip
     Divergence, Scores, block_divergence, block_divergence_gradient,
@@ -24,61 +24,11 @@ from neglog.kernels.numba.intrinsics import (  # isort: skip
     BLOCK, EXACT, FUSED, Pointer, Real, address_of, advance, block_buffer, cast, itemsize,
     pointer,
 )  # fmt: skip
+from neglog.kernels.numba.kl_problem import Gradient, Output, Problem  # isort: skip
 from neglog.kernels.numba.row import AHEAD, Span  # isort: skip
 
 FLOAT32, FLOAT64 = 0, 1
 INT64, SINGLE, DOUBLE = np.int64(0), np.float32(0), np.float64(0)
-
-
-class Problem(NamedTuple):
-    """As KlProblem, but that `column` (rows, named) is each row's named classes in ascending order,
-    vocab for none, and `bins` (rows, named + 1) the teacher's log-probabilities of them and of all
-    others. named: 0 for a teacher
-    of all classes."""
-
-    zero: Real  # a number of the type that is computed in
-    dtype: int
-    teacher_dtype: int
-    rows: int
-    vocab: int
-    logits: int
-    logits_stride: int
-    teacher: int
-    teacher_stride: int
-    probabilities: bool
-    column: int
-    bins: int
-    named: int
-    target: int
-    token_weight: int
-    ignore_index: int
-    beta: float
-    temperature: float
-    soft_weight: float
-    hard_weight: float
-    logit_scale: float
-    softcap: float
-    teacher_scale: float
-    teacher_softcap: float
-
-
-class Output(NamedTuple):
-    """Addresses, 0 for none."""
-
-    loss: int
-    divergence: int
-    cross_entropy: int
-
-
-class Gradient(NamedTuple):
-    """As KlGradient."""
-
-    out: int
-    out_stride: int
-    bypass_cache: bool
-    grad: int
-    grad_stride: int
-    grad_scale: float
 
 
 class LogSums(NamedTuple):
@@ -100,19 +50,33 @@ def block_convert(x: Pointer, n: int, to: Pointer) -> None:
 
 
 @njit(**EXACT)
-def as_numbers(source: int, dtype: int, start: int, n: int, buffer: Pointer) -> Pointer:
+def size_of(dtype: int) -> int:
+    return 8 if dtype == FLOAT64 else 4 if dtype == FLOAT32 else 2
+
+
+@njit(**EXACT)
+def as_numbers(source: int, dtype: int, n: int, buffer: Pointer) -> Pointer:
     """n numbers of any type in memory: where they are, or else in `buffer`."""
     if dtype == (FLOAT32 if itemsize(buffer) == 4 else FLOAT64):
-        return pointer(source + start * itemsize(buffer), buffer)
+        return pointer(source, buffer)
     if dtype == FLOAT32:
-        block_convert(pointer(source + start * 4, SINGLE), n, buffer)
+        block_convert(pointer(source, SINGLE), n, buffer)
     elif dtype == FLOAT64:
-        block_convert(pointer(source + start * 8, DOUBLE), n, buffer)
-    elif dtype == BFLOAT16:
-        block_widen(pointer(source + start * 2, INT16), n, buffer)
+        block_convert(pointer(source, DOUBLE), n, buffer)
     else:
-        block_widen(pointer(source + start * 2, UINT16), n, buffer)
+        widen_block(source, dtype, n, buffer)
     return buffer
+
+
+@njit(**EXACT)
+def logits_at(p: Problem, row: int, column: int) -> int:
+    """The address of a logit."""
+    return p.logits + (row * p.logits_stride + column) * size_of(p.dtype)
+
+
+@njit(**EXACT)
+def teacher_at(p: Problem, row: int, column: int) -> int:
+    return p.teacher + (row * p.teacher_stride + column) * size_of(p.teacher_dtype)
 
 
 @njit(**FUSED)
@@ -130,7 +94,7 @@ def block_log(x: Pointer, n: int, to: Pointer) -> None:
 @njit(**EXACT)
 def scores_of(p: Problem, row: int, span: Span, buffer: Pointer) -> Pointer:
     """The scores without the temperature."""
-    z = as_numbers(p.logits, p.dtype, row * p.logits_stride + span.start, span.n, buffer)
+    z = as_numbers(logits_at(p, row, span.start), p.dtype, span.n, buffer)
     if p.logit_scale == 1 and p.softcap == 0:
         return z
     block_times(z, span.n, cast(p.logit_scale, p.zero), buffer)
@@ -142,7 +106,7 @@ def scores_of(p: Problem, row: int, span: Span, buffer: Pointer) -> Pointer:
 @njit(**EXACT)
 def slopes_of(p: Problem, row: int, span: Span, buffer: Pointer, slope: Pointer) -> None:
     """The derivative of the cap."""
-    z = as_numbers(p.logits, p.dtype, row * p.logits_stride + span.start, span.n, buffer)
+    z = as_numbers(logits_at(p, row, span.start), p.dtype, span.n, buffer)
     block_times(z, span.n, cast(p.logit_scale, p.zero), buffer)
     block_softcap_and_slope(buffer, span.n, cast(p.softcap, p.zero), slope)
 
@@ -158,8 +122,7 @@ def softened(p: Problem, scores: Pointer, n: int, buffer: Pointer) -> Pointer:
 
 @njit(**EXACT)
 def teacher_of(p: Problem, row: int, span: Span, buffer: Pointer) -> Pointer:
-    start = row * p.teacher_stride + span.start
-    x = as_numbers(p.teacher, p.teacher_dtype, start, span.n, buffer)
+    x = as_numbers(teacher_at(p, row, span.start), p.teacher_dtype, span.n, buffer)
     if p.probabilities:
         block_log(x, span.n, buffer)
         x = buffer
@@ -201,7 +164,7 @@ def ignored(p: Problem, row: int) -> bool:
 
 @njit(**EXACT)
 def is_named(p: Problem) -> bool:
-    return p.named > 0
+    return p.named >= 0
 
 
 @njit(**EXACT)
@@ -242,24 +205,31 @@ def find_bins(p: Problem, student: Pointer, others: Lse, named: int) -> Lse:
 
 
 @njit(**EXACT)
+def add_block(state: LseState, z: Pointer, n: int, ahead: int) -> LseState:
+    """update, of numbers that may be in a buffer; `ahead` is an address."""
+    return update(state, z, n, ahead - address_of(z))
+
+
+@njit(**EXACT)
 def find_log_sums(p: Problem, row: int, student: Pointer) -> LogSums:
     z, soft, t = block_buffer(p.zero), block_buffer(p.zero), block_buffer(p.zero)
     nothing = (cast(-inf, p.zero), 0.0)
     of_soft, of_teacher, of_hard, named = nothing, nothing, nothing, 0
     for block in range(blocks(p)):
         span = block_span(p, block)
-        scores = scores_of(p, row, span, z)
+        scores, ahead = scores_of(p, row, span, z), logits_at(p, row, span.start) + AHEAD
         if has_hard_sum(p):
-            of_hard = update(of_hard, scores, span.n, AHEAD)
+            of_hard = add_block(of_hard, scores, span.n, ahead)
         tempered = softened(p, scores, span.n, soft)
         if is_named(p):
             if p.temperature == 1:
                 block_copy(scores, span.n, soft)
             named = take_named(p, row, span, named, soft, student)
-            of_soft = update(of_soft, soft, span.n, 0)
+            of_soft = add_block(of_soft, soft, span.n, ahead)
         else:
-            of_soft = update(of_soft, tempered, span.n, AHEAD)
-            of_teacher = update(of_teacher, teacher_of(p, row, span, t), span.n, AHEAD)
+            of_soft = add_block(of_soft, tempered, span.n, ahead)
+            ahead = teacher_at(p, row, span.start) + AHEAD
+            of_teacher = add_block(of_teacher, teacher_of(p, row, span, t), span.n, ahead)
     others = finish(of_soft)
     whole = find_bins(p, student, others, named) if is_named(p) else others
     hard = finish(of_hard) if has_hard_sum(p) else whole
@@ -414,11 +384,9 @@ def store_halves(
 @njit(**EXACT)
 def store_block(p: Problem, g: Gradient, row: int, span: Span, gradient: Pointer) -> None:
     """In the logits' type. Meanwhile the next row's logits are brought into L2."""
-    size = 8 if p.dtype == FLOAT64 else 4 if p.dtype == FLOAT32 else 2
-    out = g.out + (row * g.out_stride + span.start) * size
-    following = p.logits + ((row + 1) * p.logits_stride + span.start) * size
-    following = following if row + 1 < p.rows else 0
-    if size == itemsize(p.zero):
+    out = g.out + (row * g.out_stride + span.start) * size_of(p.dtype)
+    following = logits_at(p, row + 1, span.start) if row + 1 < p.rows else 0
+    if size_of(p.dtype) == itemsize(p.zero):
         to = Destination(pointer(out, p.zero), g.bypass_cache, following)
         store_gradient(gradient, span.n, None, to)
     elif p.dtype == BFLOAT16:

@@ -160,23 +160,23 @@ def _checked_options(
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected 0 <= value <= 1, got {label_smoothing}")
     scale = number_of("logit_scale", logit_scale, real)
-    return smoothing, scale, _softcap(softcap), number_of("z_loss", z_loss, real, 0)
+    return smoothing, scale, softcap_of("softcap", softcap), number_of("z_loss", z_loss, real, 0)
 
 
-def _softcap(softcap: float | None) -> float:
+def softcap_of(name: str, softcap: float | None) -> float:
     """0 for none. Beyond float32 it is none too, which is the kernels' to say."""
     if softcap is None:
         return 0.0
     try:
-        cap = number_of("softcap", softcap, np.float64)
+        cap = number_of(name, softcap, np.float64)
     except ValueError:
         cap = 0.0
     if cap <= 0:
-        raise ValueError(f"softcap: expected a finite number above 0 or None, got {softcap:g}")
+        raise ValueError(f"{name}: expected a finite number above 0 or None, got {softcap:g}")
     return cap
 
 
-def _index(ignore_index: Any) -> int:
+def ignore_index_of(ignore_index: Any) -> int:
     try:
         index = operator.index(ignore_index)
     except TypeError:
@@ -206,7 +206,7 @@ def _problem(
     w = None if weight is None else reals_of("weight", weight, ((vocab,),), real)
     u = None if token_weight is None else reals_of("token_weight", token_weight, ((rows,),), real)
     options = _checked_options(real, label_smoothing, logit_scale, softcap, z_loss)
-    ignore_index = _index(ignore_index)
+    ignore_index = ignore_index_of(ignore_index)
     index, probs = (t, None) if t.ndim == 1 else (None, t)
     total = kernel.total_weight(
         rows, vocab, address(index), address(probs), address(w), address(u), ignore_index, code
