@@ -16,13 +16,14 @@
 #endif
 
 #include <algorithm>
+#include <cfloat>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
-#include "common/vector_io.cuh"
+#include "common/rows.cuh"
 
 namespace neglog {
 
@@ -129,6 +130,20 @@ void launch_clusters(void (*kernel)(Parameters...), const DeviceContext& context
 }
 #endif
 
+constexpr int kThreadsPerMultiprocessor = 2048;
+
+// As many blocks as the device runs at once, if only their threads are counted.
+inline int64_t max_blocks(const DeviceContext& context, int threads) {
+    return int64_t(multiprocessor_count(context)) * (kThreadsPerMultiprocessor / threads);
+}
+
+// Short rows share a grid of max_blocks: to start a block costs as much as to read 1000 classes.
+// Long rows get a block each, else a multiprocessor would idle while the last blocks finish their
+// share.
+inline int64_t blocks_for_rows(const DeviceContext& context, int64_t rows, int threads) {
+    return threads == kRowThreads ? rows : std::min(rows, max_blocks(context, threads));
+}
+
 // Tensors
 
 template <class T>
@@ -172,6 +187,24 @@ inline bool has_adjacent_columns(const Tensor& rows) {
 
 inline Tensor with_adjacent_columns(const Tensor& rows) {
     return has_adjacent_columns(rows) ? rows : torch::stable::contiguous(rows);
+}
+
+template <class T>
+PerRow<T> per_row(const Tensor& tensor) {
+    return {pointer<const T>(tensor), tensor.dim() == 0 ? 0 : tensor.stride(0)};
+}
+
+template <class T>
+PerRow<T> per_row_or_none(const MaybeTensor& tensor) {
+    return tensor ? per_row<T>(*tensor) : PerRow<T>{nullptr, 0};
+}
+
+// 0 for none. Beyond the range of what is computed in a cap is none: as inf it would make inf * 0.
+// One that rounds to 0 would make 0 / 0, so the smallest normal number takes its place.
+inline double softcap_of(ScalarType logits, double softcap) {
+    const bool wide = logits == ScalarType::Double;
+    if (softcap == 0 || softcap > (wide ? DBL_MAX : FLT_MAX)) return 0;
+    return std::max(softcap, wide ? DBL_MIN : double(FLT_MIN));
 }
 
 // Calls body with a value whose type is that of the tensor's elements.

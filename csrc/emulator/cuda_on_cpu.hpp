@@ -31,6 +31,7 @@
 #include <vector>
 
 #define __device__
+#define __host__
 #define __global__
 #define __shared__ static thread_local
 #define __launch_bounds__(...)
@@ -294,6 +295,12 @@ const T* shared_of_block(const T* own, unsigned rank) {
 }  // namespace neglog::emulated
 
 inline void __syncthreads() { neglog::emulated::wait(neglog::emulated::block->all); }
+
+inline uint32_t atomicOr(uint32_t* to, uint32_t bits) {
+    const uint32_t before = *to;
+    *to |= bits;
+    return before;
+}
 
 inline int __syncthreads_or(int vote) {
     auto* const block = neglog::emulated::block;

@@ -11,12 +11,6 @@ namespace neglog {
 namespace {
 
 constexpr int64_t kReductionNone = 0, kReductionMean = 1;  // as in aten; 2 is the sum
-constexpr int kThreadsPerMultiprocessor = 2048;
-
-// As many blocks as the device runs at once, if only their threads are counted.
-inline int64_t max_blocks(const DeviceContext& context, int threads) {
-    return int64_t(multiprocessor_count(context)) * (kThreadsPerMultiprocessor / threads);
-}
 
 template <class S, Scoring scoring, class... Parameters, class... Arguments>
 void launch_row_blocks(void (*kernel)(Problem<S, scoring>, Parameters...),
@@ -26,14 +20,10 @@ void launch_row_blocks(void (*kernel)(Problem<S, scoring>, Parameters...),
     launch(kernel, context, std::min(p.rows, blocks), block_size_for<S>(p.vocab), p, arguments...);
 }
 
-// Short rows share a grid of max_blocks: to start a block costs as much as to read 1000 classes.
-// Long rows get a block each, else a multiprocessor would idle while the last blocks finish their
-// share.
 template <class S, Scoring scoring, class... Parameters, class... Arguments>
 void launch_rows(void (*kernel)(Problem<S, scoring>, Parameters...), const DeviceContext& context,
                  const Problem<S, scoring>& p, Arguments... arguments) {
-    const int threads = block_size_for<S>(p.vocab);
-    const int64_t blocks = threads == kRowThreads ? p.rows : max_blocks(context, threads);
+    const int64_t blocks = blocks_for_rows(context, p.rows, block_size_for<S>(p.vocab));
     launch_row_blocks(kernel, context, blocks, p, arguments...);
 }
 

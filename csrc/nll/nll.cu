@@ -27,8 +27,6 @@
 
 #include "nll/launch.cuh"
 
-#include <cfloat>
-
 namespace neglog {
 namespace {
 
@@ -45,24 +43,6 @@ struct Inputs {
 struct Results {
     Tensor row_loss, lse, lse_low, total_weight, correct, entropy, argmax, loss;
 };
-
-template <class T>
-PerRow<T> per_row(const Tensor& tensor) {
-    return {pointer<const T>(tensor), tensor.dim() == 0 ? 0 : tensor.stride(0)};
-}
-
-template <class T>
-PerRow<T> per_row_or_none(const MaybeTensor& tensor) {
-    return tensor ? per_row<T>(*tensor) : PerRow<T>{nullptr, 0};
-}
-
-// 0 for none. Beyond the range of what is computed in a cap is none: as inf it would make inf * 0.
-// One that rounds to 0 would make 0 / 0, so the smallest normal number takes its place.
-double softcap_of(ScalarType logits, double softcap) {
-    const bool wide = logits == ScalarType::Double;
-    if (softcap == 0 || softcap > (wide ? DBL_MAX : FLT_MAX)) return 0;
-    return std::max(softcap, wide ? DBL_MIN : double(FLT_MIN));
-}
 
 // The arguments with columns adjacent in memory. Checks what a kernel would misread; the Python
 // functions that call the ops raise the errors meant for users.

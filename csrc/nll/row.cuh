@@ -22,21 +22,10 @@
 
 #pragma once
 
-#include "common/online_softmax.cuh"
-#include "common/vector_io.cuh"
-
-#undef NDEBUG  // setuptools defines it; without assertions a bad target reads outside the row
-#include <cassert>
+#include "common/rows.cuh"
 
 namespace neglog {
 namespace {
-
-// Vectors that a thread loads before it uses the first, where the row is read again. It then comes
-// from a cache, and other blocks compute while this one waits.
-constexpr int kLoadsInFlightSecondPass = 1;
-
-// Threads of a block, at most.
-constexpr int kRowThreads = 256;
 
 // Blocks that a multiprocessor's registers must hold, so that one loads while another reduces: the
 // second number of __launch_bounds__. With one block more the kernels spill registers. On sm_80 and
@@ -49,16 +38,6 @@ constexpr int kMinBlocks = sizeof(S) == 8 ? 2 : 3;
 template <class S>
 constexpr int kMinBlocks = 2;
 #endif
-
-// The smallest block whose threads read the row with all their loads in flight once. It depends on
-// the vocabulary and the dtype alone, and so do a row's bits.
-template <class S>
-inline int block_size_for(int64_t vocab) {
-    int threads = kWarpSize;
-    while (threads < kRowThreads && int64_t(threads) * kLoadsInFlight<S> * kVectorSize<S> < vocab)
-        threads *= 2;
-    return threads;
-}
 
 // From a logit to its score z. The loops contain no tanh without a softcap, and no product where
 // the scores are the logits: it is one of nine instructions.
@@ -117,14 +96,6 @@ struct Output {
     bool* correct;            // null without statistics
     T* entropy;               // likewise
     int64_t* argmax;          // likewise
-};
-
-// A number for each row, or with stride 0 one number for all.
-template <class T>
-struct PerRow {
-    const T* first;
-    int64_t stride;
-    __device__ T operator[](int64_t row) const { return first[row * stride]; }
 };
 
 template <class T>

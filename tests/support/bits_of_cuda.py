@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neglog.ops.kl import schema as kl
 from neglog.ops.linear_nll import cuda as linear_cuda
 from neglog.ops.linear_nll import schedule as linear_schedule
 from neglog.ops.linear_nll import schema as linear_schema
@@ -38,6 +39,7 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
     yield from _nll(ops, dtype)
     yield from _linear(dtype)
     yield from _pairs(dtype)
+    yield from _kl(ops, dtype)
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
@@ -88,6 +90,28 @@ def _linear(dtype: torch.dtype) -> Iterator[Call]:
             )  # fmt: skip
             grads = linear_schedule.backward(CudaRows, linear_schema.backward.Arguments(*given))
             yield f"linear_nll, {reduction}, through {name}", [*out, *grads]
+
+
+KINDS = ("scores", "probabilities", "named")
+
+
+def _kl(ops: Any, dtype: torch.dtype) -> Iterator[Call]:
+    for rows, vocab in ((7, 257), (3, 2049)):
+        logits = (3 * normal(rows, vocab, seed=1)).to(dtype)
+        scores = 2 * normal(rows, vocab, seed=2)
+        logs, ids = scores.log_softmax(1).topk(9, 1)
+        target = torch.arange(rows) * 31
+        target[1] = -100
+        for kind, given in zip(KINDS, (scores, scores.softmax(1), logs), strict=True):
+            for beta in (0.0, 0.3, 1.0):
+                options = kl.Options(
+                    -100, kind == KINDS[1], beta, 2.0, 0.7, 0.3, 0.7, 5.0, 0.5, 0.0
+                )
+                gradient = torch.empty_like(logits)
+                named = ids if kind == KINDS[2] else None
+                inputs = (logits, given.to(dtype), named, target, None, None, gradient)
+                out = ops.kl_rows(*inputs, *options)
+                yield f"kl, {kind}, {beta}, {rows} x {vocab}", [*out, gradient]
 
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from neglog.ops.kl import schema as kl
 from neglog.ops.nll import schema as nll
 from neglog.ops.pairs import schema as pairs
 
@@ -57,7 +58,7 @@ def _compiled() -> Path:
 def operators() -> Any:
     """The ops, defined and loaded."""
     library = _compiled()
-    for op in (*nll.ON_CUDA, *pairs.CUDA_TILE):
+    for op in (*nll.ON_CUDA, *kl.ON_CUDA, *pairs.CUDA_TILE):
         _definitions.define(op.schema)
     torch.ops.load_library(str(library))
     return torch.ops.neglog_emulated
