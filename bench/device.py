@@ -73,6 +73,7 @@ def cases(small: bool) -> list[Case]:
         Case("linear_cross_entropy", head),
         Case("linear_cross_entropy", head, options={"counted": goals.MASKED_SHARE}),
         Case("clip_loss", pairs),
+        *(Case(op, rows[-1]) for op in ("token_logprobs", "kl_div", "kl_div_top_k")),
     ]
     return [
         *ours,

@@ -61,6 +61,14 @@ def cases(device: str, small: bool) -> Iterator[Case]:
         for name, options in OF_ROWS.items():
             yield Case(f"{name}, {rows} x {width}", _of_rows(target, options), [logits])
         yield Case(f"padded, {rows} x {width - 3}", _of_padded(target), [logits])
+        yield Case(f"token_logprobs, {rows} x {width}", _of_tokens(target), [logits])
+        teacher = draw(rows, width)
+        for beta in (0.0, 0.5, 1.0):
+            loss = _of_teacher(teacher, target, {"beta": beta, "temperature": 2.0})
+            yield Case(f"kl_div_loss, beta {beta}, {rows} x {width}", loss, [logits])
+        named, ids = teacher.log_softmax(1).topk(64)
+        loss = _of_teacher(named - 0.01, target, {"teacher_ids": ids, "hard_weight": 0.5})
+        yield Case(f"kl_div_loss, top 64, {rows} x {width}", loss, [logits])
     yield from _with_matmuls(draw, device, 40 if small else 1500)
 
 
@@ -75,6 +83,21 @@ def _of_rows(target: Tensor, options: dict[str, Any]) -> Loss:
 def _of_padded(target: Tensor) -> Loss:
     def loss(x: Tensor, backend: Any) -> Tensor:
         return neglog.cross_entropy(x[:, :-3], target.clamp(max=x.shape[1] - 4), backend=backend)
+
+    return loss
+
+
+def _of_tokens(target: Tensor) -> Loss:
+    def loss(x: Tensor, backend: Any) -> Tensor:
+        found = neglog.token_logprobs(x, target, backend=backend)
+        return (found.logprob - 0.1 * found.entropy).mean()
+
+    return loss
+
+
+def _of_teacher(teacher: Tensor, target: Tensor, options: dict[str, Any]) -> Loss:
+    def loss(x: Tensor, backend: Any) -> Tensor:
+        return neglog.kl_div_loss(x, teacher, target, backend=backend, **options)
 
     return loss
 
