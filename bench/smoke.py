@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 problem = wrong(case, dtype, 1000 if options.small else POISON)
             except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
             failed += bool(problem)
             if problem:
                 print(f"{case.name}, {dtype}: {problem}", flush=True)

@@ -51,7 +51,7 @@ def linear_counted(x, w, target):
 
 
 def weighted(x, w, target):
-    return neglog.info_nce(x, w[:1200], w[1200:], 2.0, hard_negative_weight=0.5)
+    return neglog.info_nce(x, w, w.flip(0)[:1200], 2.0, hard_negative_weight=0.5)
 
 
 def of_labels(x, w, target):

@@ -61,7 +61,8 @@ def normal(*shape, seed=0):
 
 def off(found, expected):
     """The largest error relative to 1 + the largest finite number; NaN and inf in their places."""
-    found, expected = found.detach().double().cpu(), torch.as_tensor(expected, dtype=torch.float64)
+    found = found.detach().double().cpu()
+    expected = torch.as_tensor(expected, dtype=torch.float64, device="cpu")
     assert found.shape == expected.shape
     assert torch.equal(found.isnan(), expected.isnan())
     finite = expected.isfinite()

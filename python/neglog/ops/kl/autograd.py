@@ -12,7 +12,12 @@ from torch.autograd import Function
 from neglog import availability, torch_state
 from neglog.ops.define import save, saved, second_derivative
 from neglog.ops.dtypes import number, quotient, real_dtype
-from neglog.ops.kl import cpu, formula, schema
+from neglog.ops.kl import (
+    cpu,
+    cuda,  # noqa: F401 - implements the ops
+    formula,
+    schema,
+)
 from neglog.ops.kl.schema import Options
 from neglog.ops.memory import aligned
 from neglog.ops.nll import remembered

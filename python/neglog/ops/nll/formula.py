@@ -107,7 +107,8 @@ def total_weight(
     by_row = row_weights(target, counted, weight, real)
     if token_weight is not None:
         shares = token_weight * by_row
-        return shares.sum() if counted is None else torch.where(counted, shares, 0).sum()
+        shares = shares if counted is None else torch.where(counted, shares, 0)
+        return shares.sum(dtype=torch.float64).to(real)  # weights of both signs cancel
     if weight is None and counted is not None:
         return counted.sum().to(real)
     return by_row.sum()
