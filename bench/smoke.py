@@ -97,7 +97,10 @@ def _of_tokens(target: Tensor) -> Loss:
 
 def _of_teacher(teacher: Tensor, target: Tensor, options: dict[str, Any]) -> Loss:
     def loss(x: Tensor, backend: Any) -> Tensor:
-        return neglog.kl_div_loss(x, teacher, target, backend=backend, **options)
+        # Else its gradients are among the smallest numbers of float16.
+        return 64 * neglog.kl_div_loss(
+            x, teacher, target, backend=backend, reduction="sum", **options
+        )
 
     return loss
 

@@ -33,6 +33,13 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Launching
 
+// Of a launch with dynamic shared memory, all but the number of blocks. cluster_blocks is 1 where
+// there are no clusters.
+struct Grid {
+    int threads, cluster_blocks;
+    int64_t shared_bytes;
+};
+
 #ifdef NEGLOG_EMULATED
 #define NEGLOG_IMPL(library) STABLE_TORCH_LIBRARY_IMPL(neglog_emulated, CPU, library)
 
@@ -50,10 +57,16 @@ void launch(void (*kernel)(Parameters...), const DeviceContext&, int64_t blocks,
 
 template <class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), const DeviceContext&, int64_t blocks,
-                     int threads, int cluster_blocks, int64_t shared_bytes,
-                     Arguments... arguments) {
-    emulated::launch_clusters(unsigned(blocks), unsigned(threads), unsigned(cluster_blocks),
-                              size_t(shared_bytes), [&] { kernel(arguments...); });
+                     const Grid& grid, Arguments... arguments) {
+    emulated::launch_clusters(unsigned(blocks), unsigned(grid.threads),
+                              unsigned(grid.cluster_blocks), size_t(grid.shared_bytes),
+                              [&] { kernel(arguments...); });
+}
+
+// So few that clusters take several rows in the tests.
+template <class... Parameters>
+int64_t resident_clusters(void (*)(Parameters...), const DeviceContext&, const Grid& grid) {
+    return std::max(1, 16 / grid.cluster_blocks);
 }
 
 inline bool has_clusters(const DeviceContext&) { return true; }
@@ -106,27 +119,71 @@ inline int64_t max_dynamic_shared(const DeviceContext& context) {
     return device_attribute(context, cudaDevAttrMaxSharedMemoryPerBlockOptin) - (1 << 10);
 }
 
-// Launches clusters of `cluster_blocks` blocks, each with dynamic shared memory; without clusters
-// where it is 1. The kernel's limit is always set to the same number, because threads of the host
-// share it.
-template <class... Parameters, class... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), const DeviceContext& context, int64_t blocks,
-                     int threads, int cluster_blocks, int64_t shared_bytes,
-                     Arguments... arguments) {
+// A grid as the launch functions take it. It points to its own attribute, so it is not copied.
+struct LaunchConfig {
+    cudaLaunchAttribute cluster = {};
+    cudaLaunchConfig_t config = {};
+
+    LaunchConfig(const DeviceContext& context, int64_t blocks, const Grid& grid) {
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = unsigned(grid.cluster_blocks);
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        config.gridDim = dim3(unsigned(blocks));
+        config.blockDim = dim3(unsigned(grid.threads));
+        config.dynamicSmemBytes = size_t(grid.shared_bytes);
+        config.stream = context.stream;
+        config.attrs = &cluster;
+        config.numAttrs = grid.cluster_blocks > 1;
+    }
+    LaunchConfig(const LaunchConfig&) = delete;
+};
+
+constexpr int64_t kUnaskedShared = 46 << 10;  // with 2 KB of static shared memory beside it
+
+// The kernel's limit of dynamic shared memory is always set to the same number, because threads of
+// the host share it.
+template <class... Parameters>
+void allow_dynamic_shared(void (*kernel)(Parameters...), const DeviceContext& context) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         int(max_dynamic_shared(context))));
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = unsigned(cluster_blocks);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(blocks));
-    config.blockDim = dim3(unsigned(threads));
-    config.dynamicSmemBytes = size_t(shared_bytes);
-    config.stream = context.stream;
-    config.attrs = &cluster;
-    config.numAttrs = cluster_blocks > 1;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), const DeviceContext& context, int64_t blocks,
+                     const Grid& grid, Arguments... arguments) {
+    if (grid.shared_bytes > kUnaskedShared) allow_dynamic_shared(kernel, context);
+    const LaunchConfig launch(context, blocks, grid);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, Parameters(arguments)...));
+}
+
+// Clusters that the device runs at once: fewer than its multiprocessors would hold, as those of a
+// cluster lie in one group of them. With more, the last would run by themselves. The last answer is
+// kept, because to ask takes the host several microseconds.
+template <class... Parameters>
+int64_t resident_clusters(void (*kernel)(Parameters...), const DeviceContext& context,
+                          const Grid& grid) {
+    struct Answer {
+        void (*kernel)(Parameters...);
+        int device;
+        int64_t shared_bytes;
+        int clusters;
+    };
+    thread_local Answer last = {};
+    if (last.kernel == kernel && last.device == context.device &&
+        last.shared_bytes == grid.shared_bytes)
+        return last.clusters;
+    allow_dynamic_shared(kernel, context);
+    int clusters = 0;
+    if (grid.cluster_blocks > 1) {
+        const LaunchConfig launch(context, grid.cluster_blocks, grid);
+        STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config));
+    } else {
+        STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+            &clusters, kernel, grid.threads, size_t(grid.shared_bytes)));
+        clusters *= multiprocessor_count(context);
+    }
+    last = {kernel, context.device, grid.shared_bytes, std::max(clusters, 1)};
+    return last.clusters;
 }
 #endif
 

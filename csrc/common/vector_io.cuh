@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace neglog {
 
@@ -58,6 +59,25 @@ template <class S, int n>
 struct Elements {
     S value[n];
 };
+
+// Two bfloat16 numbers of one word take an instruction each. nvcc takes two for every second of
+// them where they are converted one by one.
+template <class S, int n>
+__device__ void widen_all(const Elements<S, n>& x, compute_t<S> (&to)[n]) {
+    if constexpr (std::is_same_v<S, __nv_bfloat16> && n % 2 == 0) {
+        uint32_t words[n / 2];
+        memcpy(words, &x, sizeof(words));
+#pragma unroll
+        for (int i = 0; i < n / 2; ++i) {
+            const uint32_t low = words[i] << 16, high = words[i] & 0xffff0000u;
+            memcpy(&to[2 * i], &low, sizeof(low));
+            memcpy(&to[2 * i + 1], &high, sizeof(high));
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < n; ++i) to[i] = widen(x.value[i]);
+    }
+}
 
 template <class S>
 __device__ bool is_aligned(const S* address) {
@@ -179,14 +199,27 @@ __device__ int64_t edge_column(const VectorSplit<S>& split) {
     return threadIdx.x < split.head ? threadIdx.x : split.vectors * kVectorSize<S> + threadIdx.x;
 }
 
+// Whether for_each_in_row shows this column of the row to this thread.
+template <class S>
+__device__ bool is_own_column(const S* row, int64_t n, int64_t column) {
+    const VectorSplit<S> split = split_at_vectors(row, n);
+    const int64_t behind = split.vectors * kVectorSize<S>;
+    if (column < split.head) return threadIdx.x == column;
+    if (column >= split.head + behind) return threadIdx.x == column - behind;
+    return threadIdx.x == (column - split.head) / kVectorSize<S> % blockDim.x;
+}
+
 // Calls visit(v, bits) once for each of `count` vectors, in a block-stride loop. A thread loads
 // `in_flight` vectors before it visits the first. They stay packed until then: unpacked, each
 // 16-bit element would take a whole register.
 template <int in_flight, class Visit>
 __device__ void for_each_vector(const uint4* vectors, int64_t count, Visit visit) {
     uint4 bits[in_flight];
+    const int64_t step = in_flight * blockDim.x;
     int64_t first = threadIdx.x;
-    for (; first + (in_flight - 1) * blockDim.x < count; first += in_flight * blockDim.x) {
+    // A step that not all threads have in full none takes here: lanes that do would make their warp
+    // run both loops.
+    for (int64_t behind = step; behind <= count; behind += step, first += step) {
 #pragma unroll
         for (int u = 0; u < in_flight; ++u) bits[u] = vectors[first + u * blockDim.x];
 #pragma unroll

@@ -74,6 +74,7 @@ inline float power_of_two(float x) {
 using std::exp;
 using std::expm1;
 using std::fabs;
+using std::fma;
 using std::fmax;
 using std::isfinite;
 using std::isnan;
@@ -285,14 +286,15 @@ inline void cluster_sync() {
 
 // Where another block of the cluster has what this one has at `own`.
 template <class T>
-const T* shared_of_block(const T* own, unsigned rank) {
+T* shared_of_block(T* own, unsigned rank) {
     const auto offset =
         reinterpret_cast<const char*>(own) - reinterpret_cast<const char*>(dynamic_shared());
-    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(cluster->dynamic[rank].data()) +
-                                      offset);
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(cluster->dynamic[rank].data()) + offset);
 }
 
 }  // namespace neglog::emulated
+
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 
 inline void __syncthreads() { neglog::emulated::wait(neglog::emulated::block->all); }
 

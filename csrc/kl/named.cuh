@@ -100,12 +100,12 @@ class NamedRow {
         const T high = of_others.high, largest = fmax(shift, high);
         shift = isfinite(largest) ? largest : T(0);
         others_score = isfinite(high) ? (high - shift) + of_others.low : high;
-        auto state = empty_state<T>();
+        RunningSoftmax<T> bins;
         for_each_bin([&](int64_t, T z, T) {
             const T one[1] = {z};
-            accumulate<T>(state, one);
+            bins.add(one);
         });
-        sums = log_sums(block_log_sum(state), Lse<T>{0, 0});
+        sums = log_sums(block_log_sum(bins.state()), Lse<T>{0, 0});
     }
 
     __device__ T gradient_of_bin(T z, T log_q, const Divergence& d, T scale) const {

@@ -179,8 +179,8 @@ struct Maximum {
     __device__ double operator()(double a, double b) const { return fmax(a, b); }
 };
 
-// Of the states of the block's threads. By MergeStates each of twelve merges would round the sum of
-// all; so each thread rounds its own.
+// Of the states of the block's threads, summed in double: where the student is close to the teacher,
+// the divergence is smaller than what a float's sum is rounded by.
 template <class T>
 __device__ Lse<T> block_log_sum(const SoftmaxState<T>& own) {
     const double maximum = block_reduce(double(own.maximum), Maximum{});
@@ -208,35 +208,35 @@ __device__ void soften(const Problem<S>& p, const T (&z)[n], T (&soft)[n]) {
 template <class S, class Change>
 __device__ StudentSums<compute_t<S>> student_sums(const Problem<S>& p, int64_t row, Change change) {
     using T = compute_t<S>;
-    auto soft = empty_state<T>(), hard = empty_state<T>();
+    RunningSoftmax<T> soft, hard;
     const auto add = [&]<int n>(int64_t column, const Elements<S, n>& x) {
         T z[n];
         to_scores(p, x, z);
-        if (p.has_hard_sum) accumulate<T>(hard, z);
+        if (p.has_hard_sum) hard.add(z);
         soften(p, z, z);
         change(column, z);
-        accumulate<T>(soft, z);
+        soft.add(z);
     };
     for_each_in_row<kLoadsInFlight<S>>(logits_row(p, row), p.vocab, add);
-    const Lse<T> of_soft = block_log_sum(soft);
+    const Lse<T> of_soft = block_log_sum(soft.state());
     if (!p.has_hard_sum) return {of_soft, of_soft};
-    return {of_soft, block_log_sum(hard)};
+    return {of_soft, block_log_sum(hard.state())};
 }
 
 template <class S>
 __device__ Lse<compute_t<S>> teacher_sum(const Problem<S>& p, int64_t row) {
     using T = compute_t<S>;
-    auto state = empty_state<T>();
+    RunningSoftmax<T> running;
     use_teacher(p.teacher, row, [&]<class M>(const M* numbers) {
         const auto add = [&]<int n>(int64_t, const Elements<M, n>& x) {
             T q[n];
             widen_to(x, q);
             to_teacher_scores(p, q);
-            accumulate<T>(state, q);
+            running.add(q);
         };
         for_each_in_row<kLoadsInFlight<M>>(numbers, p.vocab, add);
     });
-    return block_log_sum(state);
+    return block_log_sum(running.state());
 }
 
 // Gradient

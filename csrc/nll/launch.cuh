@@ -30,13 +30,12 @@ void launch_rows(void (*kernel)(Problem<S, scoring>, Parameters...), const Devic
 // Rows in shared memory
 
 constexpr int64_t kMinSharedRowBytes = 32 << 10;  // shorter rows stay in a cache
-// Shared memory of a block, at most: with the first number two blocks fit on a multiprocessor, and
-// one loads while the other stores; with the second one block fits.
-constexpr int64_t kSliceBytesOfTwoBlocks = 72 << 10, kSliceBytesOfOneBlock = 200 << 10;
-constexpr int kMaxClusterSize = 8;  // the largest that every device with clusters supports
+// Shared memory of a block, at most: with the first number three blocks fit on a multiprocessor, and
+// one loads while another computes and the third stores; with the second one block fits.
+constexpr int64_t kSharedBytesOfThreeBlocks = 72 << 10, kSharedBytesOfOneBlock = 200 << 10;
 
-inline int64_t slice_bytes(int64_t row_bytes, int blocks_per_row) {
-    return (row_bytes / kVectorBytes / blocks_per_row + 1 + kStateVectors) * kVectorBytes;
+inline int64_t slice_bytes(int64_t row_bytes, int blocks) {
+    return (row_bytes / kVectorBytes / blocks + 1 + kStateVectors) * kVectorBytes;
 }
 
 // Whether the vectors of every row lie as they do in new memory, which begins at a vector and has
@@ -51,13 +50,13 @@ bool lies_as_new_memory(const Problem<S, scoring>& p) {
 template <class S, Scoring scoring>
 int blocks_per_row_in_shared(const Problem<S, scoring>& p, const Output<compute_t<S>>& o,
                              const DeviceContext& context) {
-    const int64_t bytes = p.vocab * int64_t(sizeof(S));
+    const int64_t bytes = p.vocab * int64_t(sizeof(S)), limit = max_dynamic_shared(context);
     if (!p.target || p.label_smoothing != 0 || o.correct || bytes < kMinSharedRowBytes) return 0;
-    const int64_t limit = max_dynamic_shared(context);
     const int largest = has_clusters(context) ? kMaxClusterSize : 1;
     for (int blocks = 1; blocks <= largest; blocks *= 2)
-        if (slice_bytes(bytes, blocks) <= std::min(kSliceBytesOfTwoBlocks, limit)) return blocks;
-    const bool fits = slice_bytes(bytes, kMaxClusterSize) <= std::min(kSliceBytesOfOneBlock, limit);
+        if (slice_bytes(bytes, blocks) <= std::min(kSharedBytesOfThreeBlocks, limit)) return blocks;
+    const bool fits =
+        slice_bytes(bytes, kMaxClusterSize) <= std::min(kSharedBytesOfOneBlock, limit);
     return largest == kMaxClusterSize && fits ? kMaxClusterSize : 0;
 }
 
@@ -68,21 +67,28 @@ void launch_forward_backward(const DeviceContext& context, const Problem<S, scor
                              const Output<compute_t<S>>& o, const Gradient<S>& g,
                              bool vectors_match) {
     const bool may_hold = p.rows != 0 && vectors_match;
-    const int blocks_per_row = may_hold ? blocks_per_row_in_shared(p, o, context) : 0;
-    if (blocks_per_row == 0) {
+    const int blocks = may_hold ? blocks_per_row_in_shared(p, o, context) : 0;
+    if (blocks == 0) {
         launch_rows(forward_backward_rows<S, scoring>, context, p, o, g);
         return;
     }
-    const int64_t clusters = std::min(p.rows, max_blocks(context, kRowThreads) / blocks_per_row);
-    const int64_t shared_bytes = slice_bytes(p.vocab * int64_t(sizeof(S)), blocks_per_row);
-    launch_clusters(forward_backward_rows_in_shared<S, scoring>, context, clusters * blocks_per_row,
-                    kRowThreads, blocks_per_row, shared_bytes, p, o, g);
+    const auto kernel = forward_backward_rows_in_shared<S, scoring>;
+    const Grid grid = {kRowThreads, blocks, slice_bytes(p.vocab * int64_t(sizeof(S)), blocks)};
+    const int64_t clusters = std::min(p.rows, resident_clusters(kernel, context, grid));
+    launch_clusters(kernel, context, clusters * blocks, grid, p, o, g);
 }
 
+// A block's threads read so many numbers in the time that it takes to begin a cluster.
+constexpr int64_t kNumbersOfOneBlock = 2 * kMaxThreads * kNumbersInFlight;
+
+// A kernel that sums `count` numbers.
 template <class... Parameters, class... Arguments>
-void launch_one_block(void (*kernel)(Parameters...), const DeviceContext& context,
-                      Arguments... arguments) {
-    launch(kernel, context, 1, kMaxThreads, arguments...);
+void launch_sums(void (*kernel)(Parameters...), const DeviceContext& context, int64_t count,
+                 Arguments... arguments) {
+    const bool many = count > kNumbersOfOneBlock && has_clusters(context);
+    const int blocks = many ? kMaxClusterSize : 1;
+    const Grid grid = {kMaxThreads, blocks, kMaxClusterSize * int64_t(sizeof(Sums))};
+    launch_clusters(kernel, context, blocks, grid, arguments...);
 }
 
 }  // namespace

@@ -19,8 +19,8 @@
 // (b) Where loss and gradient are formed in one pass, rows of 32 KB and more that need no second
 //     read are kept in shared memory (row_in_shared.cuh). Shorter rows are still in a cache when
 //     they are read again. Rows larger than the shared memory of a cluster are read twice.
-// (c) No atomics. A single block forms the sums over rows, in double and in one order, so that the
-//     same call gives the same bits every time.
+// (c) No atomics. A single block or cluster forms the sums over rows, in double and in one order, so
+//     that the same call gives the same bits every time.
 // (d) The host never waits for the device: divisors stay on the device, and a call can be captured
 //     in a CUDA graph. A target out of range therefore fails a device-side assertion, as torch's
 //     does.
@@ -145,7 +145,7 @@ template <class S, Scoring scoring>
 MaybeTensor add_weight_sum(const DeviceContext& context, const Inputs& in, Problem<S, scoring>& p) {
     if (!p.weight || !p.target || p.label_smoothing == 0) return std::nullopt;
     const Tensor sum = torch::stable::new_empty(in.logits, {}, ScalarType::Double);
-    launch_one_block(sum_class_weights<S, scoring>, context, p, pointer<double>(sum));
+    launch_sums(sum_class_weights<S, scoring>, context, p.vocab, p, pointer<double>(sum));
     p.weight_sum = pointer<const double>(sum);
     return sum;
 }
@@ -158,8 +158,9 @@ void launch_sum_losses(const DeviceContext& context, const Problem<S, scoring>& 
                        const MaybeTensor& num_items, const Destination<compute_t<S>>& to,
                        bool divisor_known) {
     using T = compute_t<S>;
-    launch_one_block(sum_losses<S, scoring>, context, p, to.rows.loss, pointer<const T>(num_items),
-                     divisor_known, in.reduction == kReductionMean, to.total_weight, to.loss);
+    launch_sums(sum_losses<S, scoring>, context, p.rows, p, to.rows.loss,
+                pointer<const T>(num_items), divisor_known, in.reduction == kReductionMean,
+                to.total_weight, to.loss);
 }
 
 template <class S, Scoring scoring>
@@ -184,8 +185,8 @@ void forward_in_place(const DeviceContext& context, Problem<S, scoring> p, const
         .divisor = in.reduction == kReductionMean ? to.total_weight : nullptr,
         .divide_later = std::is_same_v<S, __half>,
     };
-    launch_one_block(sum_weights<S, scoring>, context, p, pointer<const T>(num_items),
-                     to.total_weight, nullptr, nullptr);
+    launch_sums(sum_weights<S, scoring>, context, p.rows, p, pointer<const T>(num_items),
+                to.total_weight, nullptr, nullptr);
     launch_forward_backward(context, p, to.rows, gradient, true);
     if (to.loss) launch_sum_losses(context, p, in, num_items, to, true);
 }
@@ -344,9 +345,8 @@ std::tuple<Tensor, Tensor, Tensor> nll_with_gradient(
                 .divisor = reduction == kReductionMean ? to.total_weight : nullptr,
                 .divide_later = false,  // the upstream is known, with a loss scale that is in it
             };
-            launch_one_block(sum_weights<S, scoring>, context, p, pointer<const T>(num_items),
-                             to.total_weight, pointer<const Remembered<T>>(remembered),
-                             to.formed_for);
+            launch_sums(sum_weights<S, scoring>, context, p.rows, p, pointer<const T>(num_items),
+                        to.total_weight, pointer<const Remembered<T>>(remembered), to.formed_for);
         }
         launch_forward_backward(context, p, out, g, lies_as_new_memory(p));
         launch_sum_losses(context, p, in, num_items, all, forms);
@@ -385,10 +385,11 @@ void nll_gradient_for_(const Tensor& gradient, const Tensor& grad_loss, const Te
                                 {nullptr, 0},
                                 {nullptr, 0},
                                 reduction == kReductionMean ? from.total_weight : nullptr};
-        // Few blocks, because they nearly always have nothing to do.
+        // Few blocks where they nearly always have nothing to do.
+        const int64_t most = max_blocks(context, formed ? kRowThreads : block_size_for<S>(vocab));
         launch_row_blocks(
-            backward_rows<S, scoring>, context, max_blocks(context, block_size_for<S>(vocab)), p,
-            up, Saved<T>{{from.lse, 1}, {from.lse_low, 1}, {nullptr, 0}},
+            backward_rows<S, scoring>, context, most, p, up,
+            Saved<T>{{from.lse, 1}, {from.lse_low, 1}, {nullptr, 0}},
             Formed<T>{formed ? from.formed_for : nullptr, pointer<Remembered<T>>(remembered)},
             pointer<S>(gradient));
     });

@@ -12,9 +12,9 @@
 //
 // (a) Each thread keeps a softmax state of the vectors that it reads, several loads in flight. The
 //     block merges the states through shuffles and shared memory: one read gives the log-sum-exp.
-// (b) Label smoothing, a target distribution and the statistics need the finished lse, so they read
-//     the row a second time, mostly from L2. Accumulated in the first pass they would cancel at
-//     large logits. Calls without these options skip the second pass.
+// (b) Label smoothing and a target distribution need the finished lse, so they read the row a second
+//     time, mostly from L2. Accumulated in the first pass they would cancel at large logits. Calls
+//     without these options skip the second pass. The statistics need one pass.
 // (c) The gradient at the target is formed from expm1(log p): p - 1 would lose all digits as p
 //     nears 1.
 // (d) A gradient written in place: a thread writes only elements that it has just read itself,
@@ -43,6 +43,13 @@ constexpr int kMinBlocks = 2;
 // the scores are the logits: it is one of nine instructions.
 enum class Scoring { unchanged, scaled, capped };
 
+// tanh in the loop takes more registers, and so does a row in shared memory whose scores are not its
+// logits.
+template <class S, Scoring scoring>
+constexpr int kMinBlocksBackward = scoring == Scoring::capped ? 2 : kMinBlocks<S>;
+template <class S, Scoring scoring>
+constexpr int kMinBlocksInShared = scoring == Scoring::unchanged ? kMinBlocks<S> : 2;
+
 template <class T, Scoring scoring>
 struct LogitToScore {
     T logit_scale, softcap;
@@ -65,8 +72,9 @@ struct LogitToScore {
 template <class S, Scoring scoring, int n>
 __device__ void to_scores(const LogitToScore<compute_t<S>, scoring>& to_score,
                           const Elements<S, n>& x, compute_t<S> (&z)[n]) {
+    widen_all(x, z);
 #pragma unroll
-    for (int i = 0; i < n; ++i) z[i] = to_score(widen(x.value[i]));
+    for (int i = 0; i < n; ++i) z[i] = to_score(z[i]);
 }
 
 template <class S, Scoring scoring>
@@ -131,13 +139,16 @@ struct Gradient {
 //
 // where a_c are the coefficients of the log-probabilities in the loss, w_c or w_c q'_c (see
 // coefficients below). The gradient by the logits is that times dz / dlogit.
-template <class T>
+template <class S>
 struct GradientFactors {
-    int64_t target;     // -1 for none
-    T target_gradient;  // by the target's logit, complete
-    T of_exp;  // of exp(z - lse.high): (softmax_weight + target_weight) exp(-lse.low) logit_scale
+    using T = compute_t<S>;
+    // Where this thread has the target's column; elsewhere -1. The gradient is complete.
+    int64_t own_target;
+    T target_gradient;
+    ExpBelow<S> exp_below;  // lse.high
+    T of_exp;  // of exp_below(z): (softmax_weight + target_weight) exp(-lse.low) logit_scale
     T of_coefficient;  // of a_c: uniform_weight logit_scale
-    // With an upstream of the entropy, of exp(z - lse.high) there is besides
+    // With an upstream of the entropy, of exp_below(z) there is besides
     // of_entropy (z - lse.high + entropy_offset).
     T of_entropy, entropy_offset;
 };
@@ -222,16 +233,22 @@ __device__ void coefficients(const Problem<S, scoring>& p, int64_t row, int64_t 
 
 // Forward
 
-template <class S, Scoring scoring>
-__device__ SoftmaxState<compute_t<S>> row_softmax_state(const Problem<S, scoring>& p, int64_t row) {
-    auto state = empty_state<compute_t<S>>();
-    const auto add = [&]<int n>(int64_t, const Elements<S, n>& x) {
+// Calls add(column, z) for the scores of a row.
+template <class S, Scoring scoring, class Add>
+__device__ void for_each_score(const Problem<S, scoring>& p, int64_t row, Add add) {
+    const auto visit = [&]<int n>(int64_t column, const Elements<S, n>& x) {
         compute_t<S> z[n];
         to_scores(p.to_score, x, z);
-        accumulate<S>(state, z);
+        add(column, z);
     };
-    for_each_in_row<kLoadsInFlight<S>>(logits_row(p, row), p.vocab, add);
-    return block_reduce(state, MergeStates{});
+    for_each_in_row<kLoadsInFlight<S>>(logits_row(p, row), p.vocab, visit);
+}
+
+template <class S, Scoring scoring>
+__device__ SoftmaxState<compute_t<S>> row_softmax_state(const Problem<S, scoring>& p, int64_t row) {
+    RunningSoftmax<S> running;
+    for_each_score(p, row, [&](int64_t, const auto& z) { running.add(z); });
+    return block_merge(running.state());
 }
 
 // sum_c a_c log p_c
@@ -250,51 +267,109 @@ __device__ double row_cross_entropy(const Problem<S, scoring>& p, int64_t row,
     return block_sum(sum);
 }
 
-// The first column with a NaN, or else with the maximum, as torch's argmax: a column of NaN counts
-// as kNanFirst before its place.
-constexpr int64_t kNanFirst = int64_t(1) << 62, kNoColumn = INT64_MAX;
+constexpr int64_t kNoColumn = INT64_MAX;
 
 struct Smaller {
     __device__ int64_t operator()(int64_t a, int64_t b) const { return a < b ? a : b; }
 };
 
+// The first column with the maximum, and what the entropy is made of: with the maximum m and the sum
+// s of exp(z - m), it is log(s) + sum exp(z - m) (m - z) / s. All terms have one sign, so nothing
+// cancels, and the first pass over the row finds them.
+template <class S>
+class RunningStatistics {
+    using T = compute_t<S>;
+
+    RunningSoftmax<S> running;
+    T weighted = 0;  // sum of exp_below(z) (maximum - z)
+    int64_t first = kNoColumn;
+
+    // Seldom called after the first vectors.
+    template <int n>
+    __device__ void move_to(T largest, int64_t column, const T (&z)[n]) {
+        const T rise = largest - running.maximum;
+        const bool empty = running.maximum == T(-INFINITY);
+        const T raised = empty ? T(0) : weighted + rounded_product(rise, running.sum);
+        weighted = raised * running.raise(largest);
+        if (rise > 0) first = kNoColumn;
+#pragma unroll
+        for (int i = n - 1; i >= 0; --i)
+            if (z[i] == largest && column + i < first) first = column + i;
+    }
+
+public:
+    template <int n>
+    __device__ void add(int64_t column, const T (&z)[n]) {
+        const T largest = largest_of(z);
+        if (largest >= running.maximum) move_to(largest, column, z);
+        T terms[n];
+        running.add_terms(z, terms);
+#pragma unroll
+        for (int i = 0; i < n; ++i)
+            weighted += terms[i] * fmin(running.maximum - z[i], T(-kLogOfZero));  // 0 * inf is NaN
+    }
+
+    __device__ SoftmaxState<T> state() const { return running.state(); }
+
+    // Of the block, whose merged state is `all`.
+    __device__ double entropy(const SoftmaxState<T>& all) const {
+        const auto own = state();
+        const T below = all.maximum - own.maximum;
+        const bool empty = own.maximum == T(-INFINITY);
+        const T sum =
+            empty ? T(0)
+                  : (weighted * running.missing() + rounded_product(below, own.sum)) * exp(-below);
+        return log(double(all.sum)) + block_sum(sum) / all.sum;
+    }
+
+    __device__ int64_t first_maximum(const SoftmaxState<T>& all) const {
+        const bool has_it = state().maximum == all.maximum;
+        return block_reduce(has_it ? first : kNoColumn, Smaller{});
+    }
+};
+
 template <class S, Scoring scoring>
-__device__ void write_argmax(const Problem<S, scoring>& p, const Output<compute_t<S>>& o,
-                             int64_t row, int64_t first, compute_t<S> maximum,
-                             Lse<compute_t<S>> lse) {
-    if (first < 0) first += kNanFirst;
+__device__ int64_t first_nan(const Problem<S, scoring>& p, int64_t row) {
+    int64_t first = kNoColumn;
+    const auto look = [&]<int n>(int64_t column, const Elements<S, n>& x) {
+#pragma unroll
+        for (int i = n - 1; i >= 0; --i)
+            if (isnan(widen(x.value[i])) && column + i < first) first = column + i;
+    };
+    for_each_in_row<kLoadsInFlightSecondPass>(logits_row(p, row), p.vocab, look);
+    return block_reduce(first, Smaller{});
+}
+
+// The argmax is the first column with a NaN, or else with the maximum, as torch's.
+template <class S, Scoring scoring>
+__device__ void write_statistics(const Problem<S, scoring>& p, const Output<compute_t<S>>& o,
+                                 int64_t row, const RunningStatistics<S>& running,
+                                 const SoftmaxState<compute_t<S>>& state) {
+    const double entropy = running.entropy(state);
+    int64_t first = running.first_maximum(state);
+    const bool may_have_nan = isnan(state.sum);
+    if (may_have_nan) {
+        const int64_t nan = first_nan(p, row);
+        if (nan != kNoColumn) first = nan;
+    }
+    if (threadIdx.x != 0) return;
     if (first == kNoColumn) first = 0;
-    const bool nan_among_finite = isnan(lse.high) && maximum < INFINITY;
+    const bool nan_among_finite = may_have_nan && state.maximum < INFINITY;
     const bool counts = p.target && !is_ignored(p, row) && !nan_among_finite;
     o.correct[row] = counts && target_of(p, row) == first;
     o.argmax[row] = first;
+    o.entropy[row] = compute_t<S>(entropy);
 }
 
 template <class S, Scoring scoring>
-__device__ void row_statistics(const Problem<S, scoring>& p, const Output<compute_t<S>>& o,
-                               int64_t row, compute_t<S> maximum, Lse<compute_t<S>> lse) {
-    using T = compute_t<S>;
-    int64_t first = kNoColumn;
-    T sum = 0;
-    const auto add = [&]<int n>(int64_t column, const Elements<S, n>& x) {
-        T z[n];
-        to_scores(p.to_score, x, z);
-#pragma unroll
-        for (int i = 0; i < n; ++i) {
-            const T log_p = log_probability(z[i], lse);
-            const T probability = exp(log_p);
-            sum += probability == 0 ? 0 : probability * log_p;  // 0 * -inf would be NaN
-            if (isnan(z[i])) first = Smaller{}(first, column + i - kNanFirst);
-            else if (z[i] == maximum) first = Smaller{}(first, column + i);
-        }
-    };
-    for_each_in_row<kLoadsInFlightSecondPass>(logits_row(p, row), p.vocab, add);
-    const double entropy = -block_sum(sum);
-    first = block_reduce(first, Smaller{});
-    if (threadIdx.x == 0) {
-        write_argmax(p, o, row, first, maximum, lse);
-        o.entropy[row] = T(entropy);
-    }
+__device__ SoftmaxState<compute_t<S>> row_state_and_statistics(const Problem<S, scoring>& p,
+                                                               const Output<compute_t<S>>& o,
+                                                               int64_t row) {
+    RunningStatistics<S> running;
+    for_each_score(p, row, [&](int64_t column, const auto& z) { running.add(column, z); });
+    const auto state = block_merge(running.state());
+    write_statistics(p, o, row, running, state);
+    return state;
 }
 
 template <class S, Scoring scoring>
@@ -315,6 +390,13 @@ __device__ double row_loss(const Problem<S, scoring>& p, int64_t row, Lse<comput
     return loss * token_weight_of(p, row);
 }
 
+template <class T>
+__device__ void write_loss(const Output<T>& o, int64_t row, double loss, const Lse<T>& lse) {
+    o.loss[row] = T(loss);
+    o.lse[row] = lse.high;
+    o.lse_low[row] = lse.low;
+}
+
 template <class S, Scoring scoring>
 __device__ Lse<compute_t<S>> row_forward(const Problem<S, scoring>& p,
                                          const Output<compute_t<S>>& o, int64_t row) {
@@ -323,16 +405,12 @@ __device__ Lse<compute_t<S>> row_forward(const Problem<S, scoring>& p,
     double loss = 0;
     if (counted || o.correct) {
         const auto z = target_score_or_0(p, row);  // before the row, so that the loads overlap
-        const auto state = row_softmax_state(p, row);
-        lse = finish(state);
-        if (counted) loss = row_loss(p, row, lse, z);
-        if (o.correct) row_statistics(p, o, row, state.maximum, lse);
+        lse = finish(o.correct ? row_state_and_statistics(p, o, row) : row_softmax_state(p, row));
+        // The first thread alone writes it; a sum over the row takes all of them.
+        const bool sums = p.probs || p.label_smoothing != 0;
+        if (counted && (sums || threadIdx.x == 0)) loss = row_loss(p, row, lse, z);
     }
-    if (threadIdx.x == 0) {
-        o.loss[row] = compute_t<S>(loss);
-        o.lse[row] = lse.high;
-        o.lse_low[row] = lse.low;
-    }
+    if (threadIdx.x == 0) write_loss(o, row, loss, lse);
     return lse;
 }
 
@@ -353,60 +431,83 @@ __device__ double row_coefficient_sum(const Problem<S, scoring>& p, int64_t row)
     return block_sum(sum);
 }
 
-// Products that are added are rounded, as they are in gradient_at: with an fma in one kernel and none in another a gradient
-// would have other bits where it is formed again.
+// What the parts of the gradient are multiplied by, as in the formula above.
+struct GradientWeights {
+    double softmax, target, uniform;
+};
+
+// Products that are added are rounded, here and below: with an fma in one kernel and none in another
+// a gradient would have other bits where it is formed again.
 template <class S, Scoring scoring>
-__device__ GradientFactors<compute_t<S>> gradient_factors(const Problem<S, scoring>& p, int64_t row,
-                                                          Lse<compute_t<S>> lse,
-                                                          compute_t<S> target_z,
-                                                          const RowUpstream& u) {
+__device__ GradientWeights gradient_weights(const Problem<S, scoring>& p, int64_t row, bool counted,
+                                            Lse<compute_t<S>> lse, const RowUpstream& u) {
+    if (!counted) return {u.grad_lse, 0, 0};
+    const double grad = u.grad * token_weight_of(p, row), w = target_class_weight(p, row);
+    const double uniform = p.probs                  ? grad
+                           : p.label_smoothing != 0 ? grad * p.smoothing_per_class
+                                                    : 0;
+    double softmax = u.grad_lse;
+    if (uniform != 0) softmax += rounded_product(uniform, row_coefficient_sum(p, row));
+    if (p.z_loss != 0) softmax += rounded_product(grad * 2 * p.z_loss * w, double(lse.high));
+    const double target = p.probs ? 0 : rounded_product(grad * (1 - p.label_smoothing), w);
+    return {softmax, target, uniform};
+}
+
+template <class S, Scoring scoring>
+__device__ compute_t<S> target_gradient(const Problem<S, scoring>& p, int64_t row,
+                                        Lse<compute_t<S>> lse, compute_t<S> target_z,
+                                        const GradientWeights& weights, const RowUpstream& u) {
     using T = compute_t<S>;
-    const double scale = p.to_score.logit_scale, exp_scale = scale * exp(-lse.low);
-    const T of_entropy = T(-exp_scale * u.grad_entropy), entropy_offset = T(u.entropy - lse.low);
-    if (is_ignored(p, row))
-        return {-1, T(0), T(exp_scale * u.grad_lse), T(0), of_entropy, entropy_offset};
-    const double grad = u.grad * token_weight_of(p, row);
-    const double w = target_class_weight(p, row);
-    const double uniform_weight = p.probs                  ? grad
-                                  : p.label_smoothing != 0 ? grad * p.smoothing_per_class
-                                                           : 0;
-    double softmax_weight =
-        u.grad_lse + rounded_product(uniform_weight, row_coefficient_sum(p, row));
-    if (p.z_loss != 0) softmax_weight += rounded_product(grad * 2 * p.z_loss * w, double(lse.high));
-    if (p.probs)
-        return {-1,         T(0),          T(exp_scale * softmax_weight), T(scale * uniform_weight),
-                of_entropy, entropy_offset};
-    const double target_weight = rounded_product(grad * (1 - p.label_smoothing), w);
     const T log_p = log_probability(target_z, lse);
     const double probability = exp(log_p);
-    double by_score = rounded_product(softmax_weight, probability) +
-                      rounded_product(target_weight, double(expm1(log_p))) -
-                      rounded_product(uniform_weight, w);
+    double by_score = rounded_product(weights.softmax, probability) +
+                      rounded_product(weights.target, double(expm1(log_p))) -
+                      rounded_product(weights.uniform, target_class_weight(p, row));
     if (u.grad_entropy != 0 && probability != 0)
         by_score -= u.grad_entropy * probability * (log_p + u.entropy);
-    return {target_of(p, row),
-            T(scale * by_score * p.to_score.slope(target_z)),
-            T(exp_scale * (target_weight + softmax_weight)),
-            T(scale * uniform_weight),
-            of_entropy,
-            entropy_offset};
+    return T(double(p.to_score.logit_scale) * by_score * p.to_score.slope(target_z));
+}
+
+// counted: whether the row is. own_target: the target's column where this thread writes its gradient,
+// else -1.
+template <class S, Scoring scoring>
+__device__ GradientFactors<S> gradient_factors(const Problem<S, scoring>& p, int64_t row,
+                                               bool counted, int64_t own_target,
+                                               Lse<compute_t<S>> lse, compute_t<S> target_z,
+                                               const RowUpstream& u) {
+    using T = compute_t<S>;
+    const auto weights = gradient_weights(p, row, counted, lse, u);
+    const ExpBelow<S> exp_below(lse.high);
+    const double scale = p.to_score.logit_scale;
+    const double exp_scale = scale * exp(-lse.low) * exp_below.missing(lse.high);
+    return {
+        .own_target = own_target,
+        .target_gradient =
+            own_target < 0 ? T(0) : target_gradient(p, row, lse, target_z, weights, u),
+        .exp_below = exp_below,
+        .of_exp = T(exp_scale * (weights.target + weights.softmax)),
+        .of_coefficient = T(scale * weights.uniform),
+        .of_entropy = T(-exp_scale * u.grad_entropy),
+        .entropy_offset = T(u.entropy - lse.low),
+    };
 }
 
 // The gradient of n logits, except that of the target, which write_target_gradient writes over it.
 template <bool has_uniform, bool through_entropy = false, class S, Scoring scoring, int n>
 __device__ Elements<S, n> gradient_at(const Problem<S, scoring>& p, int64_t row, int64_t column,
                                       const Elements<S, n>& x, Lse<compute_t<S>> lse,
-                                      const GradientFactors<compute_t<S>>& f) {
+                                      const GradientFactors<S>& f) {
     using T = compute_t<S>;
     T z[n], grad[n];
     to_scores(p.to_score, x, z);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-        const T x = z[i] - lse.high;
         T of_exp = f.of_exp;
-        if constexpr (through_entropy)
-            of_exp += rounded_product(f.of_entropy, fmax(x, T(kLogOfZero)) + f.entropy_offset);
-        grad[i] = rounded_product(of_exp, exp_of<S>(x));
+        if constexpr (through_entropy) {
+            const T log_p = fmax(z[i] - lse.high, T(kLogOfZero));
+            of_exp += rounded_product(f.of_entropy, log_p + f.entropy_offset);
+        }
+        grad[i] = rounded_product(of_exp, f.exp_below(z[i]));
     }
     // Of an ignored row the factor is 0, and the probabilities may be NaN.
     if (has_uniform && (!through_entropy || f.of_coefficient != 0)) {
@@ -420,28 +521,27 @@ __device__ Elements<S, n> gradient_at(const Problem<S, scoring>& p, int64_t row,
     return narrowed<S>(grad);
 }
 
-// Called by the thread that has just written the n columns from `column` on.
-template <class S, int n>
-__device__ void write_target_gradient(const GradientFactors<compute_t<S>>& f, int64_t column,
-                                      S* out) {
-    if (uint64_t(f.target - column) < n) narrow(f.target_gradient, out[f.target]);
+// Called when the thread has written all else, in whose order this store stands.
+template <class S>
+__device__ void write_target_gradient(const GradientFactors<S>& f, S* out) {
+    if (f.own_target >= 0) narrow(f.target_gradient, out[f.own_target]);
 }
 
 template <int in_flight, bool has_uniform, bool through_entropy = false, class S, Scoring scoring>
 __device__ void write_gradient(const Problem<S, scoring>& p, int64_t row, Lse<compute_t<S>> lse,
-                               const GradientFactors<compute_t<S>>& f, S* out, bool aligned) {
+                               const GradientFactors<S>& f, S* out, bool aligned) {
     const auto write = [&]<int n>(int64_t column, const Elements<S, n>& x) {
         const auto gradient = gradient_at<has_uniform, through_entropy>(p, row, column, x, lse, f);
         store(out + column, gradient, aligned);
-        write_target_gradient<S, n>(f, column, out);
     };
     for_each_in_row<in_flight>(logits_row(p, row), p.vocab, write);
+    write_target_gradient(f, out);
 }
 
 // Separate loops, so that the one that most calls take contains no code of the others.
 template <int in_flight, class S, Scoring scoring>
 __device__ void row_gradient(const Problem<S, scoring>& p, int64_t row, Lse<compute_t<S>> lse,
-                             const GradientFactors<compute_t<S>>& f, S* out) {
+                             const GradientFactors<S>& f, S* out) {
     const bool aligned = same_alignment<S>(out, logits_row(p, row));
     if (f.of_entropy != 0)
         write_gradient<kLoadsInFlightSecondPass, true, true>(p, row, lse, f, out, aligned);
