@@ -1,6 +1,7 @@
 """The oracle itself: against torch in float64, against differences, and by hand."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -178,3 +179,89 @@ def test_pairs_torch_agrees(rng):
     np.testing.assert_allclose(result.grad, z.grad.numpy(), rtol=1e-12, atol=1e-15)
     ours = (result.row_lse + result.column_lse - 2 * result.positive_score).sum() / 2
     assert ours == pytest.approx(loss.item() / 2)
+
+
+def torch_kl(z, teacher, target, beta, temperature, hard_weight):
+    """The mean of the formula by torch's functions, and its gradient."""
+    z = torch.from_numpy(z).requires_grad_()
+    log_p = (z / temperature).log_softmax(1)
+    log_q = (torch.from_numpy(teacher) / temperature).log_softmax(1)
+    kl_div = partial(torch.nn.functional.kl_div, reduction="none", log_target=True)
+    if beta == 0:
+        soft = kl_div(log_p, log_q)
+    elif beta == 1:
+        soft = kl_div(log_q, log_p)
+    else:
+        log_m = (beta * log_q.exp() + (1 - beta) * log_p.exp()).log()
+        soft = beta * kl_div(log_m, log_q) + (1 - beta) * kl_div(log_m, log_p)
+    hard = torch.nn.functional.cross_entropy(z, torch.from_numpy(target))
+    loss = soft.sum(1).mean() + hard_weight * hard
+    return loss.item(), torch.autograd.grad(loss, z)[0].numpy()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_kl_torch_agrees(rng, beta, temperature):
+    z, teacher = rng.standard_normal((2, 6, 9)) * 3
+    target = rng.integers(0, 9, 6)
+    options = {"beta": beta, "temperature": temperature, "hard_weight": 0.4}
+    ours = reference.kl(z, teacher, target=target, **options)
+    loss, grad = torch_kl(z, teacher, target, **options)
+    assert ours.loss == pytest.approx(loss)
+    np.testing.assert_allclose(ours.grad, grad, rtol=1e-11, atol=1e-14)
+    probs = np.exp(reference.log_softmax(teacher)[0])
+    if temperature == 1:
+        again = reference.kl(z, probs, probabilities=True, target=target, **options)
+        np.testing.assert_allclose(again.grad, ours.grad, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_kl_of_named_classes_is_that_of_the_bins(rng, beta):
+    """Every class but those that are named is one class: of their log-sum-exp, by torch."""
+    z = rng.standard_normal((4, 7)) * 2
+    logs = reference.log_softmax(rng.standard_normal((4, 7)))[0]
+    ours = reference.kl(z, logs[:, [5, 2]], ids=np.tile([5, 2], (4, 1)), beta=beta)
+    others = [0, 1, 3, 4, 6]
+    student = torch.from_numpy(z).requires_grad_()
+    bins = torch.cat([student[:, [5, 2]], student[:, others].logsumexp(1, keepdim=True)], 1)
+    teacher = np.hstack([logs[:, [5, 2]], np.log(np.exp(logs[:, others]).sum(1, keepdims=True))])
+    by_bins = reference.kl(bins.detach().numpy(), teacher, beta=beta)
+    assert ours.loss == pytest.approx(by_bins.loss)
+    grad = torch.autograd.grad(bins, student, torch.from_numpy(by_bins.grad))[0]
+    np.testing.assert_allclose(ours.grad, grad.numpy(), rtol=1e-10, atol=1e-14)
+
+
+def test_kl_of_named_classes_far_from_0(rng):
+    z = np.round(rng.standard_normal((3, 6)), 3)
+    logs = reference.log_softmax(rng.standard_normal((3, 6)))[0][:, :2]
+    ids = np.tile([4, 1], (3, 1))
+    near = reference.kl(z * 2.0**30 / 2**30, logs, ids=ids)
+    far = reference.kl(z + 2.0**30, logs, ids=ids)
+    rounded = reference.kl((z + 2.0**30) - 2.0**30, logs, ids=ids)
+    np.testing.assert_allclose(far.grad, rounded.grad, rtol=1e-12)
+    np.testing.assert_allclose(far.grad, near.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_kl_of_a_row_with_nan_among_the_others(rng):
+    z = rng.standard_normal((2, 5))
+    z[1, 3] = np.nan
+    made = reference.kl(z, np.full((2, 2), -1.5), ids=np.tile([0, 1], (2, 1)), reduction="sum")
+    assert np.isfinite(made.grad[0]).all()
+    assert np.isnan(made.grad[1]).all()
+
+
+def test_kl_without_a_target_counts_all_rows_whatever_is_ignored(rng):
+    z, teacher = rng.standard_normal((2, 3, 5))
+    for ignore_index in (-100, 0, 1):
+        made = reference.kl(z, teacher, ignore_index=ignore_index)
+        assert made.total_weight == 3
+        assert made.loss == reference.kl(z, teacher).loss
+
+
+def test_kl_asks_nothing_of_the_classes_that_ignored_rows_name(rng):
+    z, logs = rng.standard_normal((3, 5)), np.full((3, 2), -1.5)
+    ids = np.array([[0, 1], [77, -5], [2, 4]])
+    made = reference.kl(z, logs, ids=ids, target=np.array([0, -100, 1]))
+    assert made.total_weight == 2
+    assert not made.grad[1].any()
+    assert np.isfinite(made.loss)

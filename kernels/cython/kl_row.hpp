@@ -311,14 +311,17 @@ class TaughtRow {
         update(state, Scattered<T>{registers}, n, ahead);
     }
 
-    // The scores of the bins, less that of the last one: it is two numbers, and near 1e4 one of
-    // them alone would be off by 5e-4.
+    // The scores of the bins, less the largest. The last one's is two numbers, of which the first
+    // alone would be off by 5e-4 near 1e4; less that, a score that is 1e4 above it would be.
     void find_bins() {
         of_others = of_student;
-        const bool finite = std::isfinite(of_others.high);
-        const T shift = finite ? of_others.high : T(0);
+        T shift = of_others.high;
+        for (ptrdiff_t k = 0; k < named.count(); ++k) shift = std::fmax(shift, named.student[k]);
+        if (!std::isfinite(shift)) shift = 0;
         for (T& score : named.student) score -= shift;
-        named.student[named.count()] = finite ? of_others.low : of_others.high;
+        const bool finite = std::isfinite(of_others.high);
+        named.student[named.count()] =
+            finite ? (of_others.high - shift) + of_others.low : of_others.high;
         LseState<T> state;
         update(state, named.student.data(), named.count() + 1);
         of_student = finish(state);

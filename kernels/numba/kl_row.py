@@ -195,12 +195,16 @@ def take_named(
 
 @njit(**EXACT)
 def find_bins(p: Problem, student: Pointer, others: Lse, named: int) -> Lse:
-    """The scores of the bins, less that of the last one; their log-sum-exp."""
-    finite = isfinite(others.high)
-    shift = others.high if finite else p.zero
+    """The scores of the bins, less the largest; their log-sum-exp."""
+    shift = others.high
+    for k in range(named):
+        shift = max(shift, student[k])
+    if not isfinite(shift):
+        shift = p.zero
     for k in range(p.named):
         student[k] = student[k] - shift if k < named else cast(-inf, p.zero)
-    student[p.named] = others.low if finite else others.high
+    finite = isfinite(others.high)
+    student[p.named] = (others.high - shift) + others.low if finite else others.high
     return finish(update((cast(-inf, p.zero), 0.0), student, p.named + 1, 0))
 
 

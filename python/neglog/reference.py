@@ -202,10 +202,10 @@ def kl(
     """
     x = np.asarray(logits, np.float64)
     rows, vocab = x.shape
-    t = np.zeros(rows, np.int64) if target is None else np.asarray(target)
+    t = np.full(rows, ignore_index + 1) if target is None else np.asarray(target)
     of_rows = np.ones(rows) if token_weight is None else np.asarray(token_weight, np.float64)
     counted = (t != ignore_index) & (of_rows != 0)
-    index = np.where(counted, t, 0)
+    index = np.where(counted & (target is not None), t, 0)
     with np.errstate(all="ignore"):
         z, dz_dx = scores(x, logit_scale, softcap)
         given = np.asarray(teacher, np.float64)
@@ -217,7 +217,8 @@ def kl(
             )
             soft, soft_grad = divergence(log_p, log_q, beta)
         else:
-            soft, soft_grad = _of_named(z / temperature, given, np.asarray(ids), beta)
+            named = np.where(counted[:, None], np.asarray(ids), 0)
+            soft, soft_grad = _of_named(z / temperature, given, named, beta)
         log_p, _ = log_softmax(z)
         hard = -log_p[np.arange(rows), index]
         hard_grad = np.exp(log_p) - (np.arange(vocab) == index[:, None])
@@ -243,6 +244,8 @@ def kl(
 def _of_named(z: Array, logs: Array, ids: NDArray, beta: float) -> tuple[Array, Array]:
     """The divergence over named classes and one bin of all others, and its gradient by z."""
     value, grad = np.zeros(len(z)), np.zeros_like(z)
+    largest = z.max(axis=1, keepdims=True)
+    z = z - np.where(np.isfinite(largest), largest, 0.0)  # else bins of 1e9 keep seven digits
     for row, (scores_of_row, log_q, columns) in enumerate(zip(z, logs, ids, strict=True)):
         named = ~np.isneginf(log_q)  # one of probability 0 is left to the others
         log_q, columns = log_q[named], columns[named]
@@ -253,7 +256,7 @@ def _of_named(z: Array, logs: Array, ids: NDArray, beta: float) -> tuple[Array, 
         of_bins = divergence(log_softmax(bins)[0], np.append(log_q, rest)[None], beta)
         value[row], (*of_columns, of_others) = of_bins[0][0], of_bins[1][0]
         grad[row, columns] = of_columns
-        if np.isfinite(lse).all():
+        if not np.isneginf(lse).all():
             grad[row, others] = of_others * np.exp(softmax_of_others[0])
     return value, grad
 

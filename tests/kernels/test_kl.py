@@ -150,6 +150,16 @@ def test_extreme_probabilities(kernel_backend, beta, dtype):
         check(kernel_backend, logits, teacher, options, dtype, slack)
 
 
+@pytest.mark.parametrize("distance", [1e4, -1e4])
+@pytest.mark.parametrize("beta", BETAS)
+def test_named_scores_far_from_the_others(every_build, rng, beta, distance):
+    """The scores of the bins keep their digits, on whichever side of the others they lie."""
+    logits, teacher, given = draw(rng, 300, "float32", "named")
+    near = np.take_along_axis(logits, given["ids"], 1)
+    np.put_along_axis(logits, given["ids"], near + np.float32(distance), 1)
+    check(every_build, logits, teacher, {"beta": beta, **given}, "float32")
+
+
 # In the middle of the row, at its ends, and in another order.
 @pytest.mark.parametrize("columns", [(0, 1, 2), (4, 1, 0), (3, 2, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
@@ -166,6 +176,19 @@ def test_extremes_of_named_classes(kernel_backend, dtype, columns):
             )
             np.testing.assert_array_equal(np.isnan(found.loss), is_nan)
             assert np.isnan(gradient[np.isnan(truth.grad)]).all()
+
+
+# What is subtracted from all bins is the largest: less the smaller one, 1e4 has three digits left.
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("distance", [1e4, -1e4])
+def test_named_classes_far_from_the_others(every_build, rng, distance, beta):
+    logits, teacher, given = draw(rng, 700, "float32", "named")
+    rows = np.arange(len(logits))[:, None]
+    logits[rows, given["ids"]] += np.float32(distance)
+    truth = reference.kl(logits, teacher, beta=beta, reduction="none", **given)
+    found, gradient = kl_forward_backward(logits, teacher, beta=beta, backend=every_build, **given)
+    np.testing.assert_allclose(found.loss, truth.loss, rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(gradient, truth.grad, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
