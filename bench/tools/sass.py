@@ -94,10 +94,10 @@ def report(kernel: str, code: list[Instruction]) -> str | None:
         return None
     itemsize, (passes, what) = ITEMSIZE[found[2]], PASSES[found[1]]
     loops = hot_loops(code, itemsize)
-    if not loops:
-        return None
-    if "shared" not in found[1]:  # the widest is the one that whole rows take
-        loops = [max(loops, key=lambda loop: loop.elements)]
+    if not loops:  # double has no such exps; else nvcc has split the vectors
+        return None if itemsize == 8 else f"{what:<40} {found[2]:<14} no loop loads whole vectors"
+    if "shared" not in found[1]:  # the widest is the one that whole rows take, without statistics
+        loops = [max(loops, key=lambda loop: (loop.elements, -loop.instructions))]
     by_element = sum(loop.instructions / loop.elements for loop in loops)
     share = by_element / ISSUED / (passes * itemsize / COPY_BYTES)
     exps = sum(loop.exps / loop.elements for loop in loops)

@@ -214,6 +214,11 @@ __device__ bool is_own_column(const S* row, int64_t n, int64_t column) {
 // 16-bit element would take a whole register.
 template <int in_flight, class Visit>
 __device__ void for_each_vector(const uint4* vectors, int64_t count, Visit visit) {
+    if constexpr (in_flight == 1) {
+        for (int64_t v = threadIdx.x; v < count; v += blockDim.x)
+            visit(v, load_vector(vectors + v));
+        return;
+    }
     uint4 bits[in_flight];
     const int64_t step = in_flight * blockDim.x;
     int64_t first = threadIdx.x;

@@ -1,5 +1,8 @@
 """What ops/define.py promises of an op, on ops that are defined here for nothing else."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -248,3 +251,24 @@ def test_second_derivative_of_nothing():
     assert second_derivative(lambda x: (x.sum(),), {"g": torch.ones(())}, {"x": x}, {}) == {}
     empty = {"x": torch.empty(0)}
     assert second_derivative(lambda x: (x.sum(),), {"g": torch.ones(())}, {"x": x}, empty) == {}
+
+
+ALL_LOSSES = """
+import gc, neglog, torch
+from neglog.ops.define import Op
+for name in dir(neglog):
+    getattr(neglog, name)
+for op in (x for x in gc.get_objects() if isinstance(x, Op)):
+    if "cpu" in op._implementations and "cuda" not in op._implementations:
+        print(op.name)
+"""
+
+
+def test_what_the_losses_import_implements_every_op_on_cuda_too():
+    """In a process of its own: the tests of the CUDA kernels import what a loss may have forgotten.
+    All but nll_, which the library of CUDA kernels registers for itself."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ALL_LOSSES], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["nll_"]
