@@ -249,6 +249,8 @@ def _of_named(z: Array, logs: Array, ids: NDArray, beta: float) -> tuple[Array, 
     for row, (scores_of_row, log_q, columns) in enumerate(zip(z, logs, ids, strict=True)):
         named = ~np.isneginf(log_q)  # one of probability 0 is left to the others
         log_q, columns = log_q[named], columns[named]
+        if (columns < 0).any():
+            raise IndexError(f"ids: expected 0 to {z.shape[1] - 1}, got {columns.min()}")
         others = np.setdiff1d(np.arange(z.shape[1]), columns)
         softmax_of_others, lse = log_softmax(scores_of_row[None, others])
         rest = np.log(max(1 - np.exp(log_q).sum(), 0.0) if len(others) else 0.0)

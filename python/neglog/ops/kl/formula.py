@@ -70,6 +70,9 @@ def _divergence_of_rows(z: Tensor, teacher: Tensor, ids: Tensor | None, options:
 def _bins(z: Tensor, logs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (N, K + 1) of the named classes and of all others as one, and the teacher's
     log-probabilities of these. A class of probability 0 is none of the named ones."""
+    if z.shape[1]:  # less the largest: near 1e4 the others' log-sum-exp would be off by 5e-4
+        largest = z.detach().amax(1, keepdim=True)
+        z = z - torch.where(largest.isfinite(), largest, 0)
     named = logs > -math.inf
     ids = torch.where(named, ids, 0)
     is_named = torch.zeros_like(z, dtype=torch.int64).scatter_add(1, ids, named.long()) != 0
