@@ -164,13 +164,13 @@ int64_t resident_clusters(void (*kernel)(Parameters...), const DeviceContext& co
                           const Grid& grid) {
     struct Answer {
         void (*kernel)(Parameters...);
-        int device;
+        int device, cluster_blocks;
         int64_t shared_bytes;
         int clusters;
     };
     thread_local Answer last = {};
     if (last.kernel == kernel && last.device == context.device &&
-        last.shared_bytes == grid.shared_bytes)
+        last.cluster_blocks == grid.cluster_blocks && last.shared_bytes == grid.shared_bytes)
         return last.clusters;
     allow_dynamic_shared(kernel, context);
     int clusters = 0;
@@ -182,7 +182,7 @@ int64_t resident_clusters(void (*kernel)(Parameters...), const DeviceContext& co
             &clusters, kernel, grid.threads, size_t(grid.shared_bytes)));
         clusters *= multiprocessor_count(context);
     }
-    last = {kernel, context.device, grid.shared_bytes, std::max(clusters, 1)};
+    last = {kernel, context.device, grid.cluster_blocks, grid.shared_bytes, std::max(clusters, 1)};
     return last.clusters;
 }
 #endif

@@ -84,6 +84,20 @@ def test_nll_against_the_oracle(device, dtype, shape, options, probabilities):
     assert off(gradient, expected.grad) <= GRADIENT[dtype]
 
 
+# More than one block sums: a cluster shares them out.
+@pytest.mark.parametrize("reduction", [MEAN, SUM])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_sums_over_many_rows(device, dtype, reduction, in_place):
+    logits, target, weight = problem((9001, 2), dtype, False, device.name)
+    expected = truth(
+        logits, target, weight, OPTIONS["plain"], reduction=("none", "mean", "sum")[reduction]
+    )
+    op = device.ops.nll_ if in_place else device.ops.nll
+    made = op(logits, target, weight, None, None, reduction, -100, *OPTIONS["plain"], False, "")
+    assert off(made[0], expected.loss) <= LOSS[dtype]
+    assert off(made[2 if in_place else 3], expected.total_weight) <= LOSS[dtype]
+
+
 # A mean is divided in the forward, in float16 in the backward; the others never.
 @pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
